@@ -1,0 +1,14 @@
+"""The one exception for what a user can mend. Layer 0: no project imports."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Bad input: one line that names the key, its value and the remedy. Entry points exit with 2."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A hint for a misspelt word: "; did you mean 'alpha'?", or "" when nothing is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,39 @@
+"""What a prompt is, and how it becomes text or token ids. Layer 0: no project imports."""
+
+from collections.abc import Sequence
+from typing import Any
+
+# Standard: plain text. Conversational: messages with the keys "role" and "content".
+Prompt = str | list[dict[str, str]]
+
+
+def is_conversational(prompt: Prompt) -> bool:
+    """True for a list of messages, False for plain text."""
+    return not isinstance(prompt, str)
+
+
+def plain_text(prompt: Prompt) -> str:
+    """A prompt as text for readers without a chat template (PairRM, lexicons, terminals).
+
+    Plain text and a single user message give the text itself; a longer conversation gives one
+    "Role: content" paragraph per message.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+
+
+def render(tokenizer: Any, prompt: Prompt, completion: str | None = None) -> str:
+    """A prompt, or a prompt with its completion, as the text that `tokenizer`'s model expects.
+
+    Conversational prompts go through the tokenizer's own chat template, ending with the generation
+    prompt when there is no completion. Standard prompts are concatenated with the completion.
+    """
+    if isinstance(prompt, str):
+        return prompt + (completion or "")
+    if completion is None:
+        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    messages: Sequence[dict[str, str]] = [*prompt, {"role": "assistant", "content": completion}]
+    return tokenizer.apply_chat_template(messages, tokenize=False)
