@@ -1,0 +1,8 @@
+"""Reward models: how good a single completion is. One file per kind."""
+
+from xpo.rewards.base import RewardModel
+from xpo.rewards.classifier import ClassifierReward
+from xpo.rewards.embedded import EmbeddedReward
+from xpo.rewards.function import FunctionReward
+
+__all__ = ["ClassifierReward", "EmbeddedReward", "FunctionReward", "RewardModel"]

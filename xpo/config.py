@@ -1,0 +1,112 @@
+"""XPOConfig: transformers' TrainingArguments and what XPO adds to them. Layer 0."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from xpo import checks
+from xpo.losses import LossType
+
+LOSS_TYPES = ("sigmoid", "ipo")
+PROMPT_OVERFLOWS = ("drop", "truncate", "error")
+
+
+@dataclass
+class XPOConfig(TrainingArguments):
+    """Arguments of `XPOTrainer`. Names and meanings are those of TRL's XPOConfig.
+
+    Everything of `transformers.TrainingArguments` applies too. Other defaults than there:
+    learning_rate 5e-7, logging_steps 10, bf16 on GPUs that have it, report_to "none",
+    remove_unused_columns and logging_nan_inf_filter False.
+
+    Args:
+        alpha: weight of the exploration bonus; a list gives one value per epoch, the last one for the rest.
+        beta: strength of the KL regularisation (for loss_type "ipo": tau); a list as for alpha.
+        loss_type: "sigmoid" (DPO) or "ipo".
+        missing_eos_penalty: subtracted from the score of a completion without an EOS token; None for nothing.
+        max_new_tokens: tokens of a completion at most.
+        max_length: tokens of prompt and completion at most.
+        prompt_overflow: what happens to prompts longer than max_length - max_new_tokens: "drop" (with a
+            count), "truncate" (keeps the end of the prompt) or "error".
+        temperature: of the sampling distribution; 0 decodes greedily.
+        top_p: smallest set of tokens with this probability is kept; 1 keeps all.
+        top_k: number of likeliest tokens kept; 0 keeps all.
+        min_p: tokens at least this probable, relative to the likeliest, are kept; None keeps all.
+        repetition_penalty: above 1 discourages tokens that occurred before.
+        generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
+        generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
+        eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
+        disable_dropout: set every dropout of policy and reference to 0.
+        model_init_kwargs: for `from_pretrained` when the model is given by name.
+        trust_remote_code: allow models that bring their own code.
+        reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
+    """
+
+    learning_rate: float = 5e-7
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    report_to: None | str | list[str] = "none"
+    bf16: bool | None = None  # type: ignore[assignment]  # resolved to a bool in __post_init__
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "generation_kwargs", "model_init_kwargs"]
+
+    # list[float] is what HfArgumentParser can read from a command line; a single number is welcome too.
+    alpha: list[float] = field(default_factory=lambda: [1e-5])
+    beta: list[float] = field(default_factory=lambda: [0.1])
+    loss_type: LossType = "sigmoid"
+    missing_eos_penalty: float | None = None
+    max_new_tokens: int = 64
+    max_length: int = 512
+    prompt_overflow: str = "drop"
+    temperature: float = 0.9
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] | str | None = None
+    generation_batch_size: int | None = None
+    eval_greedy: bool = False
+    disable_dropout: bool = True
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    reward_model_path: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.per_epoch("alpha", self.alpha, minimum=0)
+        checks.per_epoch("beta", self.beta, above=0)
+        checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
+        checks.one_of("prompt_overflow", self.prompt_overflow, PROMPT_OVERFLOWS)
+        checks.lengths("max_new_tokens", self.max_new_tokens, "max_length", self.max_length)
+        checks.number("temperature", self.temperature, minimum=0)
+        checks.fraction("top_p", self.top_p)
+        checks.number("top_k", self.top_k, minimum=0)
+        checks.number("repetition_penalty", self.repetition_penalty, above=0)
+        if self.min_p is not None:
+            checks.fraction("min_p", self.min_p)
+        if self.missing_eos_penalty is not None:
+            checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
+        if self.generation_batch_size is not None:
+            checks.number("generation_batch_size", self.generation_batch_size, minimum=1)
+        if self.bf16 is None:
+            self.bf16 = (
+                not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "win_rate"
+        super().__post_init__()
+        # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
+        self._n_gpu = min(self.n_gpu, 1)
+        if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+            # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
+            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+
+
+def value_at_epoch(values: float | Sequence[float], epoch: float | None) -> float:
+    """The value in force at a (fractional) epoch: one per epoch, the last one for all the rest."""
+    if not isinstance(values, Sequence):
+        return float(values)
+    return float(values[min(int(epoch or 0), len(values) - 1)])

@@ -1,0 +1,175 @@
+"""Prompt data sets: where they come from, and their tokens."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from xpo.errors import ConfigError, nearest
+from xpo.hub import local_directory
+from xpo.prompts import Prompt, is_conversational
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(__file__).parent / "assets" / "prompts"
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_prompts(key: str, name: str, split: str = "train", column: str = "prompt") -> Dataset:
+    """Prompts from a file, a directory or the hub.
+
+    Args:
+        key: the config key that holds `name`, for error messages.
+        name: "embedded", a JSONL or Parquet file, a local data set directory, or a hub data set.
+        split: for "embedded" one of train and heldout; for files it is ignored.
+        column: the column with the prompts.
+
+    Returns:
+        A data set with the one column "prompt".
+
+    Raises:
+        ConfigError: no such data, out of reach, no rows, or no such column.
+    """
+    path = Path(name).expanduser()
+    if name == "embedded":
+        dataset = load_dataset("json", data_files=str(EMBEDDED / f"{split}.jsonl"), split="train")
+    elif path.suffix in _FORMATS:
+        if not path.is_file():
+            raise ConfigError(f"{key}={name!r} does not exist; point it at a JSONL or Parquet file")
+        if path.stat().st_size == 0:
+            raise ConfigError(f"{key}={name!r} is empty; give a file with one prompt per line")
+        try:
+            dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        except Exception as error:  # datasets wraps whatever pyarrow and json raise
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ConfigError(f"{key}={name!r} cannot be read as {path.suffix[1:]}: {reason}; mend the file") from error
+    else:
+        directory = local_directory(key, name, kind="dataset")
+        try:
+            dataset = load_dataset(str(directory), split=split)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{key}={name!r}, split {split!r}: {reason}; correct the split") from error
+    return _prompt_column(key, name, dataset, column)
+
+
+def _prompt_column(key: str, name: str, dataset: Dataset, column: str) -> Dataset:
+    if column not in dataset.column_names:
+        raise ConfigError(
+            f"{key}={name!r} has no column {column!r} (it has {', '.join(dataset.column_names)})"
+            f"{nearest(column, dataset.column_names)}; set data.prompt_column"
+        )
+    dataset = dataset.select_columns([column])
+    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+
+
+def check_prompt(prompt: Any, key: str = "train_dataset") -> None:
+    """ConfigError unless `prompt` is text or a list of messages with role and content."""
+    if isinstance(prompt, str) and prompt:
+        return
+    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
+        return
+    raise ConfigError(
+        f"{key}: prompt={prompt!r:.80} is neither text nor a list of messages; "
+        'write {"prompt": "..."} or {"prompt": [{"role": "user", "content": "..."}]}'
+    )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Tokens of a prompt: plain text as it is, messages through the chat template.
+
+    A conversation that ends with the assistant's words is one to be continued.
+
+    Raises:
+        ConfigError: messages, and a tokenizer without a chat template.
+    """
+    if not is_conversational(prompt):
+        return tokenizer(prompt).input_ids
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template for conversational prompts; "
+            "set tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain text"
+        )
+    continues = prompt[-1]["role"] == "assistant"  # type: ignore[index]
+    text = tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+    )
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def tokenize_prompts(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    overflow: str,
+    key: str = "train_dataset",
+) -> Dataset | IterableDataset:
+    """The data set with the columns "prompt" and "prompt_ids", each of at most `max_prompt_length` tokens.
+
+    Args:
+        dataset: has a column "prompt".
+        tokenizer: the policy's.
+        max_prompt_length: what max_length - max_new_tokens leaves, in tokens.
+        overflow: for longer prompts, "drop" them (logging how many), "truncate" to their last tokens,
+            or raise an "error".
+        key: what the data set is called in error messages.
+
+    Raises:
+        ConfigError: no rows, no column "prompt", a malformed prompt, or nothing left after dropping.
+    """
+    streamed = isinstance(dataset, IterableDataset)
+    if not streamed:
+        if len(dataset) == 0:
+            raise ConfigError(f"{key} is empty; give at least one prompt")
+        if "prompt" not in dataset.column_names:
+            raise ConfigError(
+                f"{key} has no column 'prompt' (it has {', '.join(dataset.column_names)}); rename the one that holds them"
+            )
+        dataset = dataset.select_columns(["prompt"])
+
+    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        check_prompt(row["prompt"], key)
+        ids = prompt_token_ids(tokenizer, row["prompt"])
+        if len(ids) > max_prompt_length:
+            if overflow == "error":
+                raise ConfigError(
+                    f"{key}: a prompt of {len(ids)} tokens exceeds max_length - max_new_tokens = {max_prompt_length}; "
+                    "raise max_length, or set prompt_overflow to drop or truncate"
+                )
+            if overflow == "truncate":
+                ids = ids[-max_prompt_length:]
+        return {"prompt": row["prompt"], "prompt_ids": ids}
+
+    # Seconds of work; a cache on disk would tie it to the tokenizer's hash for little gain.
+    options = {} if streamed else {"load_from_cache_file": False, "desc": "Tokenizing prompts"}
+    tokenized = dataset.map(tokenize, **options)
+    if overflow != "drop":
+        return tokenized
+    kept = tokenized.filter(
+        lambda ids: len(ids) <= max_prompt_length,
+        input_columns="prompt_ids",
+        **({} if streamed else {"load_from_cache_file": False}),
+    )
+    if not streamed and len(kept) < len(tokenized):
+        dropped = len(tokenized) - len(kept)
+        if not len(kept):
+            raise ConfigError(
+                f"{key}: all {dropped} prompts exceed max_length - max_new_tokens = {max_prompt_length} tokens; "
+                "raise max_length"
+            )
+        logger.warning(
+            "%s: dropped %d of %d prompts longer than %d tokens", key, dropped, len(tokenized), max_prompt_length
+        )
+    return kept
+
+
+def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of `tokenize_prompts` as one micro-batch: {"prompt": [...], "prompt_ids": [...]}."""
+    return {"prompt": [row["prompt"] for row in rows], "prompt_ids": [list(row["prompt_ids"]) for row in rows]}

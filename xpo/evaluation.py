@@ -1,0 +1,194 @@
+"""Evaluation on held-out prompts: the policy beside the reference, on the same prompts and noise each time."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from xpo.config import XPOConfig
+from xpo.judges import Judge
+from xpo.logprobs import completion_logps
+from xpo.metrics import distinct_bigrams
+from xpo.preference import judge_pairs
+from xpo.prompts import plain_text
+from xpo.reference import Reference, base_model
+from xpo.rewards import RewardModel
+from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler, eval_mode
+
+Record = dict[str, Any]
+
+
+class Evaluator:
+    """Compares a policy with the reference on held-out prompts.
+
+    Each prompt is answered once by the policy and once by the reference, with noise that depends on
+    the run's seed and the prompt's place in the data set only: evaluations of a run, and of runs with
+    the same seed, differ by the policy alone. The reference answers once and is remembered.
+
+    Verdicts and scores are those of judge and reward model, without the missing-EOS penalty, so that
+    runs with different penalties compare.
+
+    Args:
+        sampler: draws the completions.
+        reference: pi_ref.
+        judge: says who wins.
+        reward_model: gives `score`; None for no score.
+        scorers: further reward models by metric name, which training never sees.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        reference: Reference,
+        judge: Judge,
+        reward_model: RewardModel | None,
+        scorers: dict[str, RewardModel],
+    ):
+        self.sampler = sampler
+        self.reference = reference
+        self.judge = judge
+        self.reward_model = reward_model
+        self.scorers = scorers
+        self.records: list[Record] = []  # of the latest evaluation, one per prompt, on every rank
+        self._answers: dict[str, list[Completions]] = {}
+
+    def __call__(
+        self,
+        policy: PreTrainedModel,
+        dataset: Dataset | IterableDataset,
+        accelerator: Accelerator,
+        args: XPOConfig,
+        prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Metrics named `{prefix}_...`, the same on every rank; leaves the completions in `records`.
+
+        win_rate, tie_rate, lose_rate, invalid_rate: shares of the prompts. score, ref_score,
+        score_margin: mean rewards. kl: mean of log pi(y) - log pi_ref(y) over the policy's
+        completions, the unbiased estimate of KL(pi || pi_ref) when sampling at temperature 1, in nats.
+        eos_rate, length (tokens), distinct_2: of the policy's completions; ref_* of the reference's.
+        One value per scorer, and ref_* beside it.
+        """
+        started = time.perf_counter()
+        rows = list(dataset)
+        mine = range(args.process_index, len(rows), args.world_size)
+        chunks = [mine[i : i + args.eval_batch_size] for i in range(0, len(mine), args.eval_batch_size)]
+        answers = self._answers.get(prefix)
+        if answers is None or sum(len(a.texts) for a in answers) != len(mine):
+            answers = []
+        records: list[Record] = []
+        silent = args.disable_tqdm or not accelerator.is_local_main_process
+        for number, chunk in enumerate(tqdm(chunks, desc="Evaluating", leave=False, disable=silent)):
+            prompts = [rows[i] for i in chunk]
+            with accelerator.autocast():
+                if len(answers) <= number:
+                    with self.reference.model() as model:
+                        answers.append(self._answer(model, prompts, chunk, args, EVAL_REFERENCE))
+                records += self._compare(policy, prompts, chunk, answers[number], args)
+        self._answers[prefix] = answers
+        self.records = sorted(gather_object(records), key=lambda record: record["index"])
+        metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+    def _answer(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Record],
+        indices: Sequence[int],
+        args: XPOConfig,
+        stream: int,
+    ) -> Completions:
+        ids, mask = self.sampler.pad_prompts([prompt["prompt_ids"] for prompt in prompts], args.device)
+        return self.sampler.sample(model, ids, mask, (args.seed, 0, stream), list(indices), args.eval_greedy)
+
+    def _compare(
+        self,
+        policy: PreTrainedModel,
+        rows: Sequence[Record],
+        indices: Sequence[int],
+        answers: Completions,
+        args: XPOConfig,
+    ) -> list[Record]:
+        completions = self._answer(base_model(policy), rows, indices, args, EVAL_POLICY)
+        ratio = self._log_ratio(policy, rows, completions, args)
+        prompts = [row["prompt"] for row in rows]
+        preference = judge_pairs(self.judge, self.reward_model, prompts, completions, answers, None)
+        extra = {
+            name: torch.stack([scorer.scores(prompts, c.texts) for c in (completions, answers)])
+            for name, scorer in self.scorers.items()
+        }
+        records = []
+        for i, index in enumerate(indices):
+            record = {
+                "index": index,
+                "prompt": plain_text(prompts[i]),
+                "completion": completions.texts[i],
+                "reference": answers.texts[i],
+                "margin": preference.margin[i].item(),
+                "label": preference.label[i].item(),
+                "log_ratio": ratio[i].item(),
+                "ended": completions.ended[i].item(),
+                "ref_ended": answers.ended[i].item(),
+                "tokens": completions.ids[i][completions.mask[i]].tolist(),
+                "ref_tokens": answers.ids[i][answers.mask[i]].tolist(),
+            }
+            if preference.scores is not None:
+                record |= {"score": preference.scores[0, i].item(), "ref_score": preference.scores[1, i].item()}
+            for name, scores in extra.items():
+                record |= {name: scores[0, i].item(), f"ref_{name}": scores[1, i].item()}
+            records.append(record)
+        return records
+
+    @torch.no_grad()
+    def _log_ratio(
+        self, policy: PreTrainedModel, rows: Sequence[Record], completions: Completions, args: XPOConfig
+    ) -> Tensor:
+        """log pi(y) - log pi_ref(y) of each completion, (b,)."""
+        ids, mask = self.sampler.pad_prompts([row["prompt_ids"] for row in rows], args.device)
+        batch = (
+            torch.cat([ids, completions.ids], dim=1),
+            torch.cat([mask, completions.mask], dim=1),
+            completions.mask,
+        )
+        with eval_mode(policy):
+            policy_logps = completion_logps(policy, *batch)
+        with self.reference.model() as model, eval_mode(model):
+            return policy_logps - completion_logps(model, *batch)
+
+
+def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:
+    """The metrics of an evaluation, from one record per prompt; see `Evaluator.__call__`."""
+
+    def mean(values: Sequence[float]) -> float:
+        finite = [value for value in values if value == value and abs(value) != float("inf")]
+        return sum(finite) / len(finite) if finite else float("nan")
+
+    labels = [record["label"] for record in records]
+    invalid = [not torch.tensor(record["margin"]).isfinite().item() for record in records]
+    distinct, ref_distinct = (distinct_bigrams(r[key] for r in records) for key in ("tokens", "ref_tokens"))
+    metrics = {
+        "win_rate": mean([label > 0 for label in labels]),
+        "lose_rate": mean([label < 0 for label in labels]),
+        "tie_rate": mean([label == 0 and not bad for label, bad in zip(labels, invalid, strict=True)]),
+        "invalid_rate": mean(invalid),
+        "kl": mean([record["log_ratio"] for record in records]),
+        "eos_rate": mean([record["ended"] for record in records]),
+        "ref_eos_rate": mean([record["ref_ended"] for record in records]),
+        "length": mean([len(record["tokens"]) for record in records]),
+        "ref_length": mean([len(record["ref_tokens"]) for record in records]),
+        "distinct_2": distinct.total / max(distinct.count, 1),
+        "ref_distinct_2": ref_distinct.total / max(ref_distinct.count, 1),
+    }
+    scores = ["score", *scorers] if records and "score" in records[0] else list(scorers)
+    for name in scores:
+        metrics[name] = mean([record[name] for record in records])
+        metrics[f"ref_{name}"] = mean([record[f"ref_{name}"] for record in records])
+    if "score" in metrics:
+        metrics["score_margin"] = metrics["score"] - metrics["ref_score"]
+    return metrics

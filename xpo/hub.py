@@ -1,0 +1,73 @@
+"""Models and data sets by name: a local directory, or a snapshot of a hub repository. Layer 0."""
+
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from xpo.errors import ConfigError
+
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_ANSWER_WITHIN_S = 3
+
+
+def local_directory(
+    key: str,
+    name: str,
+    revision: str | None = None,
+    kind: Literal["model", "dataset"] = "model",
+    with_code: bool = False,
+) -> Path:
+    """Where the files of a model or data set lie on this machine; downloads them if need be.
+
+    Asking for the snapshot first makes an unreachable hub fail at once, where the loading functions
+    of transformers and datasets retry for 24 seconds.
+
+    Args:
+        key: the config key that holds `name`, for the error message.
+        name: a local directory, or a hub repository such as "Qwen/Qwen2-0.5B-Instruct".
+        revision: branch, tag or commit on the hub.
+        kind: the kind of hub repository.
+        with_code: fetch Python files too, for models that bring their own code.
+
+    Raises:
+        ConfigError: neither a directory nor something the hub can deliver.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    wanted = _MODEL_FILES + (["*.py"] if with_code else []) if kind == "model" else None
+    remedy = f"point {key} at a local directory, or check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                repo_type=kind,
+                revision=revision,
+                allow_patterns=wanted,
+                etag_timeout=_ANSWER_WITHIN_S,
+            )
+        )
+    except HFValidationError:
+        reason = "is neither a directory nor a hub name"
+        remedy = f"point {key} at an existing directory or at a hub name such as owner/name"
+    except GatedRepoError:
+        reason = "is gated on the hub"
+        remedy = "ask for access on its page and log in with `hf auth login`"
+    except RevisionNotFoundError:
+        reason = f"has no revision {revision!r} on the hub"
+        remedy = f"correct {key.rpartition('.')[0]}.revision"
+    except RepositoryNotFoundError:
+        reason = "is not on the hub"
+        remedy = f"correct {key}, or log in with `hf auth login` if it is private"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        reason = "is not on this machine and the hub is out of reach"
+    raise ConfigError(f"{key}={name!r} {reason}; {remedy}")

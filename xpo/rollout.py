@@ -1,0 +1,293 @@
+"""Sampling for one optimizer step: a completion of every prompt from the policy and from the reference.
+
+Notation for shapes: B pairs of the optimizer step on this rank, P prompt tokens (padded on the left),
+C completion tokens (padded on the right), V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from xpo.errors import ConfigError
+from xpo.logprobs import completion_lengths, length_mask, positions
+
+# The random streams: y and y~ never share their noise, nor training and evaluation.
+POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE = range(4)
+
+# Options of GenerationConfig that would change what a rollout is: one sampled completion per prompt.
+_REFUSED_OPTIONS = {
+    "do_sample": "set temperature=0 for greedy decoding",
+    "num_beams": "rollouts are sampled, not searched: remove it",
+    "num_return_sequences": "a rollout is one completion per prompt: remove it",
+    "typical_p": "use top_p, top_k or min_p",
+    "epsilon_cutoff": "use top_p, top_k or min_p",
+    "eta_cutoff": "use top_p, top_k or min_p",
+    "top_h": "use top_p, top_k or min_p",
+    "stop_strings": "completions end with an EOS token or at max_new_tokens: remove it",
+    "return_dict_in_generate": "remove it",
+    "max_length": "set the trainer's max_length and max_new_tokens instead",
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. The names are GenerationConfig's; temperature 0 is greedy decoding."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    extra: dict[str, Any] | None = None  # further GenerationConfig options
+    batch_size: int | None = None  # at most so many prompts in one generate call; None: all at once
+
+    def __post_init__(self) -> None:
+        for key in self.extra or {}:
+            if key in _REFUSED_OPTIONS:
+                raise ConfigError(
+                    f"generation_kwargs: {key}={self.extra[key]!r} is not supported; {_REFUSED_OPTIONS[key]}"  # type: ignore[index]
+                )
+
+    def warpers(self) -> LogitsProcessorList:
+        """The transformations of the logits before a token is drawn, in transformers' order."""
+        warpers = LogitsProcessorList()
+        if self.temperature not in (0.0, 1.0):
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p is not None:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers
+
+
+def sampling_noise(key: Sequence[int], rows: Sequence[int], steps: int) -> Tensor:
+    """Uniform numbers that depend on (key, row) alone, whatever the batch or the process.
+
+    Args:
+        key: non-negative integers that name the draw: (seed, global step, stream).
+        rows: the index of each row in the whole batch of all ranks, B integers.
+        steps: tokens to draw.
+
+    Returns:
+        float64 in [0, 1), (B, steps).
+    """
+    return torch.from_numpy(np.stack([np.random.default_rng((*key, row)).random(steps) for row in rows]))
+
+
+class InverseTransformSampler(LogitsProcessor):
+    """Draws each row's next token with that row's own uniform number, by inverting its distribution.
+
+    As the last logits processor of a greedy `generate` it leaves one finite logit per row. Unlike
+    `torch.multinomial`, a row's token depends on its own logits and noise only: a rollout is the same
+    in one batch or in several, on one process or on many, and consumes no global random state.
+    """
+
+    def __init__(self, noise: Tensor, prompt_width: int) -> None:
+        self.noise = noise
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+        target = self.noise[:, input_ids.shape[1] - self.prompt_width, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions of B prompts by one model.
+
+    Attributes:
+        ids: tokens up to and including the EOS, then padding, (B, C).
+        mask: True on real tokens, (B, C).
+        ended: whether the completion contains an EOS token, (B,).
+        texts: decoded without special tokens, B strings.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The pairs of one optimizer step: prompts x, policy completions y, reference completions y~.
+
+    Attributes:
+        prompt_ids: left-padded, (B, P).
+        prompt_mask: True on real tokens, (B, P).
+        policy: y.
+        reference: y~, padded to the same width as y.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    policy: Completions
+    reference: Completions
+
+    def pairs(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows `start:stop` as model inputs, without the columns that are padding in all of them.
+
+        Returns:
+            input_ids and attention_mask, (2, b, P + C); completion_mask, (2, b, C). Index 0 of the
+            first dimension holds the prompts with y, index 1 the same prompts with y~.
+        """
+        rows = slice(start, stop)
+        prompt_ids, prompt_mask = self.prompt_ids[rows], self.prompt_mask[rows]
+        first_column = int(prompt_mask.any(dim=0).int().argmax())
+        prompt_ids, prompt_mask = prompt_ids[:, first_column:], prompt_mask[:, first_column:]
+        ids = torch.stack([self.policy.ids[rows], self.reference.ids[rows]])
+        mask = torch.stack([self.policy.mask[rows], self.reference.mask[rows]])
+        width = int(mask.sum(dim=2).max())
+        ids, mask = ids[..., :width], mask[..., :width]
+        return {
+            "input_ids": torch.cat([prompt_ids.expand(2, -1, -1), ids], dim=2),
+            "attention_mask": torch.cat([prompt_mask.expand(2, -1, -1), mask], dim=2),
+            "completion_mask": mask,
+        }
+
+
+class Sampler:
+    """Draws completions with transformers' generate. One for a trainer; holds no model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, eos_token_ids: Sequence[int]):
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.eos_token_ids = list(eos_token_ids)
+        self.pad_token_id = tokenizer.pad_token_id
+        self.config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,  # the last logits processor draws the token
+            repetition_penalty=sampling.repetition_penalty,
+            eos_token_id=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+            use_cache=True,
+            **(sampling.extra or {}),
+        )
+
+    def pad_prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Left-padded prompt tokens and their mask, (B, P) each."""
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in prompts]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids.to(device), length_mask(lengths, ids.shape[1]).flip(1).to(device)
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        noise_key: Sequence[int],
+        rows: Sequence[int],
+        greedy: bool = False,
+    ) -> Completions:
+        """Completions of left-padded prompts, with the model in eval mode and its KV cache on.
+
+        Args:
+            model: the policy or the reference, unwrapped.
+            prompt_ids: (B, P).
+            prompt_mask: (B, P).
+            noise_key: names the draw, see `sampling_noise`.
+            rows: the index of each prompt in the whole batch of all ranks, B integers.
+            greedy: take the likeliest token instead of drawing one.
+
+        Returns:
+            B completions of at most `max_new_tokens` tokens.
+        """
+        noise = sampling_noise(noise_key, rows, self.sampling.max_new_tokens).to(prompt_ids.device)
+        chunk = self.sampling.batch_size or len(rows)
+        generated = [
+            self._generate(model, ids, mask, part, greedy)
+            for ids, mask, part in zip(
+                prompt_ids.split(chunk), prompt_mask.split(chunk), noise.split(chunk), strict=True
+            )
+        ]
+        width = max(ids.shape[1] for ids in generated)
+        return self._completions(torch.cat([pad_columns(ids, width, self.pad_token_id) for ids in generated]))
+
+    def _generate(
+        self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, noise: Tensor, greedy: bool
+    ) -> Tensor:
+        processors = LogitsProcessorList()
+        if not greedy and self.sampling.temperature > 0:
+            processors = self.sampling.warpers()
+            processors.append(InverseTransformSampler(noise, prompt_ids.shape[1]))
+        with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config):
+            sequences = model.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask.long(),
+                position_ids=positions(prompt_mask),
+                generation_config=self.config,
+                logits_processor=processors,
+            )
+        return sequences[:, prompt_ids.shape[1] :]
+
+    def _completions(self, ids: Tensor) -> Completions:
+        lengths, ended = completion_lengths(ids, torch.tensor(self.eos_token_ids, device=ids.device))
+        mask = length_mask(lengths, ids.shape[1])
+        texts = self.tokenizer.batch_decode(
+            [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
+        )
+        return Completions(ids=ids, mask=mask, ended=ended, texts=texts)
+
+
+def pad_columns(ids: Tensor, width: int, value: int) -> Tensor:
+    """`ids` (N, C) with columns of `value` appended up to `width`."""
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=value)
+
+
+def same_width(first: Completions, second: Completions, pad_token_id: int) -> tuple[Completions, Completions]:
+    """Two sets of completions padded to one width."""
+    width = max(first.ids.shape[1], second.ids.shape[1])
+    return tuple(  # type: ignore[return-value]
+        Completions(pad_columns(c.ids, width, pad_token_id), pad_columns(c.mask, width, 0), c.ended, c.texts)
+        for c in (first, second)
+    )
+
+
+@contextmanager
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model in eval mode, put back into training mode afterwards if it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Keeps the generation defaults that a checkpoint ships (top_k=20, a repetition penalty, ...) out.
+
+    `generate` fills what a GenerationConfig leaves open from the model's own.
+    """
+    shipped = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = shipped

@@ -1,0 +1,232 @@
+"""The types of the Hydra configuration. Layer 0: no torch, so that `--cfg job` answers at once.
+
+Every group of conf/ has one dataclass here; each value is documented where it is set, in the YAML
+files. A value of the wrong type or out of range raises ConfigError before anything is loaded.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from xpo import checks
+from xpo.errors import ConfigError
+
+
+@dataclass
+class ModelSchema:
+    name: str = MISSING
+    revision: str | None = None
+    dtype: str = "float32"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    reference: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+
+@dataclass
+class LoraSchema:
+    r: int = 0
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Any = "all-linear"
+
+    def __post_init__(self) -> None:
+        checks.number("lora.r", self.r, minimum=0)
+        checks.number("lora.alpha", self.alpha, minimum=1)
+        checks.number("lora.dropout", self.dropout, minimum=0)
+
+
+@dataclass
+class DataSchema:
+    train: str = MISSING
+    train_split: str = "train"
+    train_limit: int | None = None
+    eval: str | None = None
+    eval_split: str = "test"
+    eval_limit: int | None = None
+    prompt_column: str = "prompt"
+    prompt_overflow: str = "drop"
+
+    def __post_init__(self) -> None:
+        checks.one_of("data.prompt_overflow", self.prompt_overflow, ("drop", "truncate", "error"))
+        for key in ("train_limit", "eval_limit"):
+            if getattr(self, key) is not None:
+                checks.number(f"data.{key}", getattr(self, key), minimum=1)
+
+
+@dataclass
+class LossSchema:
+    alpha: Any = 1e-5
+    beta: Any = 0.1
+    loss_type: str = "sigmoid"
+    missing_eos_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.per_epoch("loss.alpha", self.alpha, minimum=0)
+        checks.per_epoch("loss.beta", self.beta, above=0)
+        checks.one_of("loss.loss_type", self.loss_type, ("sigmoid", "ipo"))
+        if self.missing_eos_penalty is not None:
+            checks.number("loss.missing_eos_penalty", self.missing_eos_penalty, above=0)
+
+
+@dataclass
+class GenerationSchema:
+    max_new_tokens: int = 64
+    max_length: int = 512
+    temperature: float = 0.9
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    batch_size: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.lengths("generation.max_new_tokens", self.max_new_tokens, "generation.max_length", self.max_length)
+        checks.number("generation.temperature", self.temperature, minimum=0)
+        checks.fraction("generation.top_p", self.top_p)
+        checks.number("generation.top_k", self.top_k, minimum=0)
+        if self.min_p is not None:
+            checks.fraction("generation.min_p", self.min_p)
+        checks.number("generation.repetition_penalty", self.repetition_penalty, above=0)
+        if self.batch_size is not None:
+            checks.number("generation.batch_size", self.batch_size, minimum=1)
+
+
+@dataclass
+class EvaluationSchema:
+    before: bool = True
+    after: bool = True
+    greedy: bool = False
+    show: int = 3
+    scorers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainingSchema:
+    """Names, meanings and defaults of transformers.TrainingArguments, but for `resume` and `kwargs`."""
+
+    max_steps: int = -1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-7
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    warmup_steps: float = 0.0
+    optim: str = "adamw_torch_fused"
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    bf16: bool | None = None
+    fp16: bool = False
+    tf32: bool | None = None
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    use_liger_kernel: bool = False
+    use_cpu: bool = False
+    seed: int = 42
+    data_seed: int | None = None
+    full_determinism: bool = False
+    logging_steps: float = 10
+    logging_first_step: bool = False
+    eval_strategy: str = "no"
+    eval_steps: float | None = None
+    save_strategy: str = "steps"
+    save_steps: float = 500
+    save_total_limit: int | None = None
+    save_only_model: bool = False
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    dataloader_num_workers: int = 0
+    dataloader_drop_last: bool = False
+    ddp_timeout: int = 1800
+    disable_tqdm: bool = False
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_strategy: str = "every_save"
+    hub_private_repo: bool | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            checks.number(f"training.{key}", getattr(self, key), minimum=1)
+        checks.number("training.learning_rate", self.learning_rate, minimum=0)
+        checks.number("training.warmup_steps", self.warmup_steps, minimum=0)
+        checks.number("training.num_train_epochs", self.num_train_epochs, above=0)
+        checks.number("training.seed", self.seed, minimum=0)
+        checks.number("training.logging_steps", self.logging_steps, above=0)
+        checks.number("training.save_steps", self.save_steps, above=0)
+        checks.one_of("training.eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
+        checks.one_of("training.save_strategy", self.save_strategy, ("no", "steps", "epoch", "best"))
+        for word, name in self.kwargs.items():
+            if word in self.__dataclass_fields__:
+                raise ConfigError(f"training.kwargs.{word}={name!r} has its own key; set training.{word}")
+
+
+@dataclass
+class TrackingSchema:
+    enabled: bool = True
+    uri: str | None = None
+    experiment: str = "xpo"
+    run_name: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class TrainSchema:
+    model: ModelSchema = field(default_factory=ModelSchema)
+    lora: LoraSchema = field(default_factory=LoraSchema)
+    judge: dict[str, Any] = field(default_factory=dict)
+    reward_model: dict[str, Any] = field(default_factory=dict)
+    data: DataSchema = field(default_factory=DataSchema)
+    loss: LossSchema = field(default_factory=LossSchema)
+    generation: GenerationSchema = field(default_factory=GenerationSchema)
+    evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
+    training: TrainingSchema = field(default_factory=TrainingSchema)
+    tracking: TrackingSchema = field(default_factory=TrackingSchema)
+
+    def __post_init__(self) -> None:
+        judged_by_reward = self.judge.get("_target_") == REWARD_JUDGE
+        if not self.judge.get("_target_"):
+            raise ConfigError("judge has no _target_; choose one with judge=reward or judge=pair_rm")
+        if judged_by_reward and not self.reward_model.get("_target_"):
+            raise ConfigError(
+                "judge=reward needs a reward model and reward_model=none; choose a reward_model or another judge"
+            )
+        if self.training.load_best_model_at_end and self.training.eval_strategy == "no":
+            raise ConfigError(
+                "training.load_best_model_at_end=True needs evaluations; set training.eval_strategy=steps"
+            )
+        if self.training.eval_strategy != "no" and self.data.eval is None:
+            raise ConfigError(
+                f"training.eval_strategy={self.training.eval_strategy!r} needs held-out prompts and data.eval=None; "
+                "set data.eval, or training.eval_strategy=no"
+            )
+
+
+REWARD_JUDGE = "xpo.judges.RewardJudge"
+
+
+def to_dict(config: TrainSchema) -> dict[str, Any]:
+    """The configuration as plain containers, as it is written to config.yaml."""
+    return asdict(config)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loss": {"alpha": 1}} as {"loss.alpha": 1}; empty dicts vanish, lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,477 @@
+"""XPOTrainer: Exploratory Preference Optimization as a transformers Trainer."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from xpo.config import XPOConfig, value_at_epoch
+from xpo.data import collate_prompts, tokenize_prompts
+from xpo.errors import ConfigError
+from xpo.evaluation import Evaluator
+from xpo.hub import local_directory
+from xpo.judges import FunctionJudge, Judge, RewardJudge
+from xpo.logprobs import completion_logps
+from xpo.losses import xpo_loss
+from xpo.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
+from xpo.preference import Preference, judge_pairs
+from xpo.prompts import Prompt
+from xpo.reference import Reference, base_model
+from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
+from xpo.rollout import POLICY, REFERENCE, Completions, Rollout, Sampler, Sampling, eval_mode, same_width
+
+logger = logging.getLogger(__name__)
+
+PromptDataset = Dataset | IterableDataset
+
+
+class XPOTrainer(Trainer):
+    """Trains a language model with XPO (arXiv 2405.21046).
+
+    For each optimizer step::
+
+        prompts      B prompts of the whole step, all micro-batches at once
+        rollout      y ~ policy, y~ ~ reference                  one batched generation each
+        preference   margin = log-odds that y beats y~           judge, or difference of rewards
+        label        y wins / y~ wins / tie / invalid            the last two carry no preference loss
+        reference    log pi_ref(y), log pi_ref(y~)               no gradient
+        for each micro-batch:
+            forward  log pi(y), log pi(y~)
+            loss     preference_loss(beta * log-ratio difference) + alpha * log pi(y~)
+            backward
+        optimizer step, metrics
+
+    `get_batch_samples` does everything down to the reference, `compute_loss` the rest.
+
+    How it departs from Algorithm 1 of the paper: each optimizer step uses its own pairs only (no
+    accumulated data set), and takes one gradient step instead of solving for the minimiser.
+
+    Args:
+        model: the policy, or its name.
+        ref_model: the reference; None for a frozen copy of the policy, or under LoRA its base model.
+        judge: says who wins: a `Judge`, or a function (prompts, first, second) -> B margins. None: the
+            reward model's score difference does.
+        reward_model: scores completions: a `RewardModel`, a sequence classifier, its name, or a function
+            (prompts, completions) -> B scores. Needed if there is no judge.
+        args: the configuration.
+        processing_class: the policy's tokenizer; None loads the one that belongs to the model.
+        reward_processing_class: the tokenizer of a classifier; None loads the one that belongs to it.
+        train_dataset: a column "prompt", of text or of messages.
+        eval_dataset: held-out prompts, or several sets by name.
+        peft_config: trains adapters instead of the whole model.
+        scorers: independent reward models for evaluation, by metric name. Training never sees them.
+        callbacks: transformers' callbacks.
+        optimizers: as in `transformers.Trainer`.
+        reward_funcs: TRL's name of `reward_model`.
+        reward_processing_classes: TRL's name of `reward_processing_class`.
+
+    Raises:
+        ConfigError: what a user can mend, in one line.
+    """
+
+    _tag_names = ["xpo"]
+    # The loss of a micro-batch is already its share of the optimizer step's mean.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | str,
+        ref_model: PreTrainedModel | None = None,
+        judge: Judge | Callable[..., Any] | None = None,
+        reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None = None,
+        args: XPOConfig | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: PromptDataset | None = None,
+        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        scorers: dict[str, RewardModel] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        *,
+        reward_funcs: Any = None,
+        reward_processing_classes: Any = None,
+    ):
+        args = args or XPOConfig(output_dir="xpo_output")
+        reward_model = reward_model or reward_funcs or args.reward_model_path
+        reward_processing_class = reward_processing_class or reward_processing_classes
+        if judge is None and reward_model is None:
+            raise ConfigError("neither judge nor reward_model is given; pass one of them to say who wins a pair")
+        if train_dataset is None:
+            raise ConfigError("train_dataset=None; pass a data set with a column 'prompt'")
+        if reward_model is None and isinstance(judge, RewardJudge):
+            reward_model = judge.reward_model
+        self.reward_model = as_reward_model(reward_model, reward_processing_class, args.device)
+        self.judge = as_judge(judge, self.reward_model)
+
+        if isinstance(model, str):
+            model = _load_policy(model, args)
+        if processing_class is None:
+            processing_class = AutoTokenizer.from_pretrained(base_model(model).config.name_or_path)
+        if processing_class.pad_token_id is None:
+            processing_class.pad_token = processing_class.eos_token
+        eos_token_ids = end_tokens(base_model(model), processing_class)
+
+        prompt_length = args.max_length - args.max_new_tokens
+        prepare = [processing_class, prompt_length, args.prompt_overflow]
+        train_dataset = tokenize_prompts(train_dataset, *prepare, key="train_dataset")
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {
+                name: tokenize_prompts(part, *prepare, key=f"eval_dataset[{name!r}]")
+                for name, part in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            eval_dataset = tokenize_prompts(eval_dataset, *prepare, key="eval_dataset")
+
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        if args.disable_dropout:
+            for part in (model, ref_model):
+                _disable_dropout(part)
+        self.reference = Reference(model, ref_model, args.device)
+        self.sampler = Sampler(processing_class, _sampling(args), eos_token_ids)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate_prompts,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
+        self.evaluator = Evaluator(self.sampler, self.reference, self.judge, self.reward_model, scorers or {})
+        self._tracker = MeanTracker()
+        self._step_logs: dict[str, float] = {}
+
+    # ---- one optimizer step ------------------------------------------------------------------
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, list[Any]]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """Everything of an optimizer step that needs no gradient: rollout, preference, reference.
+
+        Returns:
+            The labelled micro-batches (see `_micro_batches`), and the number of pairs on all ranks.
+        """
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return [], None
+        started = time.perf_counter()
+        rollout = self._rollout(batches)
+        sampled = time.perf_counter()
+        prompts = [prompt for batch in batches for prompt in batch["prompt"]]
+        preference = judge_pairs(
+            self.judge,
+            self.reward_model,
+            prompts,
+            rollout.policy,
+            rollout.reference,
+            self.args.missing_eos_penalty,
+        )
+        judged = time.perf_counter()
+        self._tracker.add(self._rollout_metrics(rollout, preference))
+        self._tracker.add(
+            {
+                "perf/rollout_s": Mean(sampled - started, 1),
+                "perf/preference_s": Mean(judged - sampled, 1),
+                "perf/update_s": Mean(0.0, 1),  # `training_step` adds to the total
+            }
+        )
+        sizes = [len(batch["prompt"]) for batch in batches]
+        pairs = torch.tensor(sum(sizes), device=device)
+        return self._micro_batches(rollout, preference, sizes), self.accelerator.reduce(pairs, "sum")
+
+    def _rollout(self, batches: Sequence[dict[str, list[Any]]]) -> Rollout:
+        """Completions of the whole step's prompts by the policy and by the reference."""
+        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
+        prompt_ids, prompt_mask = self.sampler.pad_prompts(prompts, self.args.device)
+        rows = self._global_rows([len(batch["prompt_ids"]) for batch in batches])
+        seed = (self.args.seed, self.state.global_step)
+        with self.accelerator.autocast():
+            policy = self.sampler.sample(base_model(self.model), prompt_ids, prompt_mask, (*seed, POLICY), rows)
+            with self.reference.model() as model:
+                reference = self.sampler.sample(model, prompt_ids, prompt_mask, (*seed, REFERENCE), rows)
+        return Rollout(prompt_ids, prompt_mask, *same_width(policy, reference, self.sampler.pad_token_id))
+
+    def _global_rows(self, sizes: Sequence[int]) -> list[int]:
+        """The place of each of this rank's prompts in the optimizer batch of all ranks.
+
+        Micro-batch m of rank r is number m * world + r, as accelerate deals them.
+        """
+        world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
+        return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]
+
+    def _micro_batches(
+        self, rollout: Rollout, preference: Preference, sizes: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
+        """The pairs of each micro-batch with label and reference log-probabilities.
+
+        Returns:
+            Dicts of input_ids and attention_mask (2, b, P + C), completion_mask (2, b, C),
+            reference_logps (2, b) and label (b,).
+        """
+        micro_batches, start = [], 0
+        for size in sizes:
+            batch = rollout.pairs(start, start + size)
+            with self.reference.model() as model, eval_mode(model), torch.no_grad(), self.accelerator.autocast():
+                batch["reference_logps"] = pair_logps(model, batch)
+            batch["label"] = preference.label[start : start + size].to(self.args.device)
+            micro_batches.append(batch)
+            start += size
+        return micro_batches
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The share of a micro-batch in the mean loss over the pairs of the optimizer step.
+
+        Args:
+            model: the policy, wrapped for distributed training.
+            inputs: see `_micro_batches`.
+            return_outputs: not supported.
+            num_items_in_batch: pairs of the optimizer step on all ranks.
+        """
+        alpha, beta = self.alpha, self.beta
+        policy_logps = pair_logps(model, inputs)
+        dpo, xpo = xpo_loss(
+            policy_logps, inputs["reference_logps"], inputs["label"], alpha, beta, self.args.loss_type
+        )
+        self._tracker.add(
+            pair_metrics(policy_logps.detach(), inputs["reference_logps"], inputs["label"], beta, dpo, xpo)
+        )
+        self._step_logs = {"alpha": alpha, "beta": beta}
+        # Gradients are averaged over the ranks.
+        return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; a loss that is not finite stops the run."""
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not loss.isfinite():
+            raise self._diverged(f"the loss is {loss.item()}")
+        self._tracker.add({"perf/update_s": Mean(time.perf_counter() - started, 0)})
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last look before the optimizer step: a bad gradient must not reach weights or checkpoints.
+        # A scaler (fp16) skips such steps by itself.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            raise self._diverged(f"the gradient norm is {float(grad_norm)}")
+        return grad_norm
+
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}; lower learning_rate or alpha, or raise beta "
+            f"(the checkpoints up to step {self.state.global_step} in {self.args.output_dir} are sound)"
+        )
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the exploration bonus in force."""
+        return value_at_epoch(self.args.alpha, self.state.epoch)
+
+    @property
+    def beta(self) -> float:
+        """The strength of the KL regularisation in force."""
+        return value_at_epoch(self.args.beta, self.state.epoch)
+
+    # ---- metrics -----------------------------------------------------------------------------
+
+    def _rollout_metrics(self, rollout: Rollout, preference: Preference) -> dict[str, Mean]:
+        lengths = rollout.policy.mask.sum(dim=1)
+        metrics = preference_metrics(preference.margin, preference.label) | {
+            "val/model_contain_eos_token": mean_of(rollout.policy.ended.float()),
+            "val/ref_contain_eos_token": mean_of(rollout.reference.ended.float()),
+            "completions/length": mean_of(lengths),
+            "completions/distinct_2": self._distinct_2(rollout.policy),
+            "generated_tokens": Mean(float(lengths.sum() + rollout.reference.mask.sum()), 0),
+        }
+        if preference.scores is not None:
+            scored = preference.scores.isfinite()
+            metrics |= {
+                "objective/model_scores": mean_of(preference.scores[0], scored[0]),
+                "objective/ref_scores": mean_of(preference.scores[1], scored[1]),
+                "objective/scores_margin": mean_of(preference.scores[0] - preference.scores[1], scored.all(0)),
+            }
+        return metrics
+
+    def _distinct_2(self, policy: Completions) -> Mean:
+        """distinct-2 over the completions of all ranks, each rank holding an equal share of the counts."""
+        ids = policy.ids.masked_fill(~policy.mask, -1)
+        ids = self.accelerator.gather(self.accelerator.pad_across_processes(ids, dim=1, pad_index=-1))
+        distinct = distinct_bigrams([[token for token in row if token >= 0] for row in ids.tolist()])
+        return Mean(distinct.total / self.args.world_size, distinct.count / self.args.world_size)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the metrics of the pairs since the last log to the Trainer's own, reduced over the ranks."""
+        if "learning_rate" in logs:  # a step of training; evaluations and the final summary have none
+            logs = logs | self._pop_metrics() | self._step_logs
+        super().log(logs, start_time)
+
+    def _pop_metrics(self) -> dict[str, float]:
+        tokens, _ = self._tracker.sums.pop("generated_tokens", (0.0, 0.0))
+        seconds = sum(self._tracker.sums[f"perf/{part}_s"][0] for part in ("rollout", "preference", "update"))
+        steps = self._tracker.sums["perf/rollout_s"][1]
+        self._tracker.add({"tokens_per_step": Mean(tokens, steps), "seconds_per_step": Mean(seconds, steps)})
+        metrics = self._tracker.pop(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum").cpu())
+        tokens_per_step = metrics.pop("tokens_per_step") * self.args.world_size
+        metrics["perf/tokens_per_s"] = tokens_per_step / metrics.pop("seconds_per_step")
+        return metrics
+
+    # ---- evaluation --------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Win rate against the reference, scores, KL and more on held-out prompts; see `evaluation.py`."""
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if isinstance(dataset, dict):
+            return {
+                key: value
+                for name, part in dataset.items()
+                for key, value in self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}").items()
+            }
+        if dataset is None:
+            raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
+        if "prompt_ids" not in dataset.column_names:
+            length = self.args.max_length - self.args.max_new_tokens
+            dataset = tokenize_prompts(
+                dataset, self.processing_class, length, self.args.prompt_overflow, key="eval_dataset"
+            )
+        result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
+        self.log(result)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
+        self._memory_tracker.stop_and_update_metrics(result)
+        return result
+
+    # ---- checkpoints -------------------------------------------------------------------------
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
+        # checkpoint is complete, so no rank may lag behind.
+        super()._save_rng_state(output_dir)
+        self._tracker_file(output_dir).write_text(json.dumps(self._tracker.sums))
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._tracker_file(checkpoint).is_file():
+            self._tracker.sums = {k: tuple(v) for k, v in json.loads(self._tracker_file(checkpoint).read_text()).items()}
+
+    def _tracker_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"metrics_{self.args.process_index}.json"
+
+
+def pair_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Summed log-probabilities of both completions of each pair, float32 (2, b), in one forward pass."""
+    logps = completion_logps(
+        model,
+        batch["input_ids"].flatten(0, 1),
+        batch["attention_mask"].flatten(0, 1),
+        batch["completion_mask"].flatten(0, 1),
+    )
+    return logps.unflatten(0, (2, -1))
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
+    shipped = model.generation_config.eos_token_id
+    shipped = [] if shipped is None else [shipped] if isinstance(shipped, int) else list(shipped)
+    tokens = [token for token in dict.fromkeys([tokenizer.eos_token_id, *shipped]) if token is not None]
+    if not tokens:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; set tokenizer.eos_token")
+    return tokens
+
+
+def as_judge(judge: Judge | Callable[..., Any] | None, reward_model: RewardModel | None) -> Judge:
+    """The judge that `judge` stands for; without one, the reward model judges."""
+    if judge is None:
+        assert reward_model is not None
+        return RewardJudge(reward_model)
+    if isinstance(judge, Judge):
+        return judge
+    if callable(judge):
+        return FunctionJudge(judge)
+    raise ConfigError(f"judge={judge!r} is no judge; pass an xpo.judges.Judge or a function (prompts, first, second)")
+
+
+def as_reward_model(
+    reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+) -> RewardModel | None:
+    """The reward model that `reward_model` stands for."""
+    if reward_model is None or isinstance(reward_model, RewardModel):
+        return reward_model
+    if isinstance(reward_model, str):
+        return ClassifierReward.from_pretrained(reward_model, device=str(device))
+    if isinstance(reward_model, PreTrainedModel):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward_model.config.name_or_path)
+        return ClassifierReward(reward_model.to(device), tokenizer)
+    if callable(reward_model):
+        return FunctionReward(reward_model)
+    raise ConfigError(
+        f"reward_model={reward_model!r} is no reward model; pass an xpo.rewards.RewardModel, a sequence "
+        "classifier, or a function (prompts, completions)"
+    )
+
+
+def _load_policy(name: str, args: XPOConfig) -> PreTrainedModel:
+    directory = local_directory("model", name, with_code=args.trust_remote_code)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {})
+    )
+
+
+def _sampling(args: XPOConfig) -> Sampling:
+    """The sampling options of a configuration; generation_kwargs win over the options they repeat."""
+    extra = dict(args.generation_kwargs or {})
+    named = {
+        name: extra.pop(name, value)
+        for name, value in {
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty,
+        }.items()
+    }
+    return Sampling(**named, extra=extra, batch_size=args.generation_batch_size)
+
+
+def _disable_dropout(model: nn.Module | None) -> None:
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(vars(module).get("attention_dropout"), float):  # for the fused attention kernels
+            module.attention_dropout = 0.0
