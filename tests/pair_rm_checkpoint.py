@@ -99,7 +99,7 @@ def _config(vocab_size: int) -> DebertaV2Config:
 
 
 def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of standard deviation 0.25, so that logits differ between texts; layer norms stay as they are."""
+    """Weights of standard deviation 0.25, so that logits differ between texts; layer norms stay."""
     generator = torch.Generator().manual_seed(0)
     weights = module.state_dict()
     for name, value in sorted(weights.items()):

@@ -97,6 +97,7 @@ class XPOConfig(TrainingArguments):
             )
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
         self._n_gpu = min(self.n_gpu, 1)

@@ -21,6 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from xpo.card import model_card
 from xpo.config import XPOConfig, value_at_epoch
 from xpo.data import collate_prompts, tokenize_prompts
 from xpo.errors import ConfigError
@@ -372,6 +373,13 @@ class XPOTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         self._memory_tracker.stop_and_update_metrics(result)
         return result
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md into the output directory, with the run's own numbers. Arguments are ignored."""
+        if self.is_world_process_zero():
+            name = base_model(self.model).config.name_or_path or type(base_model(self.model)).__name__
+            card = model_card(self.args, name, self.state.log_history, isinstance(self.model, PeftModel))
+            (Path(self.args.output_dir) / "README.md").write_text(card)
 
     # ---- checkpoints -------------------------------------------------------------------------
 

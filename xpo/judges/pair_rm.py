@@ -132,7 +132,8 @@ class PairRMJudge(Judge):
             ids = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (N, L)
             lengths = torch.tensor([len(rows[i]) for i in batch])
             mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (N, L)
-            logits[batch] = self.network(ids.to(self.device), mask.to(self.device), self.markers).float().cpu()
+            output = self.network(ids.to(self.device), mask.to(self.device), self.markers)
+            logits[batch] = output.float().cpu()
         return logits
 
 
@@ -190,7 +191,8 @@ def load_pair_rm(model: str, revision: str | None = None) -> tuple[Tokenizer, Pa
     except (SafetensorError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(
-            f"judge.model={model!r}: model.safetensors does not fit ({reason}); use a copy of llm-blender/PairRM-hf"
+            f"judge.model={model!r}: model.safetensors does not fit ({reason}); "
+            "point judge.model at a complete copy of llm-blender/PairRM-hf"
         ) from error
     return tokenizer, network
 
@@ -199,6 +201,7 @@ def _file(model: str, directory: Path, name: str) -> Path:
     """The path of a file, which must be there."""
     if not (directory / name).is_file():
         raise ConfigError(
-            f"judge.model={model!r}: {directory} has no {name}; point judge.model at all files of llm-blender/PairRM-hf"
+            f"judge.model={model!r}: {directory} has no {name}; "
+            "point judge.model at a complete copy of llm-blender/PairRM-hf"
         )
     return directory / name

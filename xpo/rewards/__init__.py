@@ -4,5 +4,6 @@ from xpo.rewards.base import RewardModel
 from xpo.rewards.classifier import ClassifierReward
 from xpo.rewards.embedded import EmbeddedReward
 from xpo.rewards.function import FunctionReward
+from xpo.rewards.vader import VaderReward
 
-__all__ = ["ClassifierReward", "EmbeddedReward", "FunctionReward", "RewardModel"]
+__all__ = ["ClassifierReward", "EmbeddedReward", "FunctionReward", "RewardModel", "VaderReward"]

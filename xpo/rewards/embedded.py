@@ -103,7 +103,8 @@ class EmbeddedReward(RewardModel):
     """How favourably a completion reads: a linear head on MiniLM embeddings, fitted to human ratings.
 
     It reads the completion alone, not the prompt; scores estimate a rating from -4 (very negative) to
-    4 (very positive). Whitespace scores as the empty text does, which is a finite number.
+    4 (very positive) and are not clamped. A blank completion scores as the empty text does: a finite
+    number.
 
     Args:
         batch_size: completions in one forward pass; it changes speed and memory only.

@@ -1,0 +1,103 @@
+"""What happens beside training: stopping on a signal, keeping the completions of evaluations."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from xpo.evaluation import Evaluator
+from xpo.tracking import TABLE_NAME, TABLE_TAG, TABLE_TAG_VALUE, MLflowRun, completion_rows, write_table
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in progress, with a checkpoint, when a signal asks for it.
+
+    SIGINT and SIGTERM do, and so does the death of the parent process. A second signal, or one
+    outside of training, raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._training = False
+        self._parent = os.getppid()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.signal is not None
+        self.signal = number
+        if again or not self._training:
+            raise KeyboardInterrupt
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.signal is None and os.getppid() != self._parent:
+            self.signal = signal.SIGTERM
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = False
+
+
+class KeepCompletions(TrainerCallback):
+    """Writes the completions of each evaluation to a file, and all of them to one table for MLflow."""
+
+    def __init__(self, evaluator: Evaluator, directory: Path, run: MLflowRun | None):
+        self.evaluator = evaluator
+        self.directory = directory
+        self.run = run
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = self.directory / f"step_{state.global_step:06d}.json"
+        write_table(path, completion_rows(self.evaluator.records, state.global_step))
+        if self.run is None:
+            return
+        table = self.directory / TABLE_NAME
+        files = sorted(self.directory.glob("step_*.json"))
+        write_table(table, [row for file in files for row in json.loads(file.read_text())["data"]])
+        self.run.log_file(path, "completions")
+        self.run.log_file(table)
+        self.run.set_tag(TABLE_TAG, TABLE_TAG_VALUE)
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar, with one short line per log instead of every metric."""
+
+    _SHOWN = {
+        "loss": "loss",
+        "preference/win_rate": "wins",
+        "objective/scores_margin": "reward margin",
+        "objective/kl_policy": "kl",
+        "completions/length": "length",
+    }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the metrics of a training step above the bar; those of evaluations have their table."""
+        if logs is None or self.training_bar is None or "loss" not in logs:
+            return
+        values = [f"{label} {logs[name]:.3f}" for name, label in self._SHOWN.items() if name in logs]
+        self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(values))

@@ -1,0 +1,77 @@
+"""The model card: what was trained, how, and what this run itself measured."""
+
+from typing import Any
+
+from xpo.config import XPOConfig
+
+_SHOWN = ("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2")
+_SETTINGS = (
+    "alpha",
+    "beta",
+    "loss_type",
+    "missing_eos_penalty",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_new_tokens",
+    "temperature",
+    "seed",
+)
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The evaluations in a Trainer's log history, in order, with their step."""
+    return [entry for entry in history if "eval_runtime" in entry]
+
+
+def measures(evaluation: dict[str, float]) -> list[str]:
+    """The metrics of an evaluation that a person wants to see first, then the scorers'."""
+    names = [name.removeprefix("eval_") for name in evaluation if name.startswith("eval_")]
+    scorers = [name.removeprefix("ref_") for name in names if name.startswith("ref_")]
+    return [name for name in dict.fromkeys((*_SHOWN, *scorers)) if name in names]
+
+
+def model_card(args: XPOConfig, base_model: str, history: list[dict[str, Any]], adapter: bool) -> str:
+    """A README.md for the hub, with the run's own numbers.
+
+    Args:
+        args: the trainer's arguments.
+        base_model: the name of the model that was trained.
+        history: `trainer.state.log_history`.
+        adapter: whether the weights are a PEFT adapter.
+    """
+    steps = max((entry["step"] for entry in history), default=0)
+    settings = "\n".join(f"| {name} | {getattr(args, name)} |" for name in _SETTINGS)
+    kept = evaluations(history)
+    table = ""
+    if kept:
+        first, last = kept[0], kept[-1]
+        rows = [
+            f"| {name} | {first[f'eval_{name}']:.3f} | {last[f'eval_{name}']:.3f} |"
+            for name in measures(last)
+            if f"eval_{name}" in first
+        ]
+        table = (
+            "\n## Held-out prompts, against the reference\n\n"
+            f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+        )
+    return f"""---
+library_name: {"peft" if adapter else "transformers"}
+base_model: {base_model}
+tags: [xpo, preference-optimization]
+---
+
+# {base_model}, trained with XPO
+
+{steps} optimizer steps of Exploratory Preference Optimization
+([arXiv 2405.21046](https://arxiv.org/abs/2405.21046)).
+{table}
+`win_rate`, `tie_rate` and `lose_rate` compare one completion of each prompt with one of the reference
+model under the judge of the run; `kl` is in nats per completion.
+
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+"""

@@ -1,0 +1,61 @@
+"""What a run says on the terminal."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from xpo.card import evaluations, measures
+from xpo.config import XPOConfig
+
+
+def say(args: XPOConfig, message: str) -> None:
+    """One line on the main process, at once."""
+    if args.process_index == 0:
+        print(message, flush=True)
+
+
+def how_to_continue(step: int, run_dir: Path) -> str:
+    """The line after a run was stopped."""
+    return f"Stopped at step {step}. Continue with: python -m xpo.train training.resume={run_dir}"
+
+
+def show_completions(records: list[dict[str, Any]], count: int) -> None:
+    """A few prompts with the policy's and the reference's completions."""
+    console = Console()
+    verdicts = {1.0: "policy wins", -1.0: "reference wins", 0.0: "no preference"}
+    for record in records[:count]:
+        body = (
+            f"[bold green]policy[/]     {escape(record['completion'].strip())}\n"
+            f"[bold yellow]reference[/]  {escape(record['reference'].strip())}"
+        )
+        title = f"{escape(record['prompt'])}  [dim]({verdicts[record['label']]})[/]"
+        console.print(Panel(body, title=title, title_align="left"))
+
+
+def show_table(history: list[dict[str, Any]]) -> None:
+    """The first and the last evaluation beside the reference."""
+    kept = evaluations(history)
+    if not kept:
+        return
+    first, last = kept[0], kept[-1]
+    table = Table(title="Held-out prompts", title_justify="left")
+    table.add_column("metric")
+    for title in ("reference", f"step {first['step']}", f"step {last['step']}"):
+        table.add_column(title, justify="right")
+    for name in measures(last):
+        values = (last.get(f"eval_ref_{name}"), first.get(f"eval_{name}"), last.get(f"eval_{name}"))
+        table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    Console().print(table)
+
+
+def show_where(run_dir: Path, ui: str | None) -> None:
+    """The last lines: where the model is, and how to open the UI."""
+    print(f"Model:   {run_dir / 'model'}")
+    if ui is not None:
+        print(f"Compare: {ui}")
+    sys.stdout.flush()

@@ -1,0 +1,105 @@
+"""Run directories: what lies in them, and which one a resumed command goes on with. Layer 0: no torch.
+
+RUN_DIR/
+  config.yaml            the resolved configuration
+  run.json               a RunRecord
+  train.log              warnings and errors
+  completions/           one file per evaluation
+  model/                 the final model with its card, and checkpoint-N/ beside it
+  metrics.json           everything that was logged
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xpo.errors import ConfigError
+
+
+@dataclass
+class RunRecord:
+    """What a run directory says of its run, besides the configuration."""
+
+    name: str = "run"
+    job_key: str = ""
+    version: str = ""
+    choices: dict[str, str] = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+    resume_from: str | None = None
+    finished: bool = False
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunRecord":
+        """The record in `run_dir`."""
+        return cls(**json.loads((run_dir / "run.json").read_text()))
+
+    def write(self, run_dir: Path) -> None:
+        """Puts the record into `run_dir`, whole or not at all."""
+        unfinished = run_dir / "run.json.part"
+        unfinished.write_text(json.dumps(asdict(self), indent=1))
+        unfinished.replace(run_dir / "run.json")
+
+
+def job_key(config: dict[str, Any]) -> str:
+    """Names what a run computes: a hash of its configuration but for tracking and `training.resume`."""
+    relevant = {key: value for key, value in config.items() if key != "tracking"}
+    relevant["training"] = {key: value for key, value in relevant["training"].items() if key != "resume"}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def last_complete_checkpoint(model_dir: Path) -> Path | None:
+    """The newest checkpoint-N that was written to its end.
+
+    A killed run may leave a half-written one: trainer_state.json is what is written last.
+    """
+    numbered = [(int(path.name.rpartition("-")[2]), path) for path in model_dir.glob("checkpoint-*")]
+    for _, path in sorted(numbered, reverse=True):
+        if is_complete(path):
+            return path
+    return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has a readable trainer_state.json."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path] | None:
+    """The run directory and the checkpoint that `training.resume` names.
+
+    Args:
+        resume: "auto", a run directory, or a checkpoint in one.
+        key: the job key of the command, for "auto".
+        roots: directories under which "auto" looks for run directories.
+
+    Returns:
+        None if "auto" finds nothing to go on with: the run starts from the beginning.
+
+    Raises:
+        ConfigError: there is no complete checkpoint at the path.
+    """
+    if resume == "auto":
+        records = sorted(
+            (path for root in roots for path in root.rglob("run.json")), key=lambda path: path.stat().st_mtime
+        )
+        for path in reversed(records):
+            record = RunRecord.read(path.parent)
+            checkpoint = last_complete_checkpoint(path.parent / "model")
+            if record.job_key == key and not record.finished and checkpoint is not None:
+                return path.parent, checkpoint
+        return None
+    path = Path(resume).expanduser()
+    checkpoint = path if is_complete(path) else last_complete_checkpoint(path / "model")
+    run_dir = path.parent.parent if checkpoint == path else path
+    if checkpoint is None or not (run_dir / "run.json").is_file():
+        raise ConfigError(
+            f"training.resume={resume!r} holds no complete checkpoint; "
+            "give a run directory (outputs/DATE/TIME), a checkpoint in its model/, or auto"
+        )
+    return run_dir, checkpoint

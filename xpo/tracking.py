@@ -1,0 +1,233 @@
+"""MLflow: one run per training run, whose points are neither lost nor logged twice."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from xpo.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_MAX_PARAM = 6000  # characters of a value that MLflow keeps
+_MAX_PARAMS = 100  # params in one request
+_FLUSH_POINTS, _FLUSH_SECONDS = 500, 2.0
+_RETRY_AFTER_S = (0.0, 1.0, 3.0)
+
+
+def tracking_uri(uri: str | None) -> str:
+    """The tracking server or database: `uri`, or sqlite:///mlflow.db in the working directory."""
+    return uri or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+class MLflowRun:
+    """A run in MLflow. Points are buffered and sent together; a resumed run knows what it holds.
+
+    Args:
+        uri: tracking server or database; None for a database in the working directory.
+        experiment: name of the experiment; made at first use.
+        run_name: what the UI calls the run.
+        params: configuration values by dotted key. Those that the run already has stay as they are.
+        tags: texts by name.
+        run_id: the run to go on with; None starts a new one.
+
+    Raises:
+        ConfigError: the tracking server or database does not answer.
+    """
+
+    def __init__(
+        self,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        params: dict[str, Any],
+        tags: dict[str, str],
+        run_id: str | None = None,
+    ):
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        self.uri = tracking_uri(uri)
+        try:
+            self.client = MlflowClient(self.uri)
+            self.experiment_id = self._experiment(experiment)
+            self.run_id = run_id if run_id and self._exists(run_id) else self._create(run_name)
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ConfigError(
+                f"tracking.uri={self.uri!r} does not answer ({reason}); correct it, or set tracking=none"
+            ) from error
+        run = self.client.get_run(self.run_id)
+        known = run.data.params
+        new = [
+            Param(key, str(value)[:_MAX_PARAM])
+            for key, value in params.items()
+            if key not in known and value is not None
+        ]
+        for start in range(0, len(new), _MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=new[start : start + _MAX_PARAMS])
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.client.update_run(self.run_id, status="RUNNING")
+        self._logged = {
+            (key, point.step)
+            for key in run.data.metrics
+            for point in self.client.get_metric_history(self.run_id, key)
+        }
+        self._points: list[Metric] = []
+        self._flushed_at = time.monotonic()
+
+    def _experiment(self, name: str) -> str:
+        """The experiment's id. Concurrent first starts on an empty database must not race."""
+        if not self.uri.startswith("sqlite:///"):
+            experiment = self.client.get_experiment_by_name(name)
+            return experiment.experiment_id if experiment else self.client.create_experiment(name)
+        database = Path(self.uri.removeprefix("sqlite:///"))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{database}.lock"):
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment:
+                return experiment.experiment_id
+            artifacts = (database.parent / "mlruns" / name).resolve()
+            return self.client.create_experiment(name, artifact_location=artifacts.as_uri())
+
+    def _exists(self, run_id: str) -> bool:
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException:
+            return False
+
+    def _create(self, run_name: str) -> str:
+        return self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Adds points to the buffer, except those that the run already has at this step."""
+        now = int(time.time() * 1000)
+        for key, value in metrics.items():
+            if (key, step) not in self._logged:
+                self._logged.add((key, step))
+                self._points.append(Metric(key, float(value), now, step))
+        if len(self._points) >= _FLUSH_POINTS or time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Sends the buffer. What cannot be sent stays in it, with a warning, for the next time."""
+        self._flushed_at = time.monotonic()
+        while self._points:
+            chunk = self._points[:_FLUSH_POINTS]
+            if not self._retried(lambda chunk=chunk: self.client.log_batch(self.run_id, metrics=chunk)):  # type: ignore[misc]
+                logger.warning("MLflow did not take %d points yet", len(self._points))
+                return
+            del self._points[: len(chunk)]
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Stores a file among the run's artifacts."""
+        self._retried(lambda: self.client.log_artifact(self.run_id, str(path), folder))
+
+    def set_tag(self, key: str, value: str) -> None:
+        """Sets one tag."""
+        self._retried(lambda: self.client.set_tag(self.run_id, key, value))
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
+        self.flush()
+        self._retried(lambda: self.client.set_terminated(self.run_id, status))
+
+    def ui_command(self) -> str:
+        """What opens the UI on this run's experiment."""
+        if self.uri.startswith("http"):
+            return f"{self.uri}/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART"
+        return f"mlflow ui --backend-store-uri {self.uri}"
+
+    @staticmethod
+    def _retried(call: Callable[[], Any]) -> bool:
+        for wait in _RETRY_AFTER_S:
+            time.sleep(wait)
+            try:
+                call()
+                return True
+            except (MlflowException, OSError) as error:
+                reason = error
+        logger.warning("MLflow: %s", str(reason).splitlines()[0])
+        return False
+
+
+def metric_name(name: str) -> str:
+    """MLflow's name of a Trainer log: "eval_win_rate" is eval/win_rate; the UI groups by the prefix."""
+    return name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name
+
+
+# The Trainer's summary of a call of train(): about this process, not about the run.
+_SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+
+
+class MLflowCallback(TrainerCallback):
+    """Sends every logged metric to a run. On a resumed run, first what its checkpoint knows of."""
+
+    def __init__(self, run: MLflowRun):
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            for entry in state.log_history:
+                self._log(entry, entry["step"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self._log(logs or {}, state.global_step)
+
+    def _log(self, logs: dict[str, Any], step: int) -> None:
+        metrics = {
+            metric_name(name): value
+            for name, value in logs.items()
+            if isinstance(value, int | float) and name != "step" and name not in _SUMMARY
+        }
+        self.run.log_metrics(metrics, step)
+
+
+COMPLETION_COLUMNS = ("prompt", "completion", "reference", "verdict", "score", "ref_score", "step")
+
+
+def completion_rows(records: Iterable[dict[str, Any]], step: int) -> list[list[Any]]:
+    """Evaluation records as rows of COMPLETION_COLUMNS."""
+    verdicts = {1.0: "policy", -1.0: "reference", 0.0: "none"}
+    return [
+        [
+            record["prompt"],
+            record["completion"],
+            record["reference"],
+            verdicts[record["label"]],
+            record.get("score"),
+            record.get("ref_score"),
+            step,
+        ]
+        for record in records
+    ]
+
+
+def write_table(path: Path, rows: list[list[Any]]) -> None:
+    """Writes rows in the format that the MLflow UI compares side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"columns": COMPLETION_COLUMNS, "data": rows}, ensure_ascii=False, indent=1))
+
+
+# Tells the MLflow UI that the file is a table.
+TABLE_TAG = "mlflow.loggedArtifacts"
+TABLE_NAME = "eval_completions.json"
+TABLE_TAG_VALUE = json.dumps([{"path": TABLE_NAME, "type": "table"}])

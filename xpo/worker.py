@@ -1,0 +1,281 @@
+"""One training run: builds everything from a resolved configuration, trains, evaluates, tracks.
+
+`python -m xpo.worker RUN_DIR` reads RUN_DIR/config.yaml, as written by `xpo.train`. It knows nothing
+of Hydra's command line, so that any number of workers can be one run's process group.
+"""
+
+import inspect
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, disable_progress_bars
+from hydra.utils import get_method, instantiate
+from omegaconf import OmegaConf
+
+from transformers import ProgressCallback
+
+from xpo import report
+from xpo.card import evaluations
+from xpo.callbacks import KeepCompletions, Progress, StopOnSignal
+from xpo.config import XPOConfig
+from xpo.data import load_prompts
+from xpo.errors import ConfigError, nearest
+from xpo.judges import Judge, RewardJudge
+from xpo.models import load_model, load_tokenizer, lora_config, policy_directory
+from xpo.rewards import RewardModel
+from xpo.runs import RunRecord
+from xpo.schema import REWARD_JUDGE, TrainSchema, flatten, to_dict
+from xpo.tracking import MLflowCallback, MLflowRun
+from xpo.trainer import XPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """The command line: `python -m xpo.worker RUN_DIR`."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m xpo.worker RUN_DIR")
+    run_dir = Path(sys.argv[1])
+    schema = OmegaConf.merge(OmegaConf.structured(TrainSchema), OmegaConf.load(run_dir / "config.yaml"))
+    sys.exit(run(OmegaConf.to_object(schema), run_dir))  # type: ignore[arg-type]
+
+
+def run(config: TrainSchema, run_dir: Path) -> int:
+    """Trains as `config` says and leaves everything in `run_dir`; returns the exit status.
+
+    Under several processes every rank calls this, and rank 0's run directory counts for all.
+    """
+    _quiet()
+    stop = StopOnSignal()
+    tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
+    try:
+        return _run(config, run_dir, stop, tracked)
+    except KeyboardInterrupt:
+        for mlflow_run in tracked:
+            mlflow_run.finish("KILLED")
+        print(f"\nxpo: stopped before the first step of {run_dir}", file=sys.stderr)
+        return 128 + (stop.signal or 2)
+    except (ConfigError, FloatingPointError) as error:
+        _failed(tracked, f"{type(error).__name__}: {error}")
+        print(f"xpo: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception:
+        _failed(tracked, traceback.format_exc())
+        traceback.print_exc()
+        return 1
+
+
+def _failed(tracked: list[MLflowRun], reason: str) -> None:
+    for mlflow_run in tracked:
+        mlflow_run.set_tag("error", reason[-5000:])
+        mlflow_run.finish("FAILED")
+
+
+def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[MLflowRun]) -> int:
+    args = training_arguments(config, run_dir)
+    if args.world_size > 1:
+        shared = [str(run_dir)]
+        broadcast_object_list(shared)
+        run_dir = Path(shared[0])
+        args.output_dir = str(run_dir / "model")
+    main_process = args.process_index == 0
+    record = RunRecord.read(run_dir)
+
+    # What can be known to be wrong is found before any model loads.
+    for key, group in {"judge": config.judge, "reward_model": config.reward_model}.items():
+        check_target(key, group)
+    for name, scorer in config.evaluation.scorers.items():
+        check_target(f"evaluation.scorers.{name}", scorer)
+    checkpoint = record.resume_from
+    args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
+    train_dataset = _prompts(config, "train")
+    eval_dataset = _prompts(config, "eval") if config.data.eval else None
+    directory = policy_directory(
+        config.model.name, config.model.revision, with_code=config.model.trust_remote_code
+    )
+
+    mlflow_run = _tracking(config, run_dir, record) if config.tracking.enabled and main_process else None
+    if mlflow_run is not None:
+        tracked.append(mlflow_run)
+
+    report.say(args, f"Loading {config.model.name}")
+    reward_model, judge = build_preference(config)
+    scorers = {name: instantiate(scorer) for name, scorer in config.evaluation.scorers.items()}
+    reference = config.model.reference
+    ref_model = reference and load_model(policy_directory(reference, None, "model.reference"), config.model)
+    trainer = XPOTrainer(
+        model=load_model(directory, config.model),
+        ref_model=ref_model or None,
+        judge=judge,
+        reward_model=reward_model,
+        args=args,
+        processing_class=load_tokenizer(directory, config.model),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=lora_config(config.lora),
+        scorers=scorers,
+        callbacks=[stop],
+    )
+    trainer.add_callback(KeepCompletions(trainer.evaluator, run_dir / "completions", mlflow_run))
+    if mlflow_run is not None:
+        trainer.add_callback(MLflowCallback(mlflow_run))
+
+    if not args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Progress())
+    report.say(args, f"Training{f' from {checkpoint}' if checkpoint else ''}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal is not None:
+        if mlflow_run is not None:
+            mlflow_run.finish("KILLED")
+        report.say(args, report.how_to_continue(trainer.state.global_step, run_dir))
+        return 128 + stop.signal
+
+    if eval_dataset is not None and config.evaluation.after and not _evaluated_last_step(trainer):
+        report.say(args, "Evaluating after training")
+        trainer.evaluate()
+    trainer.save_model()
+    if main_process:
+        _finish(config, trainer, run_dir, record, mlflow_run)
+    return 0
+
+
+def _quiet() -> None:
+    """Progress bars and warnings of our own; silence from libraries where nothing is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
+    """The trainer's arguments; model and checkpoints go to RUN_DIR/model.
+
+    Raises:
+        ConfigError: an unknown name in training.kwargs, or values that TrainingArguments refuses.
+    """
+    training = {
+        key: value
+        for key, value in vars(config.training).items()
+        if key not in ("kwargs", "resume") and value is not None
+    }
+    valid = inspect.signature(XPOConfig).parameters
+    for key in config.training.kwargs:
+        if key not in valid:
+            raise ConfigError(
+                f"training.kwargs.{key}={config.training.kwargs[key]!r} is not a TrainingArguments name"
+                f"{nearest(key, valid)}; correct or remove it"
+            )
+    generation = {key: value for key, value in vars(config.generation).items() if key not in ("batch_size", "kwargs")}
+    try:
+        return XPOConfig(
+            output_dir=str(run_dir / "model"),
+            alpha=config.loss.alpha,
+            beta=config.loss.beta,
+            loss_type=config.loss.loss_type,  # type: ignore[arg-type]
+            missing_eos_penalty=config.loss.missing_eos_penalty,
+            prompt_overflow=config.data.prompt_overflow,
+            generation_batch_size=config.generation.batch_size,
+            generation_kwargs=config.generation.kwargs or None,
+            eval_greedy=config.evaluation.greedy,
+            **generation,
+            **training,
+            **{"log_level": "error"} | config.training.kwargs,
+        )
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: {str(error).splitlines()[0]}; correct the values under training") from error
+
+
+def check_target(key: str, group: dict[str, Any]) -> None:
+    """ConfigError unless `_target_` exists and takes the other keys of the group."""
+    target = group.get("_target_")
+    if target is None or target == REWARD_JUDGE:
+        return
+    try:
+        parameters = inspect.signature(get_method(target)).parameters
+    except (ImportError, ValueError, AttributeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name, value in group.items():
+        if not (name.startswith("_") or name in parameters or takes_any):
+            raise ConfigError(f"{key}.{name}={value!r} is not an option of {target}{nearest(name, parameters)}")
+
+
+def build_preference(config: TrainSchema) -> tuple[RewardModel | None, Judge]:
+    """The reward model, if any, and the judge."""
+    reward_model = instantiate(config.reward_model) if config.reward_model.get("_target_") else None
+    if config.judge["_target_"] == REWARD_JUDGE:
+        return reward_model, RewardJudge(reward_model)
+    return reward_model, instantiate(config.judge)
+
+
+def _prompts(config: TrainSchema, part: str) -> Dataset:
+    name, split, limit = (vars(config.data)[key] for key in (part, f"{part}_split", f"{part}_limit"))
+    dataset = load_prompts(f"data.{part}", name, split, config.data.prompt_column)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
+
+
+def _tracking(config: TrainSchema, run_dir: Path, record: RunRecord) -> MLflowRun:
+    run = MLflowRun(
+        config.tracking.uri,
+        config.tracking.experiment,
+        config.tracking.run_name or record.name,
+        params=record.choices | flatten(to_dict(config)),
+        tags={
+            "xpo.run_dir": str(run_dir.resolve()),
+            "xpo.job_key": record.job_key,
+            "xpo.version": record.version,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            **config.tracking.tags,
+        },
+        run_id=record.mlflow_run_id,
+    )
+    record.mlflow_run_id = run.run_id
+    record.write(run_dir)
+    run.log_file(run_dir / "config.yaml")
+    return run
+
+
+def _evaluated_last_step(trainer: XPOTrainer) -> bool:
+    return any(
+        entry["step"] == trainer.state.global_step and "eval_runtime" in entry for entry in trainer.state.log_history
+    )
+
+
+def _finish(
+    config: TrainSchema, trainer: XPOTrainer, run_dir: Path, record: RunRecord, mlflow_run: MLflowRun | None
+) -> None:
+    """Model card, final metrics, and the last lines on the terminal."""
+    history = trainer.state.log_history
+    (run_dir / "metrics.json").write_text(json.dumps(history, indent=1))
+    trainer.create_model_card()
+    if mlflow_run is not None:
+        last = evaluations(history)[-1:]
+        final = {f"final/{name.removeprefix('eval_')}": value for entry in last for name, value in entry.items()}
+        mlflow_run.log_metrics({name: value for name, value in final.items() if name != "final/step"}, step=0)
+        mlflow_run.finish()
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    record.finished = True
+    record.write(run_dir)
+    report.show_completions(trainer.evaluator.records, config.evaluation.show)
+    report.show_table(history)
+    report.show_where(run_dir, mlflow_run.ui_command() if mlflow_run else None)
+
+
+if __name__ == "__main__":
+    main()
