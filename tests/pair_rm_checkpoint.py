@@ -81,21 +81,23 @@ def _tokenizer() -> Tokenizer:
 
 def _config(vocab_size: int) -> DebertaV2Config:
     """DeBERTa-v3-large's settings at hidden size 32 with two layers."""
-    return DebertaV2Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        type_vocab_size=0,
-        relative_attention=True,
-        max_relative_positions=-1,
-        position_buckets=16,
-        position_biased_input=False,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-    )
+    settings = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "type_vocab_size": 0,
+        "relative_attention": True,
+        "max_relative_positions": -1,
+        "position_buckets": 16,
+        "position_biased_input": False,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+    }
+    config: DebertaV2Config = DebertaV2Config.from_dict(settings)
+    return config
 
 
 def _weights(module: nn.Module) -> dict[str, torch.Tensor]:

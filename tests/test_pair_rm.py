@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -38,26 +39,29 @@ def judge(hf: Path) -> PairRMJudge:
     return PairRMJudge(str(hf), device="cpu")
 
 
-def logit_by_hand(hf: Path, prompt: str, a: str, b: str, limits: bool = True) -> float:
+def row_by_hand(tokenizer: Tokenizer, prompt: str, a: str, b: str) -> list[int]:
+    """The tokens of one question, each part cut by the tokenizer; its template adds [CLS] and [SEP]."""
+
+    def part(text: str, limit: int) -> list[int]:
+        tokenizer.enable_truncation(limit)
+        return tokenizer.encode(text).ids
+
+    source = part("<|source|>" + prompt, 1224)
+    room = (2048 - len(source)) // 2
+    return source + part("<|candidate1|>" + a, room) + part("<|candidate2|>" + b, room)
+
+
+def logit_by_hand(hf: Path, prompt: str, a: str, b: str) -> float:
     """logit(a, b) one row at a time: w2 tanh(W1 [h_source; h_a] + b1) - w2 tanh(W1 [h_source; h_b] + b1)."""
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
-
-    def part(marker: str, text: str, limit: int) -> list[int]:
-        if limits:
-            tokenizer.enable_truncation(limit)
-        return tokenizer.encode(marker + text).ids  # the template adds [CLS] and [SEP]
-
-    source = part("<|source|>", prompt, 1224)
-    room = (2048 - len(source)) // 2
-    ids = source + part("<|candidate1|>", a, room) + part("<|candidate2|>", b, room)
-
+    ids = row_by_hand(tokenizer, prompt, a, b)
     weights = load_file(hf / "model.safetensors")
-    backbone = DebertaV2Model(DebertaV2Config.from_pretrained(hf)).eval()
+    backbone = DebertaV2Model(DebertaV2Config.from_pretrained(hf))
     prefix = "pretrained_model."
     backbone.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     with torch.no_grad():
-        hidden = backbone(torch.tensor([ids])).last_hidden_state[0]
-    h_source, h_a, h_b = (hidden[ids.index(tokenizer.token_to_id(marker))] for marker in MARKERS[:3])
+        hidden = backbone.train(False)(torch.tensor([ids])).last_hidden_state[0]
+    h_source, h_a, h_b = (hidden[ids.index(tokenizer.get_vocab()[marker])] for marker in MARKERS[:3])
     w1, b1 = weights["head_layer.1.weight"], weights["head_layer.1.bias"]
     w2 = weights["head_layer.4.weight"][0]  # the second bias cancels
     score_a = w2 @ torch.tanh(w1 @ torch.cat([h_source, h_a]) + b1)
@@ -94,12 +98,14 @@ def test_swapping_flips_the_sign(hf: Path, both_orders: bool) -> None:
 @pytest.mark.parametrize("both_orders", [True, False])
 def test_batching_does_not_matter(hf: Path, both_orders: bool) -> None:
     prompts, first, second = PROMPTS * 6, FIRST * 6, SECOND[::-1] * 6
-    judge = PairRMJudge(str(hf), both_orders=both_orders, device="cpu")
-    one_by_one = torch.cat(
-        [judge.margins([x], [a], [b]) for x, a, b in zip(prompts, first, second, strict=True)]
+    judge = PairRMJudge(str(hf), both_orders=both_orders, batch_size=1, device="cpu")
+    row_by_row = judge.margins(prompts, first, second)
+    for judge.batch_size in (3, 16, 64):
+        close(judge.margins(prompts, first, second), row_by_row)
+    close(
+        torch.cat([judge.margins(prompts[i::2], first[i::2], second[i::2]) for i in (0, 1)]),
+        torch.cat([row_by_row[i::2] for i in (0, 1)]),
     )
-    for judge.batch_size in (1, 2, 3, 16, 64):
-        close(judge.margins(prompts, first, second), one_by_one)
     assert judge.margins([], [], []).shape == (0,)
 
 
@@ -115,7 +121,7 @@ def test_one_order_is_one_of_the_two_logits(hf: Path, judge: PairRMJudge) -> Non
         single = PairRMJudge(str(hf), both_orders=False, seed=seed, device="cpu")
         margins = single.margins(prompts, first, second)
         asked_forward = (margins - forward).abs() < 1e-5
-        # Elsewhere the reverse was asked: -logit(second, first) = margin of both orders - logit(first, second).
+        # Elsewhere the reverse was asked: -logit(second, first) = both orders - logit(first, second).
         close(margins, torch.where(asked_forward, forward, both - forward))
         choices.append(asked_forward)
         assert 4 <= asked_forward.sum() <= 20
@@ -130,17 +136,35 @@ def test_what_reads_the_same_is_an_exact_tie(hf: Path, both_orders: bool) -> Non
     assert margins.tolist() == [0, 0, 0]
 
 
-def test_long_texts_are_cut_on_the_right_pair_by_pair(hf: Path, judge: PairRMJudge) -> None:
-    prompts = ["the dog sleeps " * 900, "the dog sleeps " * 900, "hello!"]
-    first = ["Paris is the capital " * 900, "Yes.", "Once upon a time " * 900]
-    second = ["a robot paints " * 900, "a robot paints " * 900, "No."]
-    expected = [
-        logit_by_hand(hf, x, a, b) - logit_by_hand(hf, x, b, a)
-        for x, a, b in zip(prompts, first, second, strict=True)
-    ]
-    uncut = logit_by_hand(hf, prompts[1], first[1], second[1], limits=False)
-    assert abs(uncut - logit_by_hand(hf, prompts[1], first[1], second[1])) > 1e-4
-    close(judge.margins(prompts, first, second), torch.tensor(expected))
+def test_long_texts_are_cut_on_the_right_pair_by_pair(
+    hf: Path, judge: PairRMJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["the dog sleeps " * 900, "the dog sleeps " * 900, "the dog sleeps " * 60, "hello!"]
+    first = ["Paris is the capital " * 900, "Yes.", "robot " * 3000, "Once upon a time " * 900]
+    second = ["a robot paints " * 900, "a robot paints " * 900, "Yes. " * 900, "No."]
+    rows: list[list[int]] = []
+
+    def record(asked: list[list[int]]) -> Tensor:
+        rows.extend(asked)
+        return torch.zeros(len(asked))
+
+    monkeypatch.setattr(judge, "_logits", record)
+    judge.margins(prompts, first, second)
+    tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
+    for pair, (x, a, b) in enumerate(zip(prompts, first, second, strict=True)):
+        expected = [row_by_hand(tokenizer, x, a, b), row_by_hand(tokenizer, x, b, a)]
+        assert sorted(rows[2 * pair : 2 * pair + 2]) == sorted(expected)
+    # Full: 1224 + 412 + 412; the second candidate does not get what the first leaves.
+    assert len(rows[0]) == 2048
+    assert 1224 + 412 < len(rows[2]) < 1224 + 412 + 20
+    assert 2046 <= len(rows[4]) <= 2048
+    assert 1000 < len(rows[6]) < 1040
+
+
+def test_a_full_row_is_judged(hf: Path) -> None:
+    judge = PairRMJudge(str(hf), both_orders=False, device="cpu")
+    margin = judge.margins(["the dog sleeps " * 900], ["robot " * 3000], ["Yes. " * 900])
+    assert margin.isfinite().all()
 
 
 def test_markers_in_user_text_change_nothing(judge: PairRMJudge) -> None:
@@ -151,7 +175,7 @@ def test_markers_in_user_text_change_nothing(judge: PairRMJudge) -> None:
         assert torch.equal(judge.margins(*texts), plain)
     # A marker within a marker, and one in full-width letters that the tokenizer normalises.
     for trick in ("<|sou<|source|>rce|>", "＜｜ｓｏｕｒｃｅ｜＞"):
-        close(judge.margins(PROMPTS, [text + trick for text in FIRST], SECOND), plain)
+        close(judge.margins(PROMPTS, [text.rstrip() + trick for text in FIRST], SECOND), plain)
 
 
 def test_sep_in_user_text_is_a_space(judge: PairRMJudge) -> None:
@@ -166,8 +190,9 @@ def test_pad_in_user_text_is_attended_to(hf: Path, judge: PairRMJudge) -> None:
 
 def test_conversational_prompts_are_plain_text(judge: PairRMJudge) -> None:
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello!"}]
-    margins = judge.margins([turns[:1], turns], ["a", "a"], ["robot", "robot"])
-    assert torch.equal(margins, judge.margins(["hi", "User: hi\n\nAssistant: hello!"], ["a", "a"], ["robot"] * 2))
+    first, second = ["a", "a"], ["robot", "robot"]
+    texts = ["hi", "User: hi\n\nAssistant: hello!"]
+    assert torch.equal(judge.margins([turns[:1], turns], first, second), judge.margins(texts, first, second))
 
 
 def test_temperature_divides(hf: Path, judge: PairRMJudge) -> None:
@@ -183,24 +208,26 @@ def test_bfloat16_is_close(hf: Path, judge: PairRMJudge) -> None:
 
 def test_logits_that_are_not_finite_give_nan(hf: Path) -> None:
     broken = PairRMJudge(str(hf), device="cpu")
-    embedding = broken.network.pretrained_model.get_input_embeddings().weight
+    embedding = broken.network.pretrained_model.embeddings.word_embeddings.weight
     embedding[broken.tokenizer.encode("robot", add_special_tokens=False).ids] = torch.inf
     margins = broken.margins(["x", "x", "x"], ["robot", "hi", "robot"], ["hi", "a", "robot"])
     assert margins.isnan().tolist() == [True, False, False]
     assert margins[2] == 0
 
 
-def test_quiet(layouts: tuple[Path, Path], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
+def test_quiet(
+    layouts: tuple[Path, Path], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
     for directory in layouts:
-        PairRMJudge(str(directory), device="cpu").margins(["dog " * 3000], ["cat " * 3000], ["robot"])
+        PairRMJudge(str(directory), device="cpu").margins(["robot " * 600], ["Yes."], ["No."])
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
 
 
-def test_arguments_are_checked(hf: Path) -> None:
-    for argument, value in [("batch_size", 0), ("temperature", 0.0), ("dtype", "float31")]:
-        with pytest.raises(ConfigError, match=rf"judge\.{argument}="):
-            PairRMJudge(str(hf), **{argument: value})
+@pytest.mark.parametrize("argument", [{"batch_size": 0}, {"temperature": 0.0}, {"dtype": "float31"}])
+def test_arguments_are_checked(hf: Path, argument: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"judge.{next(iter(argument))}="):
+        PairRMJudge(str(hf), **argument)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -1,6 +1,44 @@
-"""Exploratory Preference Optimization (arXiv 2405.21046)."""
+"""Exploratory Preference Optimization (arXiv 2405.21046): a trainer and what it needs.
 
-from xpo.config import XPOConfig
-from xpo.trainer import XPOTrainer
+Names are imported at first use: `python -m xpo.train --cfg job` must not wait for torch.
+"""
 
-__all__ = ["XPOConfig", "XPOTrainer"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xpo.config import XPOConfig
+    from xpo.errors import ConfigError
+    from xpo.judges import Judge, PairRMJudge, RewardJudge
+    from xpo.rewards import ClassifierReward, EmbeddedReward, RewardModel
+    from xpo.trainer import XPOTrainer
+
+__all__ = [
+    "ClassifierReward",
+    "ConfigError",
+    "EmbeddedReward",
+    "Judge",
+    "PairRMJudge",
+    "RewardJudge",
+    "RewardModel",
+    "XPOConfig",
+    "XPOTrainer",
+]
+
+_HOME = {
+    "XPOConfig": "xpo.config",
+    "XPOTrainer": "xpo.trainer",
+    "ConfigError": "xpo.errors",
+    "Judge": "xpo.judges",
+    "PairRMJudge": "xpo.judges",
+    "RewardJudge": "xpo.judges",
+    "RewardModel": "xpo.rewards",
+    "ClassifierReward": "xpo.rewards",
+    "EmbeddedReward": "xpo.rewards",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'xpo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

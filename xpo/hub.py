@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,7 +16,20 @@ from huggingface_hub.errors import (
 from xpo.errors import ConfigError
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-_ANSWER_WITHIN_S = 3
+_TIMEOUT_S = 2  # the hub client asks twice
+
+
+def _hub_answers(name: str, kind: str, revision: str | None) -> bool:
+    """Whether the hub says anything about `name`; a refusal is an answer, which snapshot_download explains."""
+    try:
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S)
+    except HfHubHTTPError:
+        return True
+    except HFValidationError:
+        raise
+    except Exception:  # whatever the HTTP client below huggingface_hub raises
+        return False
+    return True
 
 
 def local_directory(
@@ -28,8 +41,8 @@ def local_directory(
 ) -> Path:
     """Where the files of a model or data set lie on this machine; downloads them if need be.
 
-    Asking for the snapshot first makes an unreachable hub fail at once, where the loading functions
-    of transformers and datasets retry for 24 seconds.
+    A hub that cannot be reached is told from the cache within seconds, where the loading functions of
+    transformers and datasets retry for 24 seconds.
 
     Args:
         key: the config key that holds `name`, for the error message.
@@ -53,7 +66,7 @@ def local_directory(
                 repo_type=kind,
                 revision=revision,
                 allow_patterns=wanted,
-                etag_timeout=_ANSWER_WITHIN_S,
+                local_files_only=not _hub_answers(name, kind, revision),
             )
         )
     except HFValidationError:

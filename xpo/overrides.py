@@ -37,10 +37,17 @@ def explain(error: BaseException, conf: Path) -> str | None:
         key = unknown.group(1)
         if "could not be converted" in text or "Invalid type" in text or "Cannot convert" in text:
             return _wrong_type(text, key)
-        return f"unknown config key {key!r}{nearest(key, valid_keys(conf))}; list the keys with --cfg job"
+        return unknown_key(key, conf)
     if "could not be converted" in text or "Cannot convert" in text:
         return _wrong_type(text, "")
-    return str(error).splitlines()[0]
+    if "Ambiguous value" in text:
+        return f"{str(error).splitlines()[0]}; sweep over the values with -m, or write a list: key=[1,2]"
+    return f"{str(error).splitlines()[0]}; quote the value, see --hydra-help"
+
+
+def unknown_key(key: str, conf: Path) -> str:
+    """The message for a key that does not exist."""
+    return f"unknown config key {key!r}{nearest(key, valid_keys(conf))}; list the keys with --cfg job"
 
 
 def valid_keys(conf: Path) -> list[str]:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from xpo.errors import ConfigError
-from xpo.overrides import explain
+from xpo.overrides import explain, unknown_key
 from xpo.runs import RunRecord, job_key, resolve_resume
 from xpo.schema import TrainSchema, to_dict
 
@@ -81,6 +82,7 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
     Raises:
         ConfigError: a value is out of range, a required one is missing, or there is nothing to resume.
     """
+    check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
     missing = OmegaConf.missing_keys(config)
     if missing:
         key = sorted(missing)[0]
@@ -110,6 +112,16 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
     OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
     record.write(output_dir)
     return output_dir
+
+
+def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
+    """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
+    types = {field.name: field.type for field in fields(schema)}
+    for key, value in config.items():
+        if key not in types:
+            raise ConfigError(unknown_key(f"{prefix}{key}", CONF))
+        if is_dataclass(types[key]):
+            check_keys(value, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
 
 
 def run_name(choices: dict[str, str], overrides: list[str]) -> str:

@@ -201,7 +201,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
 def check_target(key: str, group: dict[str, Any]) -> None:
     """ConfigError unless `_target_` exists and takes the other keys of the group."""
     target = group.get("_target_")
-    if target is None or target == REWARD_JUDGE:
+    if target is None:
         return
     try:
         parameters = inspect.signature(get_method(target)).parameters

@@ -2,6 +2,7 @@
 
 from xpo.judges.base import Judge
 from xpo.judges.function import FunctionJudge
+from xpo.judges.pair_rm import PairRMJudge
 from xpo.judges.reward import RewardJudge
 
-__all__ = ["FunctionJudge", "Judge", "RewardJudge"]
+__all__ = ["FunctionJudge", "Judge", "PairRMJudge", "RewardJudge"]
