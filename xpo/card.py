@@ -1,5 +1,7 @@
 """The model card: what was trained, how, and what this run itself measured."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from xpo.config import XPOConfig
@@ -31,44 +33,53 @@ def measures(evaluation: dict[str, float]) -> list[str]:
     return [name for name in dict.fromkeys((*_SHOWN, *scorers)) if name in names]
 
 
+def model_name(name_or_path: str) -> str:
+    """A model's name for readers elsewhere: on the hub, or else the last part of its directory."""
+    path = Path(name_or_path)
+    for part in path.parts:  # the hub's cache
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name if path.is_absolute() or path.is_dir() else name_or_path
+
+
 def model_card(args: XPOConfig, base_model: str, history: list[dict[str, Any]], adapter: bool) -> str:
     """A README.md for the hub, with the run's own numbers.
 
     Args:
         args: the trainer's arguments.
-        base_model: the name of the model that was trained.
+        base_model: the name of the model that was trained, or the directory that it was loaded from.
         history: `trainer.state.log_history`.
         adapter: whether the weights are a PEFT adapter.
     """
+    name = model_name(base_model)
+    on_hub = f"base_model: {json.dumps(name)}\n" if "/" in name else ""  # the hub takes its own names only
     steps = max((entry["step"] for entry in history), default=0)
-    settings = "\n".join(f"| {name} | {getattr(args, name)} |" for name in _SETTINGS)
+    settings = "\n".join(f"| {key} | {getattr(args, key)} |" for key in _SETTINGS)
     kept = evaluations(history)
     table = ""
     if kept:
         first, last = kept[0], kept[-1]
         rows = [
-            f"| {name} | {first[f'eval_{name}']:.3f} | {last[f'eval_{name}']:.3f} |"
-            for name in measures(last)
-            if f"eval_{name}" in first
+            f"| {key} | {first[f'eval_{key}']:.3f} | {last[f'eval_{key}']:.3f} |"
+            for key in measures(last)
+            if f"eval_{key}" in first
         ]
         table = (
             "\n## Held-out prompts, against the reference\n\n"
-            f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+            f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
+            "`win_rate`, `tie_rate` and `lose_rate` compare one completion of each prompt with one of the reference\n"
+            "model under the judge of the run; `kl` is in nats per completion.\n"
         )
     return f"""---
 library_name: {"peft" if adapter else "transformers"}
-base_model: {base_model}
-tags: [xpo, preference-optimization]
+{on_hub}tags: [xpo, preference-optimization]
 ---
 
-# {base_model}, trained with XPO
+# {name}, trained with XPO
 
 {steps} optimizer steps of Exploratory Preference Optimization
 ([arXiv 2405.21046](https://arxiv.org/abs/2405.21046)).
 {table}
-`win_rate`, `tie_rate` and `lose_rate` compare one completion of each prompt with one of the reference
-model under the judge of the run; `kl` is in nats per completion.
-
 ## Settings
 
 | setting | value |

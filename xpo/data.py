@@ -1,7 +1,7 @@
 """Prompt data sets: where they come from, and their tokens."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xpo.errors import ConfigError, nearest
 from xpo.hub import local_directory
-from xpo.prompts import Prompt, is_conversational
+from xpo.prompts import Prompt, is_conversational, render
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,12 @@ def load_prompts(key: str, name: str, split: str = "train", column: str = "promp
     """
     path = Path(name).expanduser()
     if name == "embedded":
+        splits = sorted(file.stem for file in EMBEDDED.glob("*.jsonl"))
+        if split not in splits:
+            raise ConfigError(
+                f"{key}_split={split!r} is not a split of {name!r}{nearest(split, splits)}; "
+                f"choose one of {', '.join(splits)}"
+            )
         dataset = load_dataset("json", data_files=str(EMBEDDED / f"{split}.jsonl"), split="train")
     elif path.suffix in _FORMATS:
         if not path.is_file():
@@ -44,16 +50,25 @@ def load_prompts(key: str, name: str, split: str = "train", column: str = "promp
         try:
             dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
         except Exception as error:  # datasets wraps whatever pyarrow and json raise
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise ConfigError(f"{key}={name!r} cannot be read as {path.suffix[1:]}: {reason}; mend the file") from error
+            raise ConfigError(
+                f"{key}={name!r} cannot be read as {path.suffix[1:]}: {_reason(error)}; mend the file"
+            ) from error
     else:
         directory = local_directory(key, name, kind="dataset")
         try:
             dataset = load_dataset(str(directory), split=split)
-        except ValueError as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{key}={name!r}, split {split!r}: {reason}; correct the split") from error
+        except Exception as error:  # no such split, no data files, or files that cannot be read
+            raise ConfigError(
+                f"{key}={name!r}, split {split!r}: {_reason(error)}; "
+                f"correct {key}_split, or give a directory of JSONL or Parquet files"
+            ) from error
+    if len(dataset) == 0:
+        raise ConfigError(f"{key}={name!r} has no rows; give at least one prompt")
     return _prompt_column(key, name, dataset, column)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
 
 
 def _prompt_column(key: str, name: str, dataset: Dataset, column: str) -> Dataset:
@@ -79,7 +94,7 @@ def check_prompt(prompt: Any, key: str = "train_dataset") -> None:
 
 
 def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("content"), str) and "role" in message
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -97,11 +112,7 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template for conversational prompts; "
             "set tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain text"
         )
-    continues = prompt[-1]["role"] == "assistant"  # type: ignore[index]
-    text = tokenizer.apply_chat_template(
-        prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
-    )
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(render(tokenizer, prompt), add_special_tokens=False).input_ids
 
 
 def tokenize_prompts(
@@ -117,8 +128,8 @@ def tokenize_prompts(
         dataset: has a column "prompt".
         tokenizer: the policy's.
         max_prompt_length: what max_length - max_new_tokens leaves, in tokens.
-        overflow: for longer prompts, "drop" them (logging how many), "truncate" to their last tokens,
-            or raise an "error".
+        overflow: for longer prompts, "drop" them (logging how many, but for streams), "truncate" to
+            their last tokens, or raise an "error".
         key: what the data set is called in error messages.
 
     Raises:
@@ -128,13 +139,11 @@ def tokenize_prompts(
     if not streamed:
         if len(dataset) == 0:
             raise ConfigError(f"{key} is empty; give at least one prompt")
-        if "prompt" not in dataset.column_names:
-            raise ConfigError(
-                f"{key} has no column 'prompt' (it has {', '.join(dataset.column_names)}); rename the one that holds them"
-            )
+        _check_column(key, dataset.column_names)
         dataset = dataset.select_columns(["prompt"])
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+        _check_column(key, row)  # a stream may not know its columns before its first row
         check_prompt(row["prompt"], key)
         ids = prompt_token_ids(tokenizer, row["prompt"])
         if len(ids) > max_prompt_length:
@@ -168,6 +177,13 @@ def tokenize_prompts(
             "%s: dropped %d of %d prompts longer than %d tokens", key, dropped, len(tokenized), max_prompt_length
         )
     return kept
+
+
+def _check_column(key: str, columns: Collection[str]) -> None:
+    if "prompt" not in columns:
+        raise ConfigError(
+            f"{key} has no column 'prompt' (it has {', '.join(columns)}); rename the one that holds them"
+        )
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from xpo.config import XPOConfig
 from xpo.judges import Judge
 from xpo.logprobs import completion_logps
 from xpo.metrics import distinct_bigrams
-from xpo.preference import judge_pairs
+from xpo.preference import judge_pairs, one_per_pair
 from xpo.prompts import plain_text
 from xpo.reference import Reference, base_model
 from xpo.rewards import RewardModel
@@ -57,7 +57,8 @@ class Evaluator:
         self.reward_model = reward_model
         self.scorers = scorers
         self.records: list[Record] = []  # of the latest evaluation, one per prompt, on every rank
-        self._answers: dict[str, list[Completions]] = {}
+        # The reference's completions of a data set by its prefix, and what they are the answer to.
+        self._answers: dict[str, tuple[Any, list[Completions]]] = {}
 
     def __call__(
         self,
@@ -79,8 +80,9 @@ class Evaluator:
         rows = list(dataset)
         mine = range(args.process_index, len(rows), args.world_size)
         chunks = [mine[i : i + args.eval_batch_size] for i in range(0, len(mine), args.eval_batch_size)]
-        answers = self._answers.get(prefix)
-        if answers is None or sum(len(a.texts) for a in answers) != len(mine):
+        question = ([rows[i]["prompt_ids"] for i in mine], args.eval_batch_size, args.eval_greedy, args.seed)
+        answered, answers = self._answers.get(prefix, (None, []))
+        if answered != question:
             answers = []
         records: list[Record] = []
         silent = args.disable_tqdm or not accelerator.is_local_main_process
@@ -91,7 +93,7 @@ class Evaluator:
                     with self.reference.model() as model:
                         answers.append(self._answer(model, prompts, chunk, args, EVAL_REFERENCE))
                 records += self._compare(policy, prompts, chunk, answers[number], args)
-        self._answers[prefix] = answers
+        self._answers[prefix] = (question, answers)
         self.records = sorted(gather_object(records), key=lambda record: record["index"])
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
@@ -120,7 +122,9 @@ class Evaluator:
         prompts = [row["prompt"] for row in rows]
         preference = judge_pairs(self.judge, self.reward_model, prompts, completions, answers, None)
         extra = {
-            name: torch.stack([scorer.scores(prompts, c.texts) for c in (completions, answers)])
+            name: torch.stack(
+                [one_per_pair(name, scorer.scores(prompts, c.texts), prompts) for c in (completions, answers)]
+            )
             for name, scorer in self.scorers.items()
         }
         records = []

@@ -133,12 +133,12 @@ def _convert_gguf(directory: Path, file: str, target: str) -> None:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 512 tokens with a ChatML template, whose pad token is its EOS token."""
+    """A byte-level BPE with a ChatML template, whose pad token is its EOS token, id 0."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=320,
         special_tokens=["<|im_end|>", "<|im_start|>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -157,7 +157,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     """A Llama of two layers and 0.1 M random parameters, the same for the same seed."""
     config = LlamaConfig(
-        vocab_size=512,
+        vocab_size=len(tiny_tokenizer()),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

@@ -49,12 +49,12 @@ def judge_pairs(
     scores = None
     if reward_model is not None:
         scores = torch.stack(
-            [_one_per_pair("reward_model", reward_model.scores(prompts, c.texts), prompts) for c in (policy, reference)]
+            [one_per_pair("reward_model", reward_model.scores(prompts, c.texts), prompts) for c in (policy, reference)]
         )
-    if isinstance(judge, RewardJudge) and judge.reward_model is reward_model and scores is not None:
+    if type(judge) is RewardJudge and judge.reward_model is reward_model and scores is not None:
         margin = scores[0] - scores[1]  # what the judge would compute, without scoring again
     else:
-        margin = _one_per_pair("judge", judge.margins(prompts, policy.texts, reference.texts), prompts)
+        margin = one_per_pair("judge", judge.margins(prompts, policy.texts, reference.texts), prompts)
     identical = torch.tensor([y == z for y, z in zip(policy.texts, reference.texts, strict=True)])
     margin = torch.where(identical, torch.zeros_like(margin), margin)
     cost = missing_eos_cost(ended, missing_eos_penalty)
@@ -64,7 +64,8 @@ def judge_pairs(
     return Preference(margin, preference_labels(margin), scores)
 
 
-def _one_per_pair(key: str, values: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+def one_per_pair(key: str, values: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """`values` as float32 on the CPU; ConfigError unless it is one number per prompt, (B,)."""
     if values.shape != (len(prompts),):
         raise ConfigError(
             f"{key} returned a tensor of shape {tuple(values.shape)} for {len(prompts)} pairs; "

@@ -1,6 +1,5 @@
 """What a prompt is, and how it becomes text or token ids. Layer 0: no project imports."""
 
-from collections.abc import Sequence
 from typing import Any
 
 # Standard: plain text. Conversational: messages with the keys "role" and "content".
@@ -28,12 +27,20 @@ def plain_text(prompt: Prompt) -> str:
 def render(tokenizer: Any, prompt: Prompt, completion: str | None = None) -> str:
     """A prompt, or a prompt with its completion, as the text that `tokenizer`'s model expects.
 
-    Conversational prompts go through the tokenizer's own chat template, ending with the generation
-    prompt when there is no completion. Standard prompts are concatenated with the completion.
+    Standard prompts are concatenated with the completion. Conversational prompts go through the
+    tokenizer's own chat template and end, without a completion, with the generation prompt. A
+    conversation that ends with the assistant's words is one to be continued: the completion goes on
+    with that message.
     """
     if isinstance(prompt, str):
         return prompt + (completion or "")
+    continues = prompt[-1]["role"] == "assistant"
     if completion is None:
-        return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    messages: Sequence[dict[str, str]] = [*prompt, {"role": "assistant", "content": completion}]
+        return tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+        )
+    if continues:
+        messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + completion}]
+    else:
+        messages = [*prompt, {"role": "assistant", "content": completion}]
     return tokenizer.apply_chat_template(messages, tokenize=False)

@@ -2,26 +2,32 @@
 
 import json
 import logging
+import math
+import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 _MAX_PARAM = 6000  # characters of a value that MLflow keeps
 _MAX_PARAMS = 100  # params in one request
+_MAX_KEY = 250  # characters of the name of a param or metric
 _FLUSH_POINTS, _FLUSH_SECONDS = 500, 2.0
 _RETRY_AFTER_S = (0.0, 1.0, 3.0)
+_LAST_RETRY_AFTER_S = (0.0, 1.0, 3.0, 10.0, 30.0)  # at the end of a run: what is not sent by then is lost
+_UNAVAILABLE = (MlflowException, SQLAlchemyError, OSError)
 
 
 def tracking_uri(uri: str | None) -> str:
@@ -56,47 +62,53 @@ class MLflowRun:
         for noisy in ("alembic", "mlflow"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         self.uri = tracking_uri(uri)
+        self._logged: set[tuple[str, int]] = set()
+        self._points: list[Metric] = []
         try:
-            self.client = MlflowClient(self.uri)
-            self.experiment_id = self._experiment(experiment)
+            self.client, self.experiment_id = self._connect(experiment)
             self.run_id = run_id if run_id and self._exists(run_id) else self._create(run_name)
-        except (MlflowException, OSError) as error:
-            reason = str(error).splitlines()[0][:200]
+            self._describe(params, tags)
+        except (*_UNAVAILABLE, ImportError) as error:  # ImportError: the database's driver
             raise ConfigError(
-                f"tracking.uri={self.uri!r} does not answer ({reason}); correct it, or set tracking=none"
+                f"tracking.uri={self.uri!r} does not answer ({_first_line(error)}); correct it, or set tracking=none"
             ) from error
+        self._flushed_at = time.monotonic()
+
+    def _connect(self, experiment: str) -> tuple[MlflowClient, str]:
+        """A client, and the experiment's id. Concurrent first starts on an empty database must not race."""
+        if not self.uri.startswith("sqlite:///"):
+            client = MlflowClient(self.uri)
+            return client, self._experiment(client, experiment, None)
+        database = Path(self.uri.removeprefix("sqlite:///")).absolute()
+        database.parent.mkdir(parents=True, exist_ok=True)
+        artifacts = database.parent / "mlruns" / experiment
+        with FileLock(f"{database}.lock"):  # the client itself makes the tables
+            client = MlflowClient(self.uri)
+            return client, self._experiment(client, experiment, artifacts.as_uri())
+
+    @staticmethod
+    def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return client.create_experiment(name, artifact_location=artifacts)
+            except MlflowException:
+                found = client.get_experiment_by_name(name)  # another process was faster
+                if found is None:
+                    raise
+        return found.experiment_id
+
+    def _describe(self, params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Logs params and tags, and reads which points the run holds."""
         run = self.client.get_run(self.run_id)
-        known = run.data.params
-        new = [
-            Param(key, str(value)[:_MAX_PARAM])
-            for key, value in params.items()
-            if key not in known and value is not None
-        ]
+        texts = {_key(key): str(value)[:_MAX_PARAM] for key, value in params.items() if value is not None}
+        new = [Param(key, text) for key, text in texts.items() if key not in run.data.params]
         for start in range(0, len(new), _MAX_PARAMS):
             self.client.log_batch(self.run_id, params=new[start : start + _MAX_PARAMS])
         self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         self.client.update_run(self.run_id, status="RUNNING")
-        self._logged = {
-            (key, point.step)
-            for key in run.data.metrics
-            for point in self.client.get_metric_history(self.run_id, key)
-        }
-        self._points: list[Metric] = []
-        self._flushed_at = time.monotonic()
-
-    def _experiment(self, name: str) -> str:
-        """The experiment's id. Concurrent first starts on an empty database must not race."""
-        if not self.uri.startswith("sqlite:///"):
-            experiment = self.client.get_experiment_by_name(name)
-            return experiment.experiment_id if experiment else self.client.create_experiment(name)
-        database = Path(self.uri.removeprefix("sqlite:///"))
-        database.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{database}.lock"):
-            experiment = self.client.get_experiment_by_name(name)
-            if experiment:
-                return experiment.experiment_id
-            artifacts = (database.parent / "mlruns" / name).resolve()
-            return self.client.create_experiment(name, artifact_location=artifacts.as_uri())
+        for key in run.data.metrics:
+            self._logged |= {(key, point.step) for point in self.client.get_metric_history(self.run_id, key)}
 
     def _exists(self, run_id: str) -> bool:
         try:
@@ -110,35 +122,41 @@ class MLflowRun:
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Adds points to the buffer, except those that the run already has at this step."""
         now = int(time.time() * 1000)
-        for key, value in metrics.items():
+        for name, value in metrics.items():
+            key = _key(name)
             if (key, step) not in self._logged:
                 self._logged.add((key, step))
                 self._points.append(Metric(key, float(value), now, step))
         if len(self._points) >= _FLUSH_POINTS or time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
-    def flush(self) -> None:
-        """Sends the buffer. What cannot be sent stays in it, with a warning, for the next time."""
-        self._flushed_at = time.monotonic()
+    def flush(self, last: bool = False) -> None:
+        """Sends the buffer. What cannot be sent stays in it, with a warning, for the next time.
+
+        Args:
+            last: there is no next time: try for longer.
+        """
+        waits = _LAST_RETRY_AFTER_S if last else _RETRY_AFTER_S
         while self._points:
             chunk = self._points[:_FLUSH_POINTS]
-            if not self._retried(lambda chunk=chunk: self.client.log_batch(self.run_id, metrics=chunk)):  # type: ignore[misc]
-                logger.warning("MLflow did not take %d points yet", len(self._points))
-                return
+            if not self._retried(lambda chunk=chunk: self.client.log_batch(self.run_id, metrics=chunk), waits):  # type: ignore[misc]
+                logger.warning("MLflow did not take %d points%s", len(self._points), "" if last else " yet")
+                break
             del self._points[: len(chunk)]
+        self._flushed_at = time.monotonic()
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Stores a file among the run's artifacts."""
-        self._retried(lambda: self.client.log_artifact(self.run_id, str(path), folder))
+        self._retried(lambda: self.client.log_artifact(self.run_id, str(path), folder), _RETRY_AFTER_S)
 
     def set_tag(self, key: str, value: str) -> None:
         """Sets one tag."""
-        self._retried(lambda: self.client.set_tag(self.run_id, key, value))
+        self._retried(lambda: self.client.set_tag(self.run_id, key, value), _RETRY_AFTER_S)
 
     def finish(self, status: str = "FINISHED") -> None:
         """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
-        self.flush()
-        self._retried(lambda: self.client.set_terminated(self.run_id, status))
+        self.flush(last=True)
+        self._retried(lambda: self.client.set_terminated(self.run_id, status), _RETRY_AFTER_S)
 
     def ui_command(self) -> str:
         """What opens the UI on this run's experiment."""
@@ -147,16 +165,25 @@ class MLflowRun:
         return f"mlflow ui --backend-store-uri {self.uri}"
 
     @staticmethod
-    def _retried(call: Callable[[], Any]) -> bool:
-        for wait in _RETRY_AFTER_S:
+    def _retried(call: Callable[[], Any], waits: Sequence[float]) -> bool:
+        for wait in waits:
             time.sleep(wait)
             try:
                 call()
                 return True
-            except (MlflowException, OSError) as error:
-                reason = error
-        logger.warning("MLflow: %s", str(reason).splitlines()[0])
+            except _UNAVAILABLE as error:
+                reason = _first_line(error)
+        logger.warning("MLflow: %s", reason)
         return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _key(name: str) -> str:
+    """`name` as MLflow takes it for a param or metric."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY]
 
 
 def metric_name(name: str) -> str:
@@ -193,10 +220,10 @@ class MLflowCallback(TrainerCallback):
             self._log(logs or {}, state.global_step)
 
     def _log(self, logs: dict[str, Any], step: int) -> None:
-        metrics = {
-            metric_name(name): value
+        metrics = {  # Real: NumPy's numbers too
+            metric_name(name): float(value)
             for name, value in logs.items()
-            if isinstance(value, int | float) and name != "step" and name not in _SUMMARY
+            if isinstance(value, Real) and name != "step" and name not in _SUMMARY
         }
         self.run.log_metrics(metrics, step)
 
@@ -205,16 +232,20 @@ COMPLETION_COLUMNS = ("prompt", "completion", "reference", "verdict", "score", "
 
 
 def completion_rows(records: Iterable[dict[str, Any]], step: int) -> list[list[Any]]:
-    """Evaluation records as rows of COMPLETION_COLUMNS."""
+    """Evaluation records as rows of COMPLETION_COLUMNS; scores that are no number are empty."""
     verdicts = {1.0: "policy", -1.0: "reference", 0.0: "none"}
+
+    def score(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None  # JSON knows no NaN
+
     return [
         [
             record["prompt"],
             record["completion"],
             record["reference"],
             verdicts[record["label"]],
-            record.get("score"),
-            record.get("ref_score"),
+            score(record.get("score")),
+            score(record.get("ref_score")),
             step,
         ]
         for record in records
@@ -222,9 +253,11 @@ def completion_rows(records: Iterable[dict[str, Any]], step: int) -> list[list[A
 
 
 def write_table(path: Path, rows: list[list[Any]]) -> None:
-    """Writes rows in the format that the MLflow UI compares side by side."""
+    """Writes rows in the format that the MLflow UI compares side by side, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"columns": COMPLETION_COLUMNS, "data": rows}, ensure_ascii=False, indent=1))
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps({"columns": COMPLETION_COLUMNS, "data": rows}, indent=1))
+    unfinished.replace(path)
 
 
 # Tells the MLflow UI that the file is a table.

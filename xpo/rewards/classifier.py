@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BatchEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,7 +25,7 @@ class ClassifierReward(RewardModel):
 
     The text is rendered with the classifier's own chat template and read by its own tokenizer, never
     as the policy's token ids. Without a chat template a conversational prompt and its completion are
-    a text pair.
+    a text pair, of which the prompt is shortened first.
 
     Args:
         model: a classifier with one label; ConfigError otherwise.
@@ -48,7 +50,10 @@ class ClassifierReward(RewardModel):
         self.tokenizer = copy.deepcopy(tokenizer)  # may be the policy's own, which must not change
         self.tokenizer.truncation_side = "left"
         self.batch_size = batch_size
-        self.max_length = min(max_length, tokenizer.model_max_length)
+        positions = getattr(model.config, "max_position_embeddings", max_length)  # not every kind has them
+        self.max_length = min(max_length, tokenizer.model_max_length, positions)
+        # BERT tells the texts of a pair apart by token types; others refuse or misread them.
+        self.token_types = getattr(model.config, "type_vocab_size", 0) > 1
 
     @classmethod
     def from_pretrained(
@@ -73,26 +78,32 @@ class ClassifierReward(RewardModel):
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
-        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
         scores = torch.empty(len(encoded))
         for start in range(0, len(by_length), self.batch_size):
             rows = by_length[start : start + self.batch_size]
             scores[rows] = self._forward([encoded[i] for i in rows])
         return scores
 
-    def _encode(self, prompt: Prompt, completion: str) -> list[int]:
-        options = {"truncation": True, "max_length": self.max_length}
-        if not is_conversational(prompt):
-            return self.tokenizer(render(self.tokenizer, prompt, completion), **options).input_ids
-        if self.tokenizer.chat_template is None:
-            return self.tokenizer(plain_text(prompt), completion, **options).input_ids
-        text = render(self.tokenizer, prompt, completion)  # the template writes the special tokens
-        return self.tokenizer(text, add_special_tokens=False, **options).input_ids
+    def _encode(self, prompt: Prompt, completion: str) -> BatchEncoding:
+        options = {"return_token_type_ids": self.token_types, "max_length": self.max_length}
+        if is_conversational(prompt) and self.tokenizer.chat_template is None:
+            return self._encode_pair(plain_text(prompt), completion, options)
+        # A chat template writes the special tokens itself.
+        text, special = render(self.tokenizer, prompt, completion), not is_conversational(prompt)
+        return self.tokenizer(text, add_special_tokens=special, truncation=True, **options)
+
+    def _encode_pair(self, prompt: str, completion: str, options: dict[str, Any]) -> BatchEncoding:
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
+        if len(self.tokenizer(completion, add_special_tokens=False).input_ids) < room:
+            return self.tokenizer(prompt, completion, truncation="only_first", **options)
+        return self.tokenizer("", completion, truncation="only_second", **options)
 
     @torch.inference_mode()
-    def _forward(self, rows: list[list[int]]) -> Tensor:
+    def _forward(self, encoded: list[BatchEncoding]) -> Tensor:
         # Decoder classifiers score the last token that differs from the pad token. So that a text which
         # ends with the pad token (often the EOS token) is scored at its real end, pad with another token.
+        rows = [row.input_ids for row in encoded]
         last_tokens = {row[-1] for row in rows}
         pad = self.tokenizer.pad_token_id
         if pad is None or pad in last_tokens:
@@ -101,5 +112,9 @@ class ClassifierReward(RewardModel):
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.model.device)
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         mask = torch.arange(width, device=ids.device) < lengths[:, None]
+        types = {}
+        if self.token_types:
+            padded = [row.token_type_ids + [0] * (width - len(row.token_type_ids)) for row in encoded]
+            types["token_type_ids"] = torch.tensor(padded, device=ids.device)
         self.model.config.get_text_config().pad_token_id = pad
-        return self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].float().cpu()
+        return self.model(input_ids=ids, attention_mask=mask.long(), **types).logits[:, 0].float().cpu()

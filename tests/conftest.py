@@ -1,0 +1,101 @@
+"""What the tests share: tiny models, prompts, and a trainer over them. Nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from xpo import XPOConfig, XPOTrainer
+from xpo.models import tiny_model, tiny_tokenizer
+from xpo.prompts import Prompt
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, with a chat template; its pad token is its EOS token, id 0."""
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    """A fresh random Llama of two layers, always the same."""
+    return tiny_model()
+
+
+def share_of_e(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    """A reward that a tiny model can learn: the share of the letter e."""
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+
+def prompts(count: int, chat: bool = False) -> Dataset:
+    """Prompts of different lengths."""
+    texts = [f"Tell me {'much ' * (i % 4)}about number {i}" for i in range(count)]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": t}] if chat else t for t in texts]})
+
+
+TrainerFactory = Callable[..., XPOTrainer]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> TrainerFactory:
+    """make_trainer(model=..., reward_model=..., any XPOConfig argument=...)."""
+
+    def make(
+        model: Any = None,
+        ref_model: Any = None,
+        judge: Any = None,
+        reward_model: Any = share_of_e,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        callbacks: Any = None,
+        peft_config: Any = None,
+        **options: Any,
+    ) -> XPOTrainer:
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "max_new_tokens": 6,
+            "max_length": 128,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return XPOTrainer(
+            model=model or tiny_model(),
+            ref_model=ref_model,
+            judge=judge,
+            reward_model=reward_model if judge is None or reward_model is not share_of_e else None,
+            args=XPOConfig(**(defaults | options)),
+            processing_class=tokenizer,
+            train_dataset=prompts(16) if train_dataset is None else train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def step_logs(trainer: XPOTrainer) -> list[dict[str, float]]:
+    """The logs of training steps, without timings."""
+    return [
+        {name: value for name, value in entry.items() if not name.startswith("perf/")}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
