@@ -9,10 +9,12 @@ from typing import Any
 import datasets
 import pytest
 from datasets import Dataset, IterableDataset
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from xpo.data import collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
+from xpo.data import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
 from xpo.errors import ConfigError
+from xpo.models import tiny_tokenizer
 from xpo.prompts import plain_text, render
 
 USER = {"role": "user", "content": "Tell me of the sea"}
@@ -68,25 +70,16 @@ def test_an_assistant_turn_that_was_begun_is_continued(tokenizer: PreTrainedToke
 
 
 def test_a_template_that_writes_a_bos_token_does_not_get_a_second_one() -> None:
-    from xpo.models import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<|im_start|>"
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
-    tokenizer.backend_tokenizer.post_processor = tokenizer_adds_bos(tokenizer.bos_token_id)
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     assert prompt_token_ids(tokenizer, "sea")[0] == tokenizer.bos_token_id
     assert prompt_token_ids(tokenizer, [USER]).count(tokenizer.bos_token_id) == 1
 
 
-def tokenizer_adds_bos(bos_token_id: int) -> Any:
-    from tokenizers.processors import TemplateProcessing
-
-    return TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos_token_id)])
-
-
 def test_messages_without_a_chat_template_are_refused_with_the_remedy() -> None:
-    from xpo.models import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"no chat template .*; set tokenizer.chat_template"):
@@ -285,7 +278,7 @@ def test_errors_of_data_name_the_key_and_the_remedy(write: Callable[..., str], t
     for name, split, message in [
         ("missing.jsonl", "train", "does not exist; point it at a JSONL or Parquet file"),
         (str(tmp_path / "empty.jsonl"), "train", "is empty; give a file with one prompt per line"),
-        (str(nothing), "train", "has no rows; give at least one prompt"),
+        (str(nothing), "train", "cannot be read as parquet: .* no data!; mend the file"),
         (str(tmp_path / "broken.jsonl"), "train", "cannot be read as jsonl: .*; mend the file"),
         (str(tmp_path / "broken.parquet"), "train", "cannot be read as parquet: .*; mend the file"),
         (str(tmp_path / "set"), "heldout", "split 'heldout': .*; correct data.eval_split, or give a directory"),
@@ -304,8 +297,6 @@ def test_errors_of_data_name_the_key_and_the_remedy(write: Callable[..., str], t
 
 
 def test_the_embedded_set_has_640_and_64_different_prompts_of_disjoint_topics() -> None:
-    from xpo.data import EMBEDDED
-
     topics, texts = {}, {}
     for split, count in (("train", 640), ("heldout", 64)):
         rows = [json.loads(line) for line in (EMBEDDED / f"{split}.jsonl").read_text().splitlines()]

@@ -134,6 +134,5 @@ def test_missing_vader_is_one_line_with_the_remedy(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         VaderReward()
     assert str(caught.value) == (
-        "VaderReward needs the package vaderSentiment, which is not installed: "
-        "pip install vaderSentiment==3.3.2"
+        "VaderReward needs the package vaderSentiment, which is not installed: pip install vaderSentiment==3.3.2"
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from xpo.logprobs import completion_logps, completion_lengths, length_mask, positions, token_logps
+from xpo.logprobs import completion_lengths, completion_logps, length_mask, positions, token_logps
 
 
 def test_a_completion_ends_at_its_first_eos():

@@ -91,7 +91,10 @@ def test_alpha_zero_is_dpo_on_the_same_pairs():
     label = torch.tensor([1.0, -1.0] * 4)
     won = label > 0
     chosen, rejected = torch.where(won, policy[0], policy[1]), torch.where(won, policy[1], policy[0])
-    ref_chosen, ref_rejected = torch.where(won, reference[0], reference[1]), torch.where(won, reference[1], reference[0])
+    ref_chosen, ref_rejected = (
+        torch.where(won, reference[0], reference[1]),
+        torch.where(won, reference[1], reference[0]),
+    )
     expected = -torch.log(torch.sigmoid(0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected))))
     dpo, xpo = xpo_loss(policy, reference, label, alpha=0.0, beta=0.1)
     torch.testing.assert_close(dpo + xpo, expected)

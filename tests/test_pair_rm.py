@@ -75,8 +75,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def test_margin_is_the_difference_of_both_orders_by_hand(hf: Path, judge: PairRMJudge) -> None:
     expected = [
-        logit_by_hand(hf, x, a, b) - logit_by_hand(hf, x, b, a)
-        for x, a, b in zip(PROMPTS, FIRST, SECOND, strict=True)
+        logit_by_hand(hf, x, a, b) - logit_by_hand(hf, x, b, a) for x, a, b in zip(PROMPTS, FIRST, SECOND, strict=True)
     ]
     margins = judge.margins(PROMPTS, FIRST, SECOND)
     assert margins.dtype == torch.float32
@@ -112,9 +111,7 @@ def test_batching_does_not_matter(hf: Path, both_orders: bool) -> None:
 def test_one_order_is_one_of_the_two_logits(hf: Path, judge: PairRMJudge) -> None:
     prompts = [f"{x} {i}" for i in range(4) for x in PROMPTS]
     first, second = FIRST * 4, SECOND * 4
-    forward = torch.tensor(
-        [logit_by_hand(hf, x, a, b) for x, a, b in zip(prompts, first, second, strict=True)]
-    )
+    forward = torch.tensor([logit_by_hand(hf, x, a, b) for x, a, b in zip(prompts, first, second, strict=True)])
     both = judge.margins(prompts, first, second)
     choices = []
     for seed in (0, 1):
@@ -215,9 +212,7 @@ def test_logits_that_are_not_finite_give_nan(hf: Path) -> None:
     assert margins[2] == 0
 
 
-def test_quiet(
-    layouts: tuple[Path, Path], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
+def test_quiet(layouts: tuple[Path, Path], capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder) -> None:
     for directory in layouts:
         PairRMJudge(str(directory), device="cpu").margins(["robot " * 600], ["Yes."], ["No."])
     assert capfd.readouterr() == ("", "")
@@ -256,9 +251,7 @@ def test_files_that_do_not_fit_are_named(hf: Path, tmp_path: Path) -> None:
     one_line(copy, "model.safetensors")
 
 
-def test_the_backbone_of_the_ranker_layout_is_named(
-    layouts: tuple[Path, Path], tmp_path: Path, no_hub: None
-) -> None:
+def test_the_backbone_of_the_ranker_layout_is_named(layouts: tuple[Path, Path], tmp_path: Path, no_hub: None) -> None:
     copy = tmp_path / "ranker"
     shutil.copytree(layouts[1], copy)
     config = json.loads((copy / "config.json").read_text())
@@ -305,6 +298,4 @@ def test_published_values() -> None:
     judge = PairRMJudge()
     tokens = [judge._tokens(texts) for texts in (PROMPTS[:2], FIRST[:2], SECOND[:2])]
     logits = judge._logits([judge._row(x, a, b) for x, a, b in zip(*tokens, strict=True)])
-    torch.testing.assert_close(
-        logits, torch.tensor([1.9003021717071533, -1.2547134160995483]), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(logits, torch.tensor([1.9003021717071533, -1.2547134160995483]), atol=1e-3, rtol=0)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from test_logprobs import gpt2
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from xpo.errors import ConfigError
 from xpo.rollout import (
@@ -12,8 +12,8 @@ from xpo.rollout import (
     Rollout,
     Sampler,
     Sampling,
-    sampling_noise,
     same_width,
+    sampling_noise,
 )
 
 KEY = (42, 3, 0)

@@ -151,27 +151,6 @@ def test_the_policy_learns(make_trainer):
     assert metrics["eval_kl"] > 1
 
 
-def test_the_exploration_bonus_lowers_the_reference_completions(make_trainer):
-    """With ties only there is nothing but the bonus: log pi(y~) falls."""
-    trainer = make_trainer(reward_model=lambda prompts, completions: [0.0] * len(prompts), alpha=1.0, max_steps=4)
-    trainer.train()
-    logs = step_logs(trainer)
-    assert logs[0]["loss/dpo"] == 0
-    assert logs[-1]["exploration/ref_ratio"] < -0.5
-    assert logs[0]["preference/tie_rate"] == 1.0
-    assert "rewards/chosen" not in logs[0]  # there is no labelled pair to average over
-
-
-def test_alpha_and_beta_per_epoch(make_trainer):
-    """Two steps an epoch; the last value serves the rest."""
-    trainer = make_trainer(
-        max_steps=6, train_dataset=prompts(8), alpha=[0.1, 0.2], beta=[0.5, 0.25, 0.125], logging_steps=1
-    )
-    trainer.train()
-    assert [entry["alpha"] for entry in step_logs(trainer)] == [0.1, 0.1, 0.2, 0.2, 0.2, 0.2]
-    assert [entry["beta"] for entry in step_logs(trainer)] == [0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
-
-
 def test_value_at_epoch():
     assert [value_at_epoch([1.0, 2.0], epoch) for epoch in (None, 0.0, 0.99, 1.0, 7.5)] == [1, 1, 1, 2, 2]
     assert value_at_epoch(3, 5.0) == 3.0

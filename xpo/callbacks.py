@@ -38,9 +38,7 @@ class StopOnSignal(TrainerCallback):
     ) -> None:
         self._training = True
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signal is None and os.getppid() != self._parent:
             self.signal = signal.SIGTERM
         if self.signal is not None:
@@ -60,9 +58,7 @@ class KeepCompletions(TrainerCallback):
         self.directory = directory
         self.run = run
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         path = self.directory / f"step_{state.global_step:06d}.json"

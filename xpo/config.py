@@ -49,8 +49,11 @@ class XPOConfig(TrainingArguments):
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
-    report_to: None | str | list[str] = "none"
-    bf16: bool | None = None  # type: ignore[assignment]  # resolved to a bool in __post_init__
+    dataloader_pin_memory: bool = True
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    report_to: str | list[str] | None = "none"
+    bf16: bool | None = None  # resolved to a bool in __post_init__
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "generation_kwargs", "model_init_kwargs"]
 
@@ -92,18 +95,16 @@ class XPOConfig(TrainingArguments):
         if self.generation_batch_size is not None:
             checks.number("generation_batch_size", self.generation_batch_size, minimum=1)
         if self.bf16 is None:
-            self.bf16 = (
-                not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
         self._n_gpu = min(self.n_gpu, 1)
-        if self.accelerator_config.dispatch_batches is None:  # type: ignore[union-attr]
+        if self.accelerator_config.dispatch_batches is None:
             # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
-            self.accelerator_config.dispatch_batches = False  # type: ignore[union-attr]
+            self.accelerator_config.dispatch_batches = False
 
 
 def value_at_epoch(values: float | Sequence[float], epoch: float | None) -> float:

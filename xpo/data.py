@@ -62,8 +62,6 @@ def load_prompts(key: str, name: str, split: str = "train", column: str = "promp
                 f"{key}={name!r}, split {split!r}: {_reason(error)}; "
                 f"correct {key}_split, or give a directory of JSONL or Parquet files"
             ) from error
-    if len(dataset) == 0:
-        raise ConfigError(f"{key}={name!r} has no rows; give at least one prompt")
     return _prompt_column(key, name, dataset, column)
 
 
@@ -181,9 +179,7 @@ def tokenize_prompts(
 
 def _check_column(key: str, columns: Collection[str]) -> None:
     if "prompt" not in columns:
-        raise ConfigError(
-            f"{key} has no column 'prompt' (it has {', '.join(columns)}); rename the one that holds them"
-        )
+        raise ConfigError(f"{key} has no column 'prompt' (it has {', '.join(columns)}); rename the one that holds them")
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

@@ -52,9 +52,7 @@ def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     )
 
 
-def completion_logps(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor
-) -> Tensor:
+def completion_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
     """Summed log-probability of each completion given its prompt.
 
     Logits are asked for at the completion's positions only.

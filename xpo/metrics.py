@@ -4,14 +4,16 @@ Notation for shapes: B pairs. Index 0 of a (2, B) tensor is the policy's complet
 reference's completion y~. `label` is +1 where y won, -1 where y~ won, 0 where there is no preference.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Mean(NamedTuple):
+@dataclass(frozen=True)
+class Mean:
     """A mean that can still be pooled with others: the sum of the values and how many there are."""
 
     total: float
@@ -76,7 +78,7 @@ def preference_metrics(margin: Tensor, label: Tensor) -> dict[str, Mean]:
 
 def distinct_bigrams(completions: Iterable[list[int]]) -> Mean:
     """distinct-2 of a set of completions: different bigrams over all bigrams (Li et al., 1510.03055)."""
-    bigrams = [pair for tokens in completions for pair in zip(tokens, tokens[1:], strict=False)]
+    bigrams = [pair for tokens in completions for pair in itertools.pairwise(tokens)]
     return Mean(len(set(bigrams)), len(bigrams))
 
 
@@ -88,9 +90,9 @@ class MeanTracker:
 
     def add(self, metrics: dict[str, Mean]) -> None:
         """Pools `metrics` with what was added before."""
-        for name, (total, count) in metrics.items():
-            old_total, old_count = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = (old_total + total, old_count + count)
+        for name, mean in metrics.items():
+            total, count = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (total + mean.total, count + mean.count)
 
     def pop(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means over all ranks, by name; metrics without any value are left out. Starts afresh.

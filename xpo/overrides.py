@@ -30,7 +30,9 @@ def explain(error: BaseException, conf: Path) -> str | None:
         return _missing_option(error, conf)
     if isinstance(error, OSError):
         return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
-    if not isinstance(error, HydraException | ConfigCompositionException | OverrideParseException | OmegaConfBaseException):
+    if not isinstance(
+        error, HydraException | ConfigCompositionException | OverrideParseException | OmegaConfBaseException
+    ):
         return None
     text = "\n".join(str(cause) for cause in _chain(error))
     if unknown := re.search(r"(?:Could not override '|Error merging override \+)([\w./@]+)", text):

@@ -24,9 +24,7 @@ class Reference:
         device: where a second model is put.
     """
 
-    def __init__(
-        self, policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, device: torch.device
-    ):
+    def __init__(self, policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, device: torch.device):
         self._adapted = policy if ref_model is None and isinstance(policy, PeftModel) else None
         self._frozen: PreTrainedModel | None = None
         if self._adapted is None:

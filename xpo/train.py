@@ -27,9 +27,7 @@ from xpo.runs import RunRecord, job_key, resolve_resume
 from xpo.schema import TrainSchema, to_dict
 
 # In a wheel conf/ lies inside the package, in a checkout beside it.
-CONF = next(
-    path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir()
-)
+CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
 
 ConfigStore.instance().store(name="schema", node=TrainSchema)
 _exit_statuses: list[int] = []
@@ -154,7 +152,9 @@ def start_worker(run_dir: Path) -> int:
 def _work_as_rank(arguments: list[str]) -> int:
     """This process is one rank of a group that the user's launcher started."""
     if {"-m", "--multirun"} & set(arguments):
-        raise ConfigError("--multirun under a launcher is not supported; start the sweep without torchrun or accelerate")
+        raise ConfigError(
+            "--multirun under a launcher is not supported; start the sweep without torchrun or accelerate"
+        )
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", overrides=arguments, return_hydra_config=True)
     hydra_node = config.hydra

@@ -1,12 +1,13 @@
 """XPOTrainer: Exploratory Preference Optimization as a transformers Trainer."""
 
+import functools
 import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -19,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    set_seed,
 )
 
 from xpo.card import model_card
@@ -32,14 +35,13 @@ from xpo.logprobs import completion_logps
 from xpo.losses import xpo_loss
 from xpo.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
 from xpo.preference import Preference, judge_pairs
-from xpo.prompts import Prompt
 from xpo.reference import Reference, base_model
 from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
 from xpo.rollout import POLICY, REFERENCE, Completions, Rollout, Sampler, Sampling, eval_mode, same_width
 
 logger = logging.getLogger(__name__)
 
-PromptDataset = Dataset | IterableDataset
+PromptDataset: TypeAlias = Dataset | IterableDataset
 
 
 class XPOTrainer(Trainer):
@@ -87,6 +89,8 @@ class XPOTrainer(Trainer):
     """
 
     _tag_names = ["xpo"]
+    args: XPOConfig
+    control: TrainerControl
     # The loss of a micro-batch is already its share of the optimizer step's mean.
     loss_is_scaled_for_ga = True
 
@@ -129,21 +133,25 @@ class XPOTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
         eos_token_ids = end_tokens(base_model(model), processing_class)
 
-        prompt_length = args.max_length - args.max_new_tokens
-        prepare = [processing_class, prompt_length, args.prompt_overflow]
-        train_dataset = tokenize_prompts(train_dataset, *prepare, key="train_dataset")
+        self.tokenize = functools.partial(
+            tokenize_prompts,
+            tokenizer=processing_class,
+            max_prompt_length=args.max_length - args.max_new_tokens,
+            overflow=args.prompt_overflow,
+        )
+        train_dataset = self.tokenize(train_dataset, key="train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
-                name: tokenize_prompts(part, *prepare, key=f"eval_dataset[{name!r}]")
-                for name, part in eval_dataset.items()
+                name: self.tokenize(part, key=f"eval_dataset[{name!r}]") for name, part in eval_dataset.items()
             }
         elif eval_dataset is not None:
-            eval_dataset = tokenize_prompts(eval_dataset, *prepare, key="eval_dataset")
+            eval_dataset = self.tokenize(eval_dataset, key="eval_dataset")
 
         if peft_config is not None:
+            set_seed(args.seed)  # the adapters' first weights are random
             model = get_peft_model(model, peft_config)
         if args.disable_dropout:
-            for part in (model, ref_model):
+            for part in [model] if ref_model is None else [model, ref_model]:
                 _disable_dropout(part)
         self.reference = Reference(model, ref_model, args.device)
         self.sampler = Sampler(processing_class, _sampling(args), eos_token_ids)
@@ -221,9 +229,7 @@ class XPOTrainer(Trainer):
         world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
         return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]
 
-    def _micro_batches(
-        self, rollout: Rollout, preference: Preference, sizes: Sequence[int]
-    ) -> list[dict[str, Tensor]]:
+    def _micro_batches(self, rollout: Rollout, preference: Preference, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
         """The pairs of each micro-batch with label and reference log-probabilities.
 
         Returns:
@@ -257,9 +263,7 @@ class XPOTrainer(Trainer):
         """
         alpha, beta = self.alpha, self.beta
         policy_logps = pair_logps(model, inputs)
-        dpo, xpo = xpo_loss(
-            policy_logps, inputs["reference_logps"], inputs["label"], alpha, beta, self.args.loss_type
-        )
+        dpo, xpo = xpo_loss(policy_logps, inputs["reference_logps"], inputs["label"], alpha, beta, self.args.loss_type)
         self._tracker.add(
             pair_metrics(policy_logps.detach(), inputs["reference_logps"], inputs["label"], beta, dpo, xpo)
         )
@@ -364,10 +368,7 @@ class XPOTrainer(Trainer):
         if dataset is None:
             raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
         if "prompt_ids" not in dataset.column_names:
-            length = self.args.max_length - self.args.max_new_tokens
-            dataset = tokenize_prompts(
-                dataset, self.processing_class, length, self.args.prompt_overflow, key="eval_dataset"
-            )
+            dataset = self.tokenize(dataset, key="eval_dataset")
         result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
         self.log(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
@@ -393,7 +394,9 @@ class XPOTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._tracker_file(checkpoint).is_file():
-            self._tracker.sums = {k: tuple(v) for k, v in json.loads(self._tracker_file(checkpoint).read_text()).items()}
+            self._tracker.sums = {
+                k: tuple(v) for k, v in json.loads(self._tracker_file(checkpoint).read_text()).items()
+            }
 
     def _tracker_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"metrics_{self.args.process_index}.json"
@@ -456,13 +459,13 @@ def as_reward_model(
 def _load_policy(name: str, args: XPOConfig) -> PreTrainedModel:
     directory = local_directory("model", name, with_code=args.trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {})
+        directory, trust_remote_code=args.trust_remote_code, **_options(args.model_init_kwargs)
     )
 
 
 def _sampling(args: XPOConfig) -> Sampling:
     """The sampling options of a configuration; generation_kwargs win over the options they repeat."""
-    extra = dict(args.generation_kwargs or {})
+    extra = dict(_options(args.generation_kwargs))
     named = {
         name: extra.pop(name, value)
         for name, value in {
@@ -477,9 +480,14 @@ def _sampling(args: XPOConfig) -> Sampling:
     return Sampling(**named, extra=extra, batch_size=args.generation_batch_size)
 
 
-def _disable_dropout(model: nn.Module | None) -> None:
-    for module in model.modules() if model is not None else ():
+def _options(options: dict[str, Any] | str | None) -> dict[str, Any]:
+    assert not isinstance(options, str)  # TrainingArguments has parsed JSON from a command line
+    return options or {}
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif isinstance(vars(module).get("attention_dropout"), float):  # for the fused attention kernels
-            module.attention_dropout = 0.0
+        elif "attention_dropout" in vars(module):  # a number for the fused attention kernels
+            vars(module)["attention_dropout"] = 0.0

@@ -20,12 +20,11 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, disable_progress_bars
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
-
 from transformers import ProgressCallback
 
 from xpo import report
-from xpo.card import evaluations
 from xpo.callbacks import KeepCompletions, Progress, StopOnSignal
+from xpo.card import evaluations
 from xpo.config import XPOConfig
 from xpo.data import load_prompts
 from xpo.errors import ConfigError, nearest
@@ -99,9 +98,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
     train_dataset = _prompts(config, "train")
     eval_dataset = _prompts(config, "eval") if config.data.eval else None
-    directory = policy_directory(
-        config.model.name, config.model.revision, with_code=config.model.trust_remote_code
-    )
+    directory = policy_directory(config.model.name, config.model.revision, with_code=config.model.trust_remote_code)
 
     mlflow_run = _tracking(config, run_dir, record) if config.tracking.enabled and main_process else None
     if mlflow_run is not None:
@@ -218,6 +215,7 @@ def build_preference(config: TrainSchema) -> tuple[RewardModel | None, Judge]:
     """The reward model, if any, and the judge."""
     reward_model = instantiate(config.reward_model) if config.reward_model.get("_target_") else None
     if config.judge["_target_"] == REWARD_JUDGE:
+        assert reward_model is not None  # the schema has checked it
         return reward_model, RewardJudge(reward_model)
     return reward_model, instantiate(config.judge)
 

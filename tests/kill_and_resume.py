@@ -1,0 +1,114 @@
+"""Trains once without interruption, and once more for each moment of a SIGKILL, then resumes.
+
+python tests/kill_and_resume.py OUT: writes OUT/NAME/result.pt for the names "whole" and each of MOMENTS.
+Each run is a forked child of one process that has imported everything and computed nothing.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import prompts, share_of_e, step_logs
+from transformers import TrainerState
+
+from xpo import XPOConfig, XPOTrainer
+from xpo.models import tiny_model, tiny_tokenizer
+from xpo.rollout import REFERENCE, Sampler
+from xpo.runs import last_complete_checkpoint
+
+MOMENTS = ("mid_rollout", "mid_update", "mid_save")
+
+
+def trainer(out: Path) -> XPOTrainer:
+    """Eight steps of two micro-batches, five steps an epoch, a checkpoint every three, a log every two."""
+    args = XPOConfig(
+        output_dir=str(out),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_new_tokens=6,
+        max_length=128,
+        learning_rate=1e-3,
+        alpha=[1e-3, 1e-2],
+        logging_steps=2,
+        save_steps=3,
+        save_total_limit=1,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return XPOTrainer(
+        tiny_model(),
+        reward_model=share_of_e,
+        args=args,
+        processing_class=tiny_tokenizer(),
+        train_dataset=prompts(20),
+    )
+
+
+def kill_at(run: XPOTrainer, moment: str) -> None:
+    """Arranges for SIGKILL in step 6, after checkpoint-3; for mid_save, while checkpoint-6 is written."""
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "mid_rollout":
+        sample = Sampler.sample
+
+        def sample_and_die(self: Sampler, model: Any, ids: Any, mask: Any, key: Any, *rest: Any) -> Any:
+            if key[1:] == (5, REFERENCE):
+                die()
+            return sample(self, model, ids, mask, key, *rest)
+
+        Sampler.sample = sample_and_die  # type: ignore[method-assign]
+    elif moment == "mid_update":
+        training_step = run.training_step
+        micro_batches: list[int] = []
+
+        def step_and_die(*args: Any) -> Any:
+            micro_batches.append(run.state.global_step)
+            if micro_batches.count(5) == 2:  # the first micro-batch of step 6 has its gradients
+                die()
+            return training_step(*args)
+
+        run.training_step = step_and_die  # type: ignore[method-assign]
+    else:
+        save = TrainerState.save_to_json
+
+        def save_and_die(self: TrainerState, path: str) -> None:
+            if self.global_step == 6:  # weights and optimizer of checkpoint-6 are there, its state is not
+                Path(path).write_text('{"epoch": 1.2, "global_st')
+                die()
+            save(self, path)
+
+        TrainerState.save_to_json = save_and_die  # type: ignore[method-assign]
+
+
+def train(out: Path, moment: str | None, resume: bool) -> None:
+    run = trainer(out)
+    if moment is not None:
+        kill_at(run, moment)
+    checkpoint = last_complete_checkpoint(out) if resume else None
+    assert resume == (checkpoint is not None and checkpoint.name == "checkpoint-3")
+    run.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    weights = {name: p.detach() for name, p in run.model.named_parameters()}
+    torch.save({"logs": step_logs(run), "weights": weights}, out / "result.pt")
+
+
+def in_child(*arguments: Any) -> int:
+    """Runs `train` in a forked child and returns how it ended, as os.waitstatus_to_exitcode does."""
+    child = os.fork()
+    if child == 0:
+        train(*arguments)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    assert in_child(root / "whole", None, False) == 0
+    for moment in MOMENTS:
+        assert in_child(root / moment, moment, False) == -signal.SIGKILL
+        assert in_child(root / moment, None, True) == 0
