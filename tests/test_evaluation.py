@@ -33,8 +33,11 @@ def ending(seed: int = 0) -> LlamaForCausalLM:
 
 def evaluated(trainer: XPOTrainer, *args: Any, **kwargs: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The metrics of an evaluation, without the time it took, and its records."""
-    metrics = {name: value for name, value in trainer.evaluate(*args, **kwargs).items() if "runtime" not in name}
-    return metrics, list(trainer.evaluator.records)
+    return timeless(trainer.evaluate(*args, **kwargs)), list(trainer.evaluator.records)
+
+
+def timeless(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "epoch"))}
 
 
 class CountedSampler:
@@ -224,7 +227,7 @@ def test_the_missing_eos_penalty_is_not_part_of_an_evaluation(make_trainer: Trai
         for penalty in (100.0, None)
     )
     assert with_penalty == without
-    assert len({(r["ended"], r["ref_ended"]) for r in without[1]}) > 2  # it would have mattered
+    assert any(r["ended"] != r["ref_ended"] for r in without[1])  # it would have mattered
 
 
 def test_invalid_verdicts_are_counted_as_such(make_trainer: TrainerFactory) -> None:
@@ -302,7 +305,7 @@ def test_several_evaluation_sets_are_kept_apart_by_name(
     for name, part in parts.items():
         alone, _ = evaluated(make_trainer(eval_dataset=part))
         prefix = f"eval_{name}_"
-        assert {k.replace(prefix, "eval_"): v for k, v in both.items() if k.startswith(prefix)} == alone
+        assert {f"eval_{k.removeprefix(prefix)}": v for k, v in both.items() if k.startswith(prefix)} == alone
     assert all(key.startswith(("eval_short_", "eval_chat_")) for key in both)
 
 
@@ -311,7 +314,7 @@ def test_a_stream_of_prompts_can_be_evaluated(make_trainer: TrainerFactory, toke
     expected, _ = evaluated(trainer)
     stream = tokenize_prompts(IterableDataset.from_generator(prompts(4).__iter__), tokenizer, 100, "drop")
     result = trainer.evaluator(trainer.model, stream, trainer.accelerator, trainer.args)
-    assert {name: value for name, value in result.items() if name != "eval_runtime"} == expected
+    assert timeless(result) == expected
 
 
 def test_conversations_are_shown_as_text(make_trainer: TrainerFactory) -> None:

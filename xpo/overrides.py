@@ -1,80 +1,145 @@
 """Hydra's errors in one line, with the nearest valid word. Layer 0: no torch."""
 
+import inspect
 import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_origin
 
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from xpo.errors import ConfigError, nearest
 from xpo.schema import TrainSchema, flatten
 
+# Groups whose keys are the arguments of their `_target_`: the schema does not list them, their files do.
+_TARGETS = ("judge", "reward_model")
 
-def explain(error: BaseException, conf: Path) -> str | None:
+
+def explain(error: BaseException, conf: Path, arguments: Sequence[str] = ()) -> str | None:
     """One line for an error that the command line caused; None for any other error.
 
     Args:
         error: what composing the configuration raised.
         conf: the directory of the config groups.
+        arguments: the command line.
     """
-    for cause in _chain(error):
+    chain = _chain(error)
+    for cause in chain:
         if isinstance(cause, ConfigError):  # raised by a range check while OmegaConf built the schema
             return str(cause)
     if isinstance(error, MissingConfigException):
         return _missing_option(error, conf)
     if isinstance(error, OSError):
         return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
-    if not isinstance(
-        error, HydraException | ConfigCompositionException | OverrideParseException | OmegaConfBaseException
-    ):
+    if isinstance(error, OverrideParseException):
+        reason = str(chain[1] if len(chain) > 1 else error).splitlines()[0]
+        return f"{error.override!r} cannot be read ({reason}); write key=value, and quote special characters: 'key=\"a=b\"'"
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return _group_value(arguments, conf)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
-    text = "\n".join(str(cause) for cause in _chain(error))
-    if unknown := re.search(r"(?:Could not override '|Error merging override \+)([\w./@]+)", text):
-        key = unknown.group(1)
-        if "could not be converted" in text or "Invalid type" in text or "Cannot convert" in text:
-            return _wrong_type(text, key)
-        return unknown_key(key, conf)
-    if "could not be converted" in text or "Cannot convert" in text:
-        return _wrong_type(text, "")
-    if "Ambiguous value" in text:
-        return f"{str(error).splitlines()[0]}; sweep over the values with -m, or write a list: key=[1,2]"
-    return f"{str(error).splitlines()[0]}; quote the value, see --hydra-help"
+    first_line = str(error).splitlines()[0]
+    if unknown := re.match(r"Could not override '([^']+)'", first_line):
+        return unknown_key(unknown[1], conf)
+    if twice := re.match(r"Multiple values for ([\w/]+).*: (\S+)'", first_line):
+        return f"{twice[1]} has a value already; choose another with {twice[1]}={twice[2]}, without the +"
+    if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", first_line):
+        return f"{there[1]} has a value already; give another with {there[1]}=..., without the +"
+    for cause in chain:
+        if isinstance(cause, InterpolationResolutionError):
+            return f"{cause.full_key}: {str(cause).splitlines()[0]}; correct what stands in ${{...}}"
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return unknown_key(cause.full_key or str(cause.key), conf)
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _wrong_type(cause, first_line)
+    if "Ambiguous value" in first_line:
+        return f"{first_line}; sweep over the values with -m, or write a list: key=[1,2]"
+    return f"{first_line}; see --hydra-help"
 
 
 def unknown_key(key: str, conf: Path) -> str:
     """The message for a key that does not exist."""
-    return f"unknown config key {key!r}{nearest(key, valid_keys(conf))}; list the keys with --cfg job"
+    owner = _open_owner(key)
+    if owner is not None and owner not in _TARGETS:
+        return f"{owner} has no {key.removeprefix(owner + '.')!r} yet; add it with +{key}=..."
+    return f"unknown config key {key!r}{nearest(key, valid_keys(conf))} (--cfg job lists the keys)"
 
 
 def valid_keys(conf: Path) -> list[str]:
-    """Every dotted key of the schema and every config group."""
+    """Every dotted key of the schema and of the files of open groups, and every config group."""
     schema = OmegaConf.to_container(OmegaConf.structured(TrainSchema))
+    options = {
+        f"{group}.{key}"
+        for group in _TARGETS
+        for path in (conf / group).glob("*.yaml")
+        for key in OmegaConf.load(path)
+        if key != "defaults"
+    }
     groups = [str(path.relative_to(conf)) for path in conf.rglob("*") if path.is_dir()]
-    return [*flatten(schema), *groups]  # type: ignore[arg-type]
+    groups = [group for group in groups if not group.startswith("hydra")]
+    return [*flatten(schema), *sorted(options), *groups]  # type: ignore[arg-type]
 
 
 def _missing_option(error: MissingConfigException, conf: Path) -> str:
     name = (error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, option = name.rpartition("/")
     options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    if not group:
+        return f"--config-name={option} does not exist; leave it out"
     if not options:
         return f"there is no config group {group!r}{nearest(group, valid_keys(conf))}; see --help"
     return f"{group}={option} does not exist{nearest(option, options)}; choose one of {', '.join(options)}"
 
 
-def _wrong_type(text: str, key: str) -> str:
-    full_key = re.search(r"full_key: ([\w.]+)", text)
-    value = re.search(r"[Vv]alue '(.*?)'", text)
-    kind = re.search(r"(?:converted to|convert '.*?' to) (\w+)", text)
-    name = full_key.group(1) if full_key else key
-    shown = f"={value.group(1)!r}" if value else ""
-    return f"{name}{shown} is of the wrong type; give a value of type {kind.group(1) if kind else 'the schema'}"
+def _group_value(arguments: Sequence[str], conf: Path) -> str:
+    """Hydra says neither which group nor which value: look for a group without a name behind it."""
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        if (conf / group).is_dir():
+            options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+            if value not in options:
+                return f"{argument} is no option of the group {group!r}; choose one of {', '.join(options)}"
+    return "a config group takes the name of one of its options, neither null nor a number; see --help"
+
+
+def _wrong_type(error: OmegaConfBaseException, first_line: str) -> str:
+    key = str(error.full_key)
+    override = re.search(r"Error merging override \+*([^=]+=.*)", first_line)
+    if override is None:
+        reason = str(error).splitlines()[0]
+        return f"{key}: {reason}; correct it{_typed(key)}"
+    return f"{override[1]} is of the wrong type; give{_typed(key) or ' another value'}"
+
+
+def _typed(key: str) -> str:
+    """" a value of type int" for a dotted key of the schema; empty for any other."""
+    kind: Any = TrainSchema
+    for part in key.split("."):
+        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
+        kind = types.get(part)
+    if kind is None or is_dataclass(kind):
+        return ""
+    return f" a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
+
+
+def _open_owner(key: str) -> str | None:
+    """The dict in the schema that `key` lies in: "generation.kwargs" for "generation.kwargs.num_beams"."""
+    kind: Any = TrainSchema
+    parts = key.split(".")
+    for depth, part in enumerate(parts[:-1], start=1):
+        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
+        kind = types.get(part)
+        if get_origin(kind) is dict or kind == (dict[str, Any] | None):
+            return ".".join(parts[:depth])
+    return None
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

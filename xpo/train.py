@@ -40,13 +40,8 @@ def main() -> None:
         if "RANK" in os.environ:
             sys.exit(_work_as_rank(sys.argv[1:]))
         _parent()
-    except ConfigError as error:
-        sys.exit(_error(str(error)))
     except Exception as error:
-        message = explain(error, CONF)
-        if message is None:
-            raise
-        sys.exit(_error(message))
+        sys.exit(_bad_input(error))
     sys.exit(max(_exit_statuses, default=0))
 
 
@@ -61,13 +56,17 @@ def _parent(config: DictConfig) -> None:
             dict(hydra_config.runtime.choices),
             list(hydra_config.overrides.task),
         )
-    except ConfigError as error:
-        _exit_statuses.append(_error(str(error)))
+    except Exception as error:  # Hydra would print a line of its own
+        _exit_statuses.append(_bad_input(error))
         return
     _exit_statuses.append(start_worker(run_dir))
 
 
-def _error(message: str) -> int:
+def _bad_input(error: Exception) -> int:
+    """One line on stderr if the command line is to blame for `error`, which is raised again if not."""
+    message = explain(error, CONF, sys.argv[1:])
+    if message is None:
+        raise error
     print(f"xpo: error: {message}", file=sys.stderr)
     return 2
 
