@@ -25,9 +25,9 @@ from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler
 
 
 def ending(seed: int = 0) -> LlamaForCausalLM:
-    """A tiny model for which a quarter of the tokens end a completion."""
+    """A tiny model for which an eighth of the tokens end a completion."""
     model = tiny_model(seed)
-    model.generation_config.eos_token_id = list(range(128))
+    model.generation_config.eos_token_id = list(range(64))
     return model
 
 

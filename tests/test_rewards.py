@@ -24,6 +24,7 @@ from transformers import (
 
 from xpo.errors import ConfigError
 from xpo.judges import FunctionJudge, RewardJudge
+from xpo.models import tiny_tokenizer
 from xpo.prompts import Prompt
 from xpo.rewards import ClassifierReward, FunctionReward
 from xpo.trainer import as_reward_model
@@ -226,13 +227,14 @@ def test_a_classifier_with_several_labels_is_refused(labels: int) -> None:
         ClassifierReward(classifier("llama", labels), words())
 
 
-def test_model_and_tokenizer_of_the_caller_are_left_as_they_are(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_model_is_frozen_and_the_tokenizer_of_the_caller_left_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
     before = tokenizer.truncation_side, len(tokenizer("the sea " * 30).input_ids)
     model = classifier("llama").train()
     scores = ClassifierReward(model, tokenizer, max_length=8).scores(["the sea " * 30], ["is blue"])
     assert (tokenizer.truncation_side, len(tokenizer("the sea " * 30).input_ids)) == before
     assert not model.training
     assert not scores.requires_grad
+    assert not any(parameter.requires_grad for parameter in model.parameters())  # frozen
     torch.ones(1, requires_grad=True).mul(scores).sum().backward()  # an inference tensor would raise
 
 
@@ -243,12 +245,15 @@ def test_an_unfinished_assistant_turn_and_its_completion_are_one_message() -> No
     close(ClassifierReward(model, tokenizer).scores([prompt], [" is blue"]), [expected])
 
 
-def test_a_classifier_is_loaded_from_a_directory(tmp_path: Path) -> None:
+def test_a_classifier_is_loaded_from_a_directory_with_its_own_tokenizer_or_another(tmp_path: Path) -> None:
     model, tokenizer = classifier("llama"), words()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = ClassifierReward.from_pretrained(str(tmp_path), device="cpu")
     close(loaded.scores(*split(TEXTS)), ClassifierReward(model, tokenizer).scores(*split(TEXTS)).tolist())
+    other = tiny_tokenizer()
+    loaded = ClassifierReward.from_pretrained(str(tmp_path), device="cpu", tokenizer=other)
+    close(loaded.scores(*split(TEXTS)), ClassifierReward(model, other).scores(*split(TEXTS)).tolist())
     with pytest.raises(ConfigError, match=r"reward_model.model=.* is neither a directory nor a hub name"):
         ClassifierReward.from_pretrained(str(tmp_path / "nowhere"))
 

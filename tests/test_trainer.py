@@ -397,3 +397,17 @@ def test_the_reward_does_not_reach_the_reference(make_trainer):
         for p, q in zip(reference.parameters(), tiny_model().parameters(), strict=True):
             assert torch.equal(p, q)
             assert not p.requires_grad
+
+
+def test_streams_train_and_evaluate_like_tables(make_trainer):
+    table = make_trainer(train_dataset=prompts(8), eval_dataset=prompts(4), data_seed=1)
+    stream = make_trainer(
+        train_dataset=prompts(8).to_iterable_dataset(), eval_dataset=prompts(4).to_iterable_dataset(), data_seed=1
+    )
+    stream.train()
+    assert len(step_logs(stream)) == 2
+    first, second = table.evaluate(), make_trainer().evaluate(prompts(4).to_iterable_dataset())
+    assert {k: v for k, v in first.items() if k != "eval_runtime"} == {
+        k: v for k, v in second.items() if k != "eval_runtime"
+    }
+    assert stream.evaluate()["eval_length"] > 0

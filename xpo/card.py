@@ -1,6 +1,7 @@
 """The model card: what was trained, how, and what this run itself measured."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ _SETTINGS = (
 )
 
 
-def evaluations(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
     """The evaluations in a Trainer's log history, in order, with their step."""
-    return [entry for entry in history if "eval_runtime" in entry]
+    return [entry for entry in history if f"{prefix}_runtime" in entry]
 
 
-def measures(evaluation: dict[str, float]) -> list[str]:
+def measures(evaluation: dict[str, float], prefix: str = "eval") -> list[str]:
     """The metrics of an evaluation that a person wants to see first, then the scorers'."""
-    names = [name.removeprefix("eval_") for name in evaluation if name.startswith("eval_")]
+    names = [name.removeprefix(f"{prefix}_") for name in evaluation if name.startswith(f"{prefix}_")]
     scorers = [name.removeprefix("ref_") for name in names if name.startswith("ref_")]
     return [name for name in dict.fromkeys((*_SHOWN, *scorers)) if name in names]
 
@@ -55,19 +56,13 @@ def model_card(args: XPOConfig, base_model: str, history: list[dict[str, Any]], 
     on_hub = f"base_model: {json.dumps(name)}\n" if "/" in name else ""  # the hub takes its own names only
     steps = max((entry["step"] for entry in history), default=0)
     settings = "\n".join(f"| {key} | {getattr(args, key)} |" for key in _SETTINGS)
-    kept = evaluations(history)
-    table = ""
-    if kept:
-        first, last = kept[0], kept[-1]
-        rows = [
-            f"| {key} | {first[f'eval_{key}']:.3f} | {last[f'eval_{key}']:.3f} |"
-            for key in measures(last)
-            if f"eval_{key}" in first
-        ]
-        table = (
-            "\n## Held-out prompts, against the reference\n\n"
-            f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n\n"
-            "`win_rate`, `tie_rate` and `lose_rate` compare one completion of each prompt with one of the reference\n"
+    sets = dict.fromkeys(
+        key.removesuffix("_runtime") for entry in history for key in entry if re.fullmatch("eval(_.+)?_runtime", key)
+    )
+    measured = "".join(_table(history, prefix) for prefix in sets)
+    if measured:
+        measured += (
+            "\n`win_rate`, `tie_rate` and `lose_rate` compare one completion of each prompt with one of the reference\n"
             "model under the judge of the run; `kl` is in nats per completion.\n"
         )
     return f"""---
@@ -79,10 +74,26 @@ library_name: {"peft" if adapter else "transformers"}
 
 {steps} optimizer steps of Exploratory Preference Optimization
 ([arXiv 2405.21046](https://arxiv.org/abs/2405.21046)).
-{table}
+{measured}
 ## Settings
 
 | setting | value |
 |---|---|
 {settings}
 """
+
+
+def _table(history: list[dict[str, Any]], prefix: str) -> str:
+    """The first and the last evaluation of one set of prompts; several sets are told apart by name."""
+    kept = evaluations(history, prefix)
+    first, last = kept[0], kept[-1]
+    name = prefix.removeprefix("eval").replace("_", " ", 1)
+    rows = [
+        f"| {key} | {first[f'{prefix}_{key}']:.3f} | {last[f'{prefix}_{key}']:.3f} |"
+        for key in measures(last, prefix)
+        if f"{prefix}_{key}" in first
+    ]
+    return (
+        f"\n## Held-out prompts{name}, against the reference\n\n"
+        f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )

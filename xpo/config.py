@@ -52,7 +52,7 @@ class XPOConfig(TrainingArguments):
     dataloader_pin_memory: bool = True
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
-    report_to: str | list[str] | None = "none"
+    report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
     bf16: bool | None = None  # resolved to a bool in __post_init__
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "generation_kwargs", "model_init_kwargs"]

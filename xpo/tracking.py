@@ -22,7 +22,6 @@ from xpo.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _MAX_PARAM = 6000  # characters of a value that MLflow keeps
-_MAX_PARAMS = 100  # params in one request
 _MAX_KEY = 250  # characters of the name of a param or metric
 _FLUSH_POINTS, _FLUSH_SECONDS = 500, 2.0
 _RETRY_AFTER_S = (0.0, 1.0, 3.0)
@@ -103,9 +102,7 @@ class MLflowRun:
         run = self.client.get_run(self.run_id)
         texts = {_key(key): str(value)[:_MAX_PARAM] for key, value in params.items() if value is not None}
         new = [Param(key, text) for key, text in texts.items() if key not in run.data.params]
-        for start in range(0, len(new), _MAX_PARAMS):
-            self.client.log_batch(self.run_id, params=new[start : start + _MAX_PARAMS])
-        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        self.client.log_batch(self.run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()])
         self.client.update_run(self.run_id, status="RUNNING")
         for key in run.data.metrics:
             self._logged |= {(key, point.step) for point in self.client.get_metric_history(self.run_id, key)}

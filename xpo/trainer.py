@@ -367,7 +367,7 @@ class XPOTrainer(Trainer):
             }
         if dataset is None:
             raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
-        if "prompt_ids" not in dataset.column_names:
+        if "prompt_ids" not in (dataset.column_names or ()):  # a mapped stream does not know its columns
             dataset = self.tokenize(dataset, key="eval_dataset")
         result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
         self.log(result)
@@ -444,7 +444,7 @@ def as_reward_model(
     if reward_model is None or isinstance(reward_model, RewardModel):
         return reward_model
     if isinstance(reward_model, str):
-        return ClassifierReward.from_pretrained(reward_model, device=str(device))
+        return ClassifierReward.from_pretrained(reward_model, device=str(device), tokenizer=tokenizer)
     if isinstance(reward_model, PreTrainedModel):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward_model.config.name_or_path)
         return ClassifierReward(reward_model.to(device), tokenizer)

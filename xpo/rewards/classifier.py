@@ -64,8 +64,9 @@ class ClassifierReward(RewardModel):
         device: str | None = None,
         batch_size: int = 16,
         max_length: int = 2048,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> "ClassifierReward":
-        """Loads a classifier by hub name or from a local directory.
+        """Loads a classifier by hub name or from a local directory, with its own tokenizer unless one is given.
 
         Raises:
             ConfigError: the hub is out of reach, or there is no such model.
@@ -73,7 +74,7 @@ class ClassifierReward(RewardModel):
         directory = local_directory("reward_model.model", model, revision)
         classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory)
         return cls(classifier.to(device), tokenizer, batch_size, max_length)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
