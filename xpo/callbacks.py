@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -97,3 +98,4 @@ class Progress(ProgressCallback):
             return
         values = [f"{label} {logs[name]:.3f}" for name, label in self._SHOWN.items() if name in logs]
         self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(values))
+        sys.stdout.flush()  # into a pipe or a file, too, a line appears with its step

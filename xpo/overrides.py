@@ -7,6 +7,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_origin
 
+import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import (
@@ -41,25 +42,27 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = ()) -> 
         return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
     if isinstance(error, OverrideParseException):
         reason = str(chain[1] if len(chain) > 1 else error).splitlines()[0]
-        return f"{error.override!r} cannot be read ({reason}); write key=value, and quote special characters: 'key=\"a=b\"'"
+        return f"{error.override!r} cannot be read ({reason}); write key=value, special characters as 'key=\"a=b\"'"
+    if isinstance(error, yaml.YAMLError):
+        return f"a file of the configuration is no YAML ({' '.join(str(error).split())}); mend it"
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return _group_value(arguments, conf)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     first_line = str(error).splitlines()[0]
-    if unknown := re.match(r"Could not override '([^']+)'", first_line):
-        return unknown_key(unknown[1], conf)
     if twice := re.match(r"Multiple values for ([\w/]+).*: (\S+)'", first_line):
         return f"{twice[1]} has a value already; choose another with {twice[1]}={twice[2]}, without the +"
     if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", first_line):
         return f"{there[1]} has a value already; give another with {there[1]}=..., without the +"
     for cause in chain:
         if isinstance(cause, InterpolationResolutionError):
-            return f"{cause.full_key}: {str(cause).splitlines()[0]}; correct what stands in ${{...}}"
+            return f"{str(cause).splitlines()[0]}; correct what stands in ${{...}}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             return unknown_key(cause.full_key or str(cause.key), conf)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _wrong_type(cause, first_line)
+    if unknown := re.match(r"Could not override '([^']+)'", first_line):
+        return unknown_key(unknown[1], conf)
     if "Ambiguous value" in first_line:
         return f"{first_line}; sweep over the values with -m, or write a list: key=[1,2]"
     return f"{first_line}; see --hydra-help"
@@ -77,7 +80,7 @@ def valid_keys(conf: Path) -> list[str]:
     """Every dotted key of the schema and of the files of open groups, and every config group."""
     schema = OmegaConf.to_container(OmegaConf.structured(TrainSchema))
     options = {
-        f"{group}.{key}"
+        f"{group}." + str(key)
         for group in _TARGETS
         for path in (conf / group).glob("*.yaml")
         for key in OmegaConf.load(path)
@@ -103,7 +106,7 @@ def _group_value(arguments: Sequence[str], conf: Path) -> str:
     """Hydra says neither which group nor which value: look for a group without a name behind it."""
     for argument in arguments:
         group, _, value = argument.lstrip("+").partition("=")
-        if (conf / group).is_dir():
+        if group and (conf / group).is_dir():
             options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
             if value not in options:
                 return f"{argument} is no option of the group {group!r}; choose one of {', '.join(options)}"
@@ -114,32 +117,36 @@ def _wrong_type(error: OmegaConfBaseException, first_line: str) -> str:
     key = str(error.full_key)
     override = re.search(r"Error merging override \+*([^=]+=.*)", first_line)
     if override is None:
-        reason = str(error).splitlines()[0]
-        return f"{key}: {reason}; correct it{_typed(key)}"
-    return f"{override[1]} is of the wrong type; give{_typed(key) or ' another value'}"
+        return f"{key}: {str(error).splitlines()[0]}; correct {key}"
+    return f"{override[1]} is of the wrong type; give {_kind(key)}"
 
 
-def _typed(key: str) -> str:
-    """" a value of type int" for a dotted key of the schema; empty for any other."""
-    kind: Any = TrainSchema
-    for part in key.split("."):
-        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
-        kind = types.get(part)
+def _kind(key: str) -> str:
+    """What a dotted key takes: "a value of type int" if the schema lists it, "another value" if not."""
+    kind = _schema_types(key)[-1]
     if kind is None or is_dataclass(kind):
-        return ""
-    return f" a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
+        return "another value"
+    return f"a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
 
 
 def _open_owner(key: str) -> str | None:
     """The dict in the schema that `key` lies in: "generation.kwargs" for "generation.kwargs.num_beams"."""
-    kind: Any = TrainSchema
     parts = key.split(".")
-    for depth, part in enumerate(parts[:-1], start=1):
-        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
-        kind = types.get(part)
-        if get_origin(kind) is dict or kind == (dict[str, Any] | None):
+    for depth, kind in enumerate(_schema_types(key)[:-1], start=1):
+        if get_origin(kind) is dict:
             return ".".join(parts[:depth])
     return None
+
+
+def _schema_types(key: str) -> list[Any]:
+    """The schema's type of each part of a dotted key; None for what it does not list."""
+    kinds: list[Any] = []
+    kind: Any = TrainSchema
+    for part in key.split("."):
+        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
+        kind = types.get(part)
+        kinds.append(kind)
+    return kinds
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from xpo.card import evaluations, measures
 from xpo.config import XPOConfig
+from xpo.runs import RunRecord
 
 
 def say(args: XPOConfig, message: str) -> None:
@@ -21,7 +22,7 @@ def say(args: XPOConfig, message: str) -> None:
 
 def how_to_continue(step: int, run_dir: Path) -> str:
     """The line after a run was stopped."""
-    return f"Stopped at step {step}. Continue with: python -m xpo.train training.resume={run_dir}"
+    return f"Stopped at step {step}. Continue with: {RunRecord.read(run_dir).command(run_dir)}"
 
 
 def show_completions(records: list[dict[str, Any]], count: int) -> None:

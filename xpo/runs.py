@@ -3,7 +3,6 @@
 RUN_DIR/
   config.yaml            the resolved configuration
   run.json               a RunRecord
-  train.log              warnings and errors
   completions/           one file per evaluation
   model/                 the final model with its card, and checkpoint-N/ beside it
   metrics.json           everything that was logged
@@ -11,6 +10,7 @@ RUN_DIR/
 
 import hashlib
 import json
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class RunRecord:
     job_key: str = ""
     version: str = ""
     choices: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
     mlflow_run_id: str | None = None
     resume_from: str | None = None
     finished: bool = False
@@ -40,6 +41,10 @@ class RunRecord:
         unfinished = run_dir / "run.json.part"
         unfinished.write_text(json.dumps(asdict(self), indent=1))
         unfinished.replace(run_dir / "run.json")
+
+    def command(self, resume: Path | str) -> str:
+        """The command line that goes on with the run."""
+        return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={resume}"])
 
 
 def job_key(config: dict[str, Any]) -> str:

@@ -37,6 +37,12 @@ class LoraSchema:
         checks.number("lora.r", self.r, minimum=0)
         checks.number("lora.alpha", self.alpha, minimum=1)
         checks.number("lora.dropout", self.dropout, minimum=0)
+        modules = self.target_modules if isinstance(self.target_modules, list) else [self.target_modules]
+        if not modules or not all(isinstance(module, str) for module in modules):
+            raise ConfigError(
+                f"lora.target_modules={self.target_modules!r} names no modules; "
+                "give all-linear or a list such as lora.target_modules=[q_proj,v_proj]"
+            )
 
 
 @dataclass
@@ -104,6 +110,15 @@ class EvaluationSchema:
     show: int = 3
     scorers: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        checks.number("evaluation.show", self.show, minimum=0)
+        for name, scorer in self.scorers.items():
+            if not isinstance(scorer, dict) or not scorer.get("_target_"):
+                raise ConfigError(
+                    f"evaluation.scorers.{name}={scorer!r} has no _target_; "
+                    f"give one, or remove the scorer with ~evaluation.scorers.{name}"
+                )
+
 
 @dataclass
 class TrainingSchema:
@@ -116,7 +131,7 @@ class TrainingSchema:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-7
     lr_scheduler_type: str = "linear"
-    lr_scheduler_kwargs: dict[str, Any] | None = None
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0.0
     optim: str = "adamw_torch_fused"
     weight_decay: float = 0.0
@@ -161,6 +176,10 @@ class TrainingSchema:
             checks.number(f"training.{key}", getattr(self, key), minimum=1)
         checks.number("training.learning_rate", self.learning_rate, minimum=0)
         checks.number("training.warmup_steps", self.warmup_steps, minimum=0)
+        if self.max_steps != -1:
+            checks.number("training.max_steps", self.max_steps, minimum=1)
+        if self.eval_steps is not None:
+            checks.number("training.eval_steps", self.eval_steps, above=0)
         checks.number("training.num_train_epochs", self.num_train_epochs, above=0)
         checks.number("training.seed", self.seed, minimum=0)
         checks.number("training.logging_steps", self.logging_steps, above=0)

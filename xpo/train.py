@@ -19,23 +19,25 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from xpo.errors import ConfigError
 from xpo.overrides import explain, unknown_key
 from xpo.runs import RunRecord, job_key, resolve_resume
-from xpo.schema import TrainSchema, to_dict
+from xpo.schema import TrainSchema, flatten, to_dict
 
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
 
 ConfigStore.instance().store(name="schema", node=TrainSchema)
 _exit_statuses: list[int] = []
+_signals: list[int] = []  # that reached this process; what is left of a sweep does not start then
 
 
 def main() -> None:
     """The command line: `python -m xpo.train [-m] [key=value ...]`. Exit status 2 for bad input."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
+    sys.argv[1:] = choose_preset(sys.argv[1:])
     try:
         if "RANK" in os.environ:
             sys.exit(_work_as_rank(sys.argv[1:]))
@@ -45,9 +47,20 @@ def main() -> None:
     sys.exit(max(_exit_statuses, default=0))
 
 
+def choose_preset(arguments: list[str]) -> list[str]:
+    """Leaves the default preset out where a model or data set is chosen: quickstart is made for its own."""
+    groups = [argument.partition("=")[0] for argument in arguments]
+    chosen = [groups.index(group) for group in ("model", "data") if group in groups]
+    if not chosen or "experiment" in groups:
+        return arguments
+    return [*arguments[: min(chosen)], "experiment=none", *arguments[min(chosen) :]]
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _parent(config: DictConfig) -> None:
     """One job: a worker process, to which signals are passed on."""
+    if _signals:
+        return
     hydra_config = HydraConfig.get()
     try:
         run_dir = prepare(
@@ -92,12 +105,14 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
         job_key=key,
         version=importlib.metadata.version("xpo"),
         choices={group: choice for group, choice in choices.items() if "/" not in group},
+        overrides=[override for override in overrides if "training.resume=" not in override],
     )
     resume = schema.training.resume
     if resume is not None:
         found = resolve_resume(resume, key, [Path("outputs"), Path("multirun")])
         if found is not None:
-            resumed, checkpoint = found
+            resumed, checkpoint = (path.absolute() for path in found)
+            check_same_model(resolved, resumed)
             record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
             record.resume_from = str(checkpoint)
             if output_dir.is_dir() and not any(output_dir.iterdir()):
@@ -105,10 +120,26 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
             output_dir = resumed
         else:
             print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
+    if record.resume_from is None and (output_dir / "run.json").exists():
+        raise ConfigError(
+            f"hydra.run.dir={str(output_dir)!r} holds a run already; "
+            f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
     record.write(output_dir)
     return output_dir
+
+
+def check_same_model(config: dict[str, Any], run_dir: Path) -> None:
+    """ConfigError if a run's checkpoints are of another model than the configuration asks for."""
+    trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+    for key, value in flatten({group: config[group] for group in ("model", "lora")}).items():
+        if trained[key] != value:
+            raise ConfigError(
+                f"training.resume={str(run_dir)!r} is a run with {key}={trained[key]!r}, not {value!r}; "
+                f"give that run's command: {RunRecord.read(run_dir).command(run_dir)}"
+            )
 
 
 def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
@@ -123,11 +154,11 @@ def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str =
 
 def run_name(choices: dict[str, str], overrides: list[str]) -> str:
     """A short name: the overrides by their last word, or the experiment. The MLflow UI cuts long names."""
-    words = [
-        override.rpartition(".")[2]
-        for override in overrides
-        if not override.startswith(("experiment=", "tracking", "training.resume"))
-    ]
+    words = []
+    for override in overrides:
+        key, equals, value = override.lstrip("+").partition("=")
+        if not key.startswith(("experiment", "tracking", "training.resume")):
+            words.append(key.rpartition(".")[2] + equals + value)
     return " ".join(words) or choices.get("experiment", "run")
 
 
@@ -137,6 +168,7 @@ def start_worker(run_dir: Path) -> int:
     worker = subprocess.Popen([sys.executable, "-m", "xpo.worker", str(run_dir)], start_new_session=True)
 
     def forward(number: int, frame: FrameType | None) -> None:
+        _signals.append(number)
         worker.send_signal(number)
 
     handlers: dict[int, Any] = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -145,7 +177,25 @@ def start_worker(run_dir: Path) -> int:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    if status >= 0:
+        return status
+    if not _signals:
+        print(
+            f"xpo: error: the worker of {run_dir} was killed by {signal.Signals(-status).name}, for want of memory "
+            f"perhaps; continue with: {RunRecord.read(run_dir).command('auto')}",
+            file=sys.stderr,
+        )
+    return 128 - status
+
+
+def compose(arguments: list[str]) -> tuple[DictConfig, Path, dict[str, str]]:
+    """The configuration that the command line asks for, its run directory, and the option of each group."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", overrides=arguments, return_hydra_config=True)
+    run_dir, choices = Path(config.hydra.run.dir), dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    return config, run_dir, choices
 
 
 def _work_as_rank(arguments: list[str]) -> int:
@@ -154,16 +204,12 @@ def _work_as_rank(arguments: list[str]) -> int:
         raise ConfigError(
             "--multirun under a launcher is not supported; start the sweep without torchrun or accelerate"
         )
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=arguments, return_hydra_config=True)
-    hydra_node = config.hydra
-    with_hydra = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    run_dir = Path(OmegaConf.to_container(hydra_node.run, resolve=True)["dir"])  # type: ignore[index,call-overload]
+    config, run_dir, choices = compose(arguments)
     if os.environ["RANK"] == "0":
-        run_dir = prepare(with_hydra, run_dir, dict(hydra_node.runtime.choices), arguments)
+        run_dir = prepare(config, run_dir, choices, arguments)
     from xpo import worker
 
-    schema: TrainSchema = OmegaConf.to_object(with_hydra)  # type: ignore[assignment]
+    schema: TrainSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
     return worker.run(schema, run_dir)
 
 

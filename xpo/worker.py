@@ -61,7 +61,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
     except KeyboardInterrupt:
         for mlflow_run in tracked:
             mlflow_run.finish("KILLED")
-        print(f"\nxpo: stopped before the first step of {run_dir}", file=sys.stderr)
+        print(f"\nxpo: stopped at once, without a checkpoint of the step in progress ({run_dir})", file=sys.stderr)
         return 128 + (stop.signal or 2)
     except (ConfigError, FloatingPointError) as error:
         _failed(tracked, f"{type(error).__name__}: {error}")
@@ -140,7 +140,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if eval_dataset is not None and config.evaluation.after and not _evaluated_last_step(trainer):
         report.say(args, "Evaluating after training")
         trainer.evaluate()
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # pushing waits for the card
     if main_process:
         _finish(config, trainer, run_dir, record, mlflow_run)
     return 0
