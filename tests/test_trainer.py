@@ -49,6 +49,7 @@ OWN_METRICS = {
     "completions/distinct_2",
     "perf/rollout_s",
     "perf/preference_s",
+    "perf/reference_s",
     "perf/update_s",
     "perf/tokens_per_s",
 }

@@ -112,7 +112,7 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
         found = resolve_resume(resume, key, [Path("outputs"), Path("multirun")])
         if found is not None:
             resumed, checkpoint = (path.absolute() for path in found)
-            check_same_model(resolved, resumed)
+            compare_with_run(resolved, resumed)
             record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
             record.resume_from = str(checkpoint)
             if output_dir.is_dir() and not any(output_dir.iterdir()):
@@ -131,15 +131,19 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
     return output_dir
 
 
-def check_same_model(config: dict[str, Any], run_dir: Path) -> None:
-    """ConfigError if a run's checkpoints are of another model than the configuration asks for."""
+def compare_with_run(config: dict[str, Any], run_dir: Path) -> None:
+    """Says what the configuration changes about a run that goes on; ConfigError if that is its model."""
     trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
-    for key, value in flatten({group: config[group] for group in ("model", "lora")}).items():
-        if trained[key] != value:
+    for key, value in flatten(config).items():
+        before = trained.get(key)
+        if before == value or key == "training.resume" or key.startswith("tracking."):
+            continue
+        if key.startswith(("model.", "lora.")):
             raise ConfigError(
-                f"training.resume={str(run_dir)!r} is a run with {key}={trained[key]!r}, not {value!r}; "
+                f"training.resume={str(run_dir)!r} is a run with {key}={before!r}, not {value!r}; "
                 f"give that run's command: {RunRecord.read(run_dir).command(run_dir)}"
             )
+        print(f"xpo: the run goes on with {key}={value!r} instead of {before!r}", file=sys.stderr)
 
 
 def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:

@@ -197,17 +197,20 @@ class XPOTrainer(Trainer):
             self.args.missing_eos_penalty,
         )
         judged = time.perf_counter()
+        sizes = [len(batch["prompt"]) for batch in batches]
+        micro_batches = self._micro_batches(rollout, preference, sizes)
+        referred = time.perf_counter()
         self._tracker.add(self._rollout_metrics(rollout, preference))
         self._tracker.add(
             {
                 "perf/rollout_s": Mean(sampled - started, 1),
                 "perf/preference_s": Mean(judged - sampled, 1),
+                "perf/reference_s": Mean(referred - judged, 1),
                 "perf/update_s": Mean(0.0, 1),  # `training_step` adds to the total
             }
         )
-        sizes = [len(batch["prompt"]) for batch in batches]
         pairs = torch.tensor(sum(sizes), device=device)
-        return self._micro_batches(rollout, preference, sizes), self.accelerator.reduce(pairs, "sum")
+        return micro_batches, self.accelerator.reduce(pairs, "sum")
 
     def _rollout(self, batches: Sequence[dict[str, list[Any]]]) -> Rollout:
         """Completions of the whole step's prompts by the policy and by the reference."""
@@ -341,7 +344,9 @@ class XPOTrainer(Trainer):
 
     def _pop_metrics(self) -> dict[str, float]:
         tokens, _ = self._tracker.sums.pop("generated_tokens", (0.0, 0.0))
-        seconds = sum(self._tracker.sums[f"perf/{part}_s"][0] for part in ("rollout", "preference", "update"))
+        seconds = sum(
+            self._tracker.sums[f"perf/{part}_s"][0] for part in ("rollout", "preference", "reference", "update")
+        )
         steps = self._tracker.sums["perf/rollout_s"][1]
         self._tracker.add({"tokens_per_step": Mean(tokens, steps), "seconds_per_step": Mean(seconds, steps)})
         metrics = self._tracker.pop(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum").cpu())
