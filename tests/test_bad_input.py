@@ -91,6 +91,7 @@ def run(
 
     def start_worker(run_dir: Path) -> int:
         reached.append(WORKER)
+        root.handlers[:] = [logging.StreamHandler()]  # as in a process of its own, without pytest's and Hydra's
         monkeypatch.setattr(sys, "argv", ["xpo.worker", str(run_dir)])
         with pytest.raises(SystemExit) as exit_of_worker:
             worker.main()
@@ -107,9 +108,9 @@ def run(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `main` sets it too: this one is taken back
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")  # a name that never resolves
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    warnings_too = logging.StreamHandler()  # as in a process of its own, where pytest does not collect them
-    logging.getLogger().addHandler(warnings_too)
+    signal_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    root = logging.getLogger()
+    log_handlers, level = root.handlers[:], root.level  # which Hydra replaces
 
     def run(command: str) -> Command:
         arguments = command.replace("INPUTS", str(inputs)).split()
@@ -122,8 +123,9 @@ def run(
         return Command(end.value.code, seconds, capfd.readouterr().err.splitlines(), reached)  # type: ignore[arg-type]
 
     yield run
-    logging.getLogger().removeHandler(warnings_too)
-    for number, handler in handlers.items():
+    root.handlers[:] = log_handlers
+    root.setLevel(level)
+    for number, handler in signal_handlers.items():
         signal.signal(number, handler)
 
 

@@ -1,6 +1,7 @@
 """The command line from end to end: real processes in directories of their own, and an MLflow database."""
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -157,8 +158,12 @@ def in_one_process(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(train, "_exit_statuses", [])
     monkeypatch.setattr(train, "_signals", [])
     monkeypatch.setattr(sys, "argv", ["xpo.train", *arguments])
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
     with pytest.raises(SystemExit) as exit_of_main:
         train.main()
+    root.handlers[:] = handlers  # Hydra has replaced them
+    root.setLevel(level)
     return exit_of_main.value.code  # type: ignore[return-value]
 
 

@@ -4,51 +4,63 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.evaluation import Evaluator
 from xpo.tracking import TABLE_NAME, TABLE_TAG, TABLE_TAG_VALUE, MLflowRun, completion_rows, write_table
 
+_ECHO_S = 2.0
+
 
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in progress, with a checkpoint, when a signal asks for it.
 
-    SIGINT and SIGTERM do, and so does the death of the parent process. A second signal, or one
-    outside of training, raises KeyboardInterrupt at once.
+    SIGINT and SIGTERM do, and so does the death of the parent process. A second signal after two
+    seconds, or one outside of training, raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._training = False
+        self.in_training = False
         self._parent = os.getppid()
+        self._first_at = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self.signal is not None
-        self.signal = number
-        if again or not self._training:
+        # A launcher passes on the signal that the terminal has sent to everybody already.
+        now = time.monotonic()
+        again = self.signal is not None and now - self._first_at > _ECHO_S
+        if self.signal is None:
+            self.signal, self._first_at = number, now
+        if again or not self.in_training:
             raise KeyboardInterrupt
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._training = True
+        self.in_training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.signal is None and os.getppid() != self._parent:
             self.signal = signal.SIGTERM
+        if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
+            number = torch.tensor(self.signal or 0, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.signal = int(number) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._training = False
+        self.in_training = False
 
 
 class KeepCompletions(TrainerCallback):

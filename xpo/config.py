@@ -39,7 +39,7 @@ class XPOConfig(TrainingArguments):
         generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
         generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
-        disable_dropout: set every dropout of policy and reference to 0.
+        disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` when the model is given by name.
         trust_remote_code: allow models that bring their own code.
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.

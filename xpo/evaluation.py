@@ -88,11 +88,13 @@ class Evaluator:
         silent = args.disable_tqdm or not accelerator.is_local_main_process
         for number, chunk in enumerate(tqdm(chunks, desc="Evaluating", leave=False, disable=silent)):
             prompts = [rows[i] for i in chunk]
-            with accelerator.autocast():
-                if len(answers) <= number:
-                    with self.reference.model() as model:
-                        answers.append(self._answer(model, prompts, chunk, args, EVAL_REFERENCE))
-                records += self._compare(policy, prompts, chunk, answers[number], args)
+            if len(answers) <= number:
+                with self.reference.model() as model, accelerator.autocast():
+                    answers.append(self._answer(model, prompts, chunk, args, EVAL_REFERENCE))
+            with accelerator.autocast():  # as in training; judge and reward model keep their own precision
+                completions = self._answer(base_model(policy), prompts, chunk, args, EVAL_POLICY)
+                ratio = self._log_ratio(policy, prompts, completions, args)
+            records += self._compare(prompts, chunk, completions, answers[number], ratio)
         self._answers[prefix] = (question, answers)
         self.records = sorted(gather_object(records), key=lambda record: record["index"])
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
@@ -111,14 +113,12 @@ class Evaluator:
 
     def _compare(
         self,
-        policy: PreTrainedModel,
         rows: Sequence[Record],
         indices: Sequence[int],
+        completions: Completions,
         answers: Completions,
-        args: XPOConfig,
+        ratio: Tensor,
     ) -> list[Record]:
-        completions = self._answer(base_model(policy), rows, indices, args, EVAL_POLICY)
-        ratio = self._log_ratio(policy, rows, completions, args)
         prompts = [row["prompt"] for row in rows]
         preference = judge_pairs(self.judge, self.reward_model, prompts, completions, answers, None)
         extra = {

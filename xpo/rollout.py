@@ -27,7 +27,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from xpo.errors import ConfigError
+from xpo.errors import ConfigError, nearest
 from xpo.logprobs import completion_lengths, length_mask, positions
 
 # The random streams: y and y~ never share their noise, nor training and evaluation.
@@ -62,10 +62,13 @@ class Sampling:
     batch_size: int | None = None  # at most so many prompts in one generate call; None: all at once
 
     def __post_init__(self) -> None:
-        for key in self.extra or {}:
+        for key, value in (self.extra or {}).items():
             if key in _REFUSED_OPTIONS:
+                raise ConfigError(f"generation_kwargs: {key}={value!r} is not supported; {_REFUSED_OPTIONS[key]}")
+            if key not in vars(GenerationConfig()):
                 raise ConfigError(
-                    f"generation_kwargs: {key}={self.extra[key]!r} is not supported; {_REFUSED_OPTIONS[key]}"  # type: ignore[index]
+                    f"generation_kwargs: {key}={value!r} is no option of GenerationConfig"
+                    f"{nearest(key, vars(GenerationConfig()))}; correct or remove it"
                 )
 
     def warpers(self) -> LogitsProcessorList:

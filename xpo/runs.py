@@ -3,6 +3,7 @@
 RUN_DIR/
   config.yaml            the resolved configuration
   run.json               a RunRecord
+  run.lock               held by the worker while it runs
   completions/           one file per evaluation
   model/                 the final model with its card, and checkpoint-N/ beside it
   metrics.json           everything that was logged
@@ -75,8 +76,11 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path] | None:
+def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path | None] | None:
     """The run directory and the checkpoint that `training.resume` names.
+
+    "auto" takes the newest unfinished run of the command that has a checkpoint, else the newest one
+    that was stopped before its first: that one starts again, in its directory.
 
     Args:
         resume: "auto", a run directory, or a checkpoint in one.
@@ -93,12 +97,13 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
         records = sorted(
             (path for root in roots for path in root.rglob("run.json")), key=lambda path: path.stat().st_mtime
         )
-        for path in reversed(records):
-            record = RunRecord.read(path.parent)
-            checkpoint = last_complete_checkpoint(path.parent / "model")
-            if record.job_key == key and not record.finished and checkpoint is not None:
-                return path.parent, checkpoint
-        return None
+        unfinished = [
+            (path.parent, last_complete_checkpoint(path.parent / "model"))
+            for path in reversed(records)
+            if (record := RunRecord.read(path.parent)).job_key == key and not record.finished
+        ]
+        begun = [found for found in unfinished if found[1] is not None]
+        return next(iter(begun + unfinished), None)
     path = Path(resume).expanduser()
     checkpoint = path if is_complete(path) else last_complete_checkpoint(path / "model")
     run_dir = path.parent.parent if checkpoint == path else path
@@ -106,5 +111,10 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
         raise ConfigError(
             f"training.resume={resume!r} holds no complete checkpoint; "
             "give a run directory (outputs/DATE/TIME), a checkpoint in its model/, or auto"
+        )
+    if not any((checkpoint / state).exists() for state in ("optimizer.pt", "optimizer.bin", "latest")):
+        raise ConfigError(
+            f"training.resume={resume!r} has no optimizer state (training.save_only_model=true); "
+            "start a new run with model.name set to the checkpoint"
         )
     return run_dir, checkpoint

@@ -122,7 +122,7 @@ class EvaluationSchema:
 
 @dataclass
 class TrainingSchema:
-    """Names, meanings and defaults of transformers.TrainingArguments, but for `resume` and `kwargs`."""
+    """Names and meanings of transformers.TrainingArguments, but for `resume` and `kwargs`."""
 
     max_steps: int = -1
     num_train_epochs: float = 1.0
@@ -221,6 +221,13 @@ class TrainSchema:
             raise ConfigError(
                 "judge=reward needs a reward model and reward_model=none; choose a reward_model or another judge"
             )
+        if self.training.eval_steps is not None and self.training.eval_strategy == "no":
+            raise ConfigError(
+                f"training.eval_steps={self.training.eval_steps} has no effect with training.eval_strategy=no; "
+                "set training.eval_strategy=steps"
+            )
+        if self.training.push_to_hub and not self.training.hub_model_id:
+            raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")
         if self.training.load_best_model_at_end and self.training.eval_strategy == "no":
             raise ConfigError(
                 "training.load_best_model_at_end=True needs evaluations; set training.eval_strategy=steps"

@@ -50,7 +50,7 @@ def main() -> None:
 def choose_preset(arguments: list[str]) -> list[str]:
     """Leaves the default preset out where a model or data set is chosen: quickstart is made for its own."""
     groups = [argument.partition("=")[0] for argument in arguments]
-    chosen = [groups.index(group) for group in ("model", "data") if group in groups]
+    chosen = [groups.index(key) for key in ("model", "data", "model.name", "data.train") if key in groups]
     if not chosen or "experiment" in groups:
         return arguments
     return [*arguments[: min(chosen)], "experiment=none", *arguments[min(chosen) :]]
@@ -108,19 +108,20 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
         overrides=[override for override in overrides if "training.resume=" not in override],
     )
     resume = schema.training.resume
+    resumed: Path | None = None
     if resume is not None:
-        found = resolve_resume(resume, key, [Path("outputs"), Path("multirun")])
+        found = resolve_resume(resume, key, [Path("outputs"), Path("multirun"), output_dir])
         if found is not None:
-            resumed, checkpoint = (path.absolute() for path in found)
-            compare_with_run(resolved, resumed)
-            record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
-            record.resume_from = str(checkpoint)
+            resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()
+            if not compare_with_run(resolved, resumed):  # other settings are another curve
+                record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
+            record.resume_from = str(checkpoint) if checkpoint else None
             if output_dir.is_dir() and not any(output_dir.iterdir()):
                 output_dir.rmdir()  # Hydra's directory for this command, of no use
             output_dir = resumed
         else:
             print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
-    if record.resume_from is None and (output_dir / "run.json").exists():
+    if resumed is None and (output_dir / "run.json").exists():
         raise ConfigError(
             f"hydra.run.dir={str(output_dir)!r} holds a run already; "
             f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
@@ -131,12 +132,21 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
     return output_dir
 
 
-def compare_with_run(config: dict[str, Any], run_dir: Path) -> None:
-    """Says what the configuration changes about a run that goes on; ConfigError if that is its model."""
+# What may change about a run without changing the numbers of a step.
+_HARMLESS = ("tracking.", "training.resume", "training.max_steps", "training.save_", "training.disable_tqdm")
+
+
+def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
+    """Whether the configuration changes the numbers of a run that goes on, which it says.
+
+    Raises:
+        ConfigError: it changes the run's model.
+    """
+    changed = False
     trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
     for key, value in flatten(config).items():
         before = trained.get(key)
-        if before == value or key == "training.resume" or key.startswith("tracking."):
+        if before == value or key.startswith(_HARMLESS):
             continue
         if key.startswith(("model.", "lora.")):
             raise ConfigError(
@@ -144,6 +154,8 @@ def compare_with_run(config: dict[str, Any], run_dir: Path) -> None:
                 f"give that run's command: {RunRecord.read(run_dir).command(run_dir)}"
             )
         print(f"xpo: the run goes on with {key}={value!r} instead of {before!r}", file=sys.stderr)
+        changed = True
+    return changed
 
 
 def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:

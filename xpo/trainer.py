@@ -1,6 +1,5 @@
 """XPOTrainer: Exploratory Preference Optimization as a transformers Trainer."""
 
-import functools
 import json
 import logging
 import math
@@ -88,7 +87,6 @@ class XPOTrainer(Trainer):
         ConfigError: what a user can mend, in one line.
     """
 
-    _tag_names = ["xpo"]
     args: XPOConfig
     control: TrainerControl
     # The loss of a micro-batch is already its share of the optimizer step's mean.
@@ -133,12 +131,7 @@ class XPOTrainer(Trainer):
             processing_class.pad_token = processing_class.eos_token
         eos_token_ids = end_tokens(base_model(model), processing_class)
 
-        self.tokenize = functools.partial(
-            tokenize_prompts,
-            tokenizer=processing_class,
-            max_prompt_length=args.max_length - args.max_new_tokens,
-            overflow=args.prompt_overflow,
-        )
+        self.tokenize = prompt_tokenizer(args, processing_class)
         train_dataset = self.tokenize(train_dataset, key="train_dataset")
         if isinstance(eval_dataset, dict):
             eval_dataset = {
@@ -147,14 +140,13 @@ class XPOTrainer(Trainer):
         elif eval_dataset is not None:
             eval_dataset = self.tokenize(eval_dataset, key="eval_dataset")
 
-        if peft_config is not None:
-            set_seed(args.seed)  # the adapters' first weights are random
-            model = get_peft_model(model, peft_config)
         if args.disable_dropout:
             for part in [model] if ref_model is None else [model, ref_model]:
                 _disable_dropout(part)
+        if peft_config is not None:
+            model = _with_adapters(model, peft_config, args.seed)
         self.reference = Reference(model, ref_model, args.device)
-        self.sampler = Sampler(processing_class, _sampling(args), eos_token_ids)
+        self.sampler = Sampler(processing_class, sampling_options(args), eos_token_ids)
 
         super().__init__(
             model=model,
@@ -372,8 +364,7 @@ class XPOTrainer(Trainer):
             }
         if dataset is None:
             raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
-        if "prompt_ids" not in (dataset.column_names or ()):  # a mapped stream does not know its columns
-            dataset = self.tokenize(dataset, key="eval_dataset")
+        dataset = self.tokenize(dataset, key="eval_dataset")
         result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
         self.log(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
@@ -468,7 +459,27 @@ def _load_policy(name: str, args: XPOConfig) -> PreTrainedModel:
     )
 
 
-def _sampling(args: XPOConfig) -> Sampling:
+def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., PromptDataset]:
+    """A function (dataset, key) that tokenizes prompts, unless that has been done, for these arguments."""
+
+    def tokenize(dataset: PromptDataset, key: str) -> PromptDataset:
+        if "prompt_ids" in (dataset.column_names or ()):  # a mapped stream does not know its columns
+            return dataset
+        return tokenize_prompts(dataset, tokenizer, args.max_length - args.max_new_tokens, args.prompt_overflow, key)
+
+    return tokenize
+
+
+def _with_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> PeftModel:
+    set_seed(seed)  # the adapters' first weights are random
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"peft_config: {reason}; correct target_modules (lora.target_modules)") from error
+
+
+def sampling_options(args: XPOConfig) -> Sampling:
     """The sampling options of a configuration; generation_kwargs win over the options they repeat."""
     extra = dict(_options(args.generation_kwargs))
     named = {

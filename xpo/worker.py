@@ -11,13 +11,16 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, disable_progress_bars
+from filelock import FileLock, Timeout
+from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from transformers import ProgressCallback
@@ -34,9 +37,10 @@ from xpo.rewards import RewardModel
 from xpo.runs import RunRecord
 from xpo.schema import REWARD_JUDGE, TrainSchema, flatten, to_dict
 from xpo.tracking import MLflowCallback, MLflowRun
-from xpo.trainer import XPOTrainer
+from xpo.trainer import XPOTrainer, prompt_tokenizer, sampling_options
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -65,7 +69,8 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         return 128 + (stop.signal or 2)
     except (ConfigError, FloatingPointError) as error:
         _failed(tracked, f"{type(error).__name__}: {error}")
-        print(f"xpo: error: {error}", file=sys.stderr)
+        end_of_bar = "\n" if stop.in_training and not config.training.disable_tqdm else ""
+        print(f"{end_of_bar}xpo: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:
         _failed(tracked, traceback.format_exc())
@@ -87,6 +92,14 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         run_dir = Path(shared[0])
         args.output_dir = str(run_dir / "model")
     main_process = args.process_index == 0
+    lock = FileLock(run_dir / "run.lock")
+    if main_process:
+        try:
+            lock.acquire(timeout=0)  # until this process ends
+        except Timeout:
+            raise ConfigError(
+                f"hydra.run.dir={str(run_dir)!r} is in use by a run; wait for its end or stop it"
+            ) from None
     record = RunRecord.read(run_dir)
 
     # What can be known to be wrong is found before any model loads.
@@ -96,9 +109,16 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         check_target(f"evaluation.scorers.{name}", scorer)
     checkpoint = record.resume_from
     args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
-    train_dataset = _prompts(config, "train")
-    eval_dataset = _prompts(config, "eval") if config.data.eval else None
-    directory = policy_directory(config.model.name, config.model.revision, with_code=config.model.trust_remote_code)
+    sampling_options(args)
+    raw = {part: _prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
+    with_code = config.model.trust_remote_code
+    directory = policy_directory(config.model.name, config.model.revision, with_code=with_code)
+    reference = config.model.reference or directory
+    if config.model.reference:
+        reference = policy_directory(config.model.reference, None, "model.reference", with_code)
+    tokenizer = _loaded("model.name", config.model.name, load_tokenizer, directory, config.model)
+    tokenize = prompt_tokenizer(args, tokenizer)
+    datasets = {part: tokenize(dataset, key=f"data.{part}") for part, dataset in raw.items()}
 
     mlflow_run = _tracking(config, run_dir, record) if config.tracking.enabled and main_process else None
     if mlflow_run is not None:
@@ -106,18 +126,20 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
 
     report.say(args, f"Loading {config.model.name}")
     reward_model, judge = build_preference(config)
-    scorers = {name: instantiate(scorer) for name, scorer in config.evaluation.scorers.items()}
-    reference = config.model.reference
-    ref_model = reference and load_model(policy_directory(reference, None, "model.reference"), config.model)
+    scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
+    model = _loaded("model.name", config.model.name, load_model, directory, config.model)
+    ref_model = None
+    if config.model.reference:
+        ref_model = _loaded("model.reference", config.model.reference, load_model, reference, config.model)
     trainer = XPOTrainer(
-        model=load_model(directory, config.model),
-        ref_model=ref_model or None,
+        model=model,
+        ref_model=ref_model,
         judge=judge,
         reward_model=reward_model,
         args=args,
-        processing_class=load_tokenizer(directory, config.model),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("eval"),
         peft_config=lora_config(config.lora),
         scorers=scorers,
         callbacks=[stop],
@@ -137,10 +159,12 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         report.say(args, report.how_to_continue(trainer.state.global_step, run_dir))
         return 128 + stop.signal
 
-    if eval_dataset is not None and config.evaluation.after and not _evaluated_last_step(trainer):
+    trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
+    # With the best model loaded, the last evaluation may be another model's.
+    evaluated = _evaluated_last_step(trainer) and not args.load_best_model_at_end
+    if "eval" in datasets and config.evaluation.after and not evaluated:
         report.say(args, "Evaluating after training")
         trainer.evaluate()
-    trainer.save_model(_internal_call=True)  # pushing waits for the card
     if main_process:
         _finish(config, trainer, run_dir, record, mlflow_run)
     return 0
@@ -149,6 +173,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
 def _quiet() -> None:
     """Progress bars and warnings of our own; silence from libraries where nothing is wrong."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -213,11 +239,32 @@ def check_target(key: str, group: dict[str, Any]) -> None:
 
 def build_preference(config: TrainSchema) -> tuple[RewardModel | None, Judge]:
     """The reward model, if any, and the judge."""
-    reward_model = instantiate(config.reward_model) if config.reward_model.get("_target_") else None
+    reward_model = build(config.reward_model) if config.reward_model.get("_target_") else None
     if config.judge["_target_"] == REWARD_JUDGE:
         assert reward_model is not None  # the schema has checked it
         return reward_model, RewardJudge(reward_model)
-    return reward_model, instantiate(config.judge)
+    return reward_model, build(config.judge)
+
+
+def build(group: dict[str, Any]) -> Any:
+    """What the `_target_` of a group makes of its other keys."""
+    try:
+        return instantiate(group)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def _loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
+    """`load(*arguments)`, with one line for a directory that holds no such thing."""
+    try:
+        return load(*arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{key}={name!r} cannot be loaded ({reason}); point {key} at a causal language model"
+        ) from error
 
 
 def _prompts(config: TrainSchema, part: str) -> Dataset:
