@@ -203,6 +203,7 @@ def test_the_run_directory_says_what_was_done(finished: Ended):
     assert {path.name for path in finished.run_dir.iterdir()} == {
         "config.yaml",
         "run.json",
+        "run.lock",
         "metrics.json",
         "completions",
         "model",
@@ -410,6 +411,8 @@ def test_a_process_that_a_launcher_started_is_a_worker_itself(monkeypatch: pytes
         (["loss.alpha=1"], "quickstart"),
         (["model=tiny"], "none"),
         (["loss.alpha=1", "data=local", "data.train=prompts.jsonl"], "none"),
+        (["model.name=owner/name"], "none"),
+        (["data.train=prompts.jsonl"], "none"),
         (["model=tiny", "experiment=smoke"], "smoke"),
     ],
 )
@@ -616,6 +619,23 @@ def test_the_command_that_a_stopped_run_prints_goes_on_with_it(lives: list[Ended
     assert RunRecord.read(copied).resume_from == str(copied / "model" / f"checkpoint-{STEPS}")
     before.training.resume = after.training.resume = None
     assert before == after
+
+
+def test_auto_goes_on_in_a_fixed_directory_with_or_without_a_checkpoint(tmp_path: Path):
+    """A requeued job repeats its command: the same directory, the same MLflow run."""
+    command = ["experiment=smoke", "training.resume=auto"]
+    run_dir = tmp_path / "run"
+    record = RunRecord.read(prepared(command, run_dir))
+    record.mlflow_run_id = "abc"
+    record.write(run_dir)
+    assert prepared(command, run_dir) == run_dir
+    assert RunRecord.read(run_dir).mlflow_run_id == "abc"
+    assert RunRecord.read(run_dir).resume_from is None
+    checkpoint = run_dir / "model" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    prepared(command, run_dir)
+    assert RunRecord.read(run_dir).resume_from == str(checkpoint)
 
 
 def test_a_run_is_not_resumed_with_another_model(copied: Path, tmp_path: Path):

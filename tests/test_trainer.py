@@ -412,3 +412,23 @@ def test_streams_train_and_evaluate_like_tables(make_trainer):
         k: v for k, v in second.items() if k != "eval_runtime"
     }
     assert stream.evaluate()["eval_length"] > 0
+
+
+def test_adapters_keep_their_own_dropout(make_trainer):
+    config = LoraConfig(r=4, lora_dropout=0.25, target_modules="all-linear", task_type="CAUSAL_LM")
+    dropouts = {m.p for m in make_trainer(peft_config=config).model.modules() if isinstance(m, torch.nn.Dropout)}
+    assert dropouts == {0.25}
+
+
+def test_judges_and_rewards_keep_their_precision(make_trainer):
+    """bf16 is for policy and reference: scores in training and in evaluation are computed outside of autocast."""
+    seen = []
+
+    def reward(prompts, completions):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return share_of_e(prompts, completions)
+
+    trainer = make_trainer(reward_model=reward, bf16=True, max_steps=1, eval_dataset=prompts(4))
+    trainer.train()
+    trainer.evaluate()
+    assert seen == [False] * 4
