@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from xpo import train, worker
@@ -348,6 +349,17 @@ def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.Monk
     assert "out of reach" in result.stderr[0]
     assert result.status == 2
     assert result.seconds < SECONDS
+
+
+def test_a_run_directory_in_which_a_run_is_at_work(run: Run, tmp_path: Path):
+    """Two commands that resume the same run: the second one must not write over the first one's checkpoints."""
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / "run.lock"):
+        result = run(f"{RUN} hydra.run.dir=run")
+    assert len(result.stderr) == 1
+    assert re.match(r"xpo: error: hydra.run.dir='.*run' is in use by a run; wait for its end or", result.stderr[0])
+    assert result.status == 2
+    assert MODEL not in result.reached
 
 
 def process(arguments: str, inputs: Path, directory: Path) -> subprocess.CompletedProcess[str]:
