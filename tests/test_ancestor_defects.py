@@ -281,9 +281,9 @@ def test_24_the_exploration_term_pushes_reference_completions_down(make_trainer)
     assert "rewards/chosen" not in logs[0]  # there is no labelled pair to average over
 
 
-def test_26_a_run_that_somebody_else_started_goes_on(make_trainer, tmp_path):
+def test_26_a_run_that_somebody_else_started_goes_on(make_trainer, tmp_path, monkeypatch):
     """transformers' MLflowCallback ended it, or logged only the arguments; here it is not even attached."""
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     with mlflow.start_run() as run:
         trainer = make_trainer(max_steps=1)
         trainer.train()
