@@ -21,6 +21,27 @@ from xpo.prompts import Prompt
 
 torch.set_num_threads(1)
 
+# The 17 metrics of TRL's documentation.
+TRL_METRICS = {
+    "loss/dpo",
+    "loss/xpo",
+    "objective/kl",
+    "objective/entropy",
+    "objective/model_scores",
+    "objective/ref_scores",
+    "objective/scores_margin",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "val/model_contain_eos_token",
+    "val/ref_contain_eos_token",
+    "alpha",
+    "beta",
+}
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from conftest import TRL_METRICS
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import OmegaConf
@@ -36,26 +37,6 @@ from xpo.train import CONF
 STEPS = 8
 SMOKE = ["experiment=smoke", f"training.max_steps={STEPS}", "training.logging_steps=1"]
 
-# The 17 metrics of TRL's documentation.
-TRL_METRICS = {
-    "loss/xpo",
-    "loss/dpo",
-    "objective/kl",
-    "objective/entropy",
-    "objective/model_scores",
-    "objective/ref_scores",
-    "objective/scores_margin",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "val/model_contain_eos_token",
-    "val/ref_contain_eos_token",
-    "alpha",
-    "beta",
-}
 OWN_METRICS = {
     "loss",
     "grad_norm",

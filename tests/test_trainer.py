@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import prompts, share_of_e, step_logs
+from conftest import TRL_METRICS, prompts, share_of_e, step_logs
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -20,25 +20,6 @@ from xpo import ConfigError, XPOConfig, XPOTrainer
 from xpo.config import value_at_epoch
 from xpo.models import tiny_model
 
-TRL_METRICS = {
-    "loss/dpo",
-    "loss/xpo",
-    "objective/kl",
-    "objective/entropy",
-    "objective/model_scores",
-    "objective/ref_scores",
-    "objective/scores_margin",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-    "val/model_contain_eos_token",
-    "val/ref_contain_eos_token",
-    "alpha",
-    "beta",
-}
 OWN_METRICS = {
     "objective/kl_policy",
     "exploration/ref_ratio",

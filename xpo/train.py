@@ -132,7 +132,7 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
     return output_dir
 
 
-# What may change about a run without changing the numbers of a step.
+# What may change and leave a run the same experiment; more steps stretch a schedule that depends on them.
 _HARMLESS = ("tracking.", "training.resume", "training.max_steps", "training.save_", "training.disable_tqdm")
 
 

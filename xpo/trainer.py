@@ -1,7 +1,6 @@
 """XPOTrainer: Exploratory Preference Optimization as a transformers Trainer."""
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +36,6 @@ from xpo.preference import Preference, judge_pairs
 from xpo.reference import Reference, base_model
 from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
 from xpo.rollout import POLICY, REFERENCE, Completions, Rollout, Sampler, Sampling, eval_mode, same_width
-
-logger = logging.getLogger(__name__)
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
 

@@ -39,7 +39,6 @@ from xpo.schema import REWARD_JUDGE, TrainSchema, flatten, to_dict
 from xpo.tracking import MLflowCallback, MLflowRun
 from xpo.trainer import XPOTrainer, prompt_tokenizer, sampling_options
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
