@@ -52,6 +52,9 @@ def run(out: Path, pairs: int, accumulation: int, lora: bool) -> None:
         evaluation.pop("eval_runtime")
         result = {"world_size": args.world_size, "logs": step_logs(trainer), "evaluation": evaluation}
         (out / "logs.json").write_text(json.dumps(result))
+    if args.world_size > 1:  # together: gloo may abort a rank whose peer has gone
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""A tiny PairRM with random weights, in both on-disk layouts: 0.3 s, 0.5 MB, no download."""
+"""A tiny PairRM with random weights, in both on-disk layouts: 0.3 s, 1.5 MB, no download."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceNormalizer, sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model
@@ -25,20 +27,34 @@ def build_tiny_pair_rm(directory: Path) -> tuple[Path, Path]:
 
     hf: config, tokenizer with the markers and weights in one place, like llm-blender/PairRM-hf.
     ranker: a RankerConfig and the weights, like llm-blender/PairRM; `model_name` is the local backbone,
-    whose tokenizer lacks the markers and whose vocabulary has another size, like microsoft/deberta-v3-large.
+    whose tokenizer lacks the markers, whose vocabulary has another size, and whose own weights are
+    float16, like microsoft/deberta-v3-large.
     """
+    return write_pair_rm(directory, tiny_tokenizer(), tiny_config())
+
+
+def write_pair_rm(directory: Path, tokenizer: Tokenizer, config: DebertaV2Config) -> tuple[Path, Path]:
+    """The same of any tokenizer, without the markers, and size; the vocabulary's size is the tokenizer's."""
     hf, ranker, backbone = directory / "hf", directory / "ranker", directory / "backbone"
     for folder in (hf, ranker, backbone):
         folder.mkdir(parents=True)
 
-    tokenizer = _tokenizer()
-    config = _config(vocab_size=tokenizer.get_vocab_size() + 9)
+    config.vocab_size = tokenizer.get_vocab_size() + 9
+    config.dtype = torch.float16
     config.save_pretrained(backbone)
-    save_file(_weights(DebertaV2Model(config)), backbone / "model.safetensors", metadata={"format": "pt"})
+    own_weights = _weights(DebertaV2Model(config).half(), config.initializer_range)
+    save_file(own_weights, backbone / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(backbone / "tokenizer.json"))
 
     tokenizer.add_tokens(list(MARKERS))
-    config.vocab_size = tokenizer.get_vocab_size()
+    vocabulary = tokenizer.get_vocab()
+    config.vocab_size = len(vocabulary)
+    config.dtype = torch.float32
+    # What llm-blender's DebertaV2PairRM reads.
+    config.n_tasks, config.drop_out, config.sep_token_id = 1, 0.05, vocabulary["[SEP]"]
+    names = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id")
+    for name, marker in zip(names, MARKERS, strict=True):
+        setattr(config, name, vocabulary[marker])
     tokenizer.save(str(hf / "tokenizer.json"))
     config.save_pretrained(hf)
     ranker_config = {
@@ -48,30 +64,36 @@ def build_tiny_pair_rm(directory: Path) -> tuple[Path, Path]:
         "source_maxlength": 1224,
         "candidate_maxlength": 412,
         "n_tasks": 1,
-        "fp16": False,
+        "fp16": True,
     }
     (ranker / "config.json").write_text(json.dumps(ranker_config))
-    weights = _weights(PairRMNetwork(config))
+    weights = _weights(PairRMNetwork(config), config.initializer_range)
     for folder in (hf, ranker):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return hf, ranker
 
 
-def _tokenizer() -> Tokenizer:
-    """DeBERTa-v3's kind of tokenizer: Unigram, [PAD] [CLS] [SEP] [UNK] first and [MASK] last."""
+def tiny_tokenizer(corpus: Sequence[str] = CORPUS, vocab_size: int = 300) -> Tokenizer:
+    """DeBERTa-v3's kind of tokenizer: Unigram, [PAD] [CLS] [SEP] [UNK] first and [MASK] last, nmt_nfkc before."""
+    rules = sentencepiece_model_pb2.ModelProto()
+    rules.ParseFromString(SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_model_proto())
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Strip(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+        [
+            normalizers.Strip(),
+            normalizers.Precompiled(rules.normalizer_spec.precompiled_charsmap),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.UnigramTrainer(
-        vocab_size=300,
+        vocab_size=vocab_size,
         special_tokens=["[PAD]", "[CLS]", "[SEP]", "[UNK]"],
         unk_token="[UNK]",
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(["[MASK]"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
@@ -79,14 +101,14 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _config(vocab_size: int) -> DebertaV2Config:
+def tiny_config() -> DebertaV2Config:
     """DeBERTa-v3-large's settings at hidden size 32 with two layers."""
     settings = {
-        "vocab_size": vocab_size,
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 64,
+        "initializer_range": 0.25,  # so large that logits differ between texts
         "type_vocab_size": 0,
         "relative_attention": True,
         "max_relative_positions": -1,
@@ -100,11 +122,11 @@ def _config(vocab_size: int) -> DebertaV2Config:
     return config
 
 
-def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Weights of standard deviation 0.25, so that logits differ between texts; layer norms stay."""
+def _weights(module: nn.Module, std: float) -> dict[str, torch.Tensor]:
+    """Weights of this standard deviation; layer norms stay."""
     generator = torch.Generator().manual_seed(0)
     weights = module.state_dict()
     for name, value in sorted(weights.items()):
         if "LayerNorm" not in name:
-            value.normal_(std=0.25, generator=generator)
+            value.normal_(std=std, generator=generator)
     return weights

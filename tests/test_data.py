@@ -277,7 +277,7 @@ def test_errors_of_data_name_the_key_and_the_remedy(write: Callable[..., str], t
     Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path / "saved")
     for name, split, message in [
         ("missing.jsonl", "train", "does not exist; point it at a JSONL or Parquet file"),
-        (str(tmp_path / "empty.jsonl"), "train", "is empty; give a file with one prompt per line"),
+        (str(tmp_path / "empty.jsonl"), "train", "is empty; give a file with one row per line"),
         (str(nothing), "train", "cannot be read as parquet: .* no data!; mend the file"),
         (str(tmp_path / "broken.jsonl"), "train", "cannot be read as jsonl: .*; mend the file"),
         (str(tmp_path / "broken.parquet"), "train", "cannot be read as parquet: .*; mend the file"),

@@ -43,4 +43,4 @@ def test_two_processes_equal_one(tmp_path: Path, mode: str):
     for name, values in weights[0].items():
         torch.testing.assert_close(values, weights[1][name], atol=1e-5, rtol=1e-5, msg=name)
     checkpoint = tmp_path / "two" / "model" / "checkpoint-4"
-    assert (checkpoint / "metrics_1.json").is_file()
+    assert (checkpoint / "xpo_state_1.json").is_file()

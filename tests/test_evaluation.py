@@ -117,6 +117,7 @@ def test_the_ranks_share_the_prompts_and_answer_as_one_process_would(make_traine
             device=trainer.args.device,
             seed=trainer.args.seed,
             eval_greedy=False,
+            tie_threshold=0.0,
         )
         evaluator = Evaluator(trainer.sampler, trainer.reference, trainer.judge, trainer.reward_model, {})
         evaluator(trainer.model, trainer.eval_dataset, trainer.accelerator, args)  # type: ignore[arg-type]
@@ -329,6 +330,7 @@ def record(**values: Any) -> dict[str, Any]:
     plain = {
         "label": 0.0,
         "margin": 0.0,
+        "flipped": None,
         "log_ratio": 0.0,
         "ended": True,
         "ref_ended": False,

@@ -93,11 +93,14 @@ def test_without_any_preference_rewards_are_left_out_and_the_rest_stays() -> Non
 def test_verdicts_are_shares_of_all_pairs() -> None:
     margin = torch.tensor([2.0, 1.0, -1.0, 0.0, float("nan"), float("inf"), -float("inf"), 3.0])
     label = torch.tensor([1.0, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-    assert means(preference_metrics(margin, label)) == {
+    flipped = torch.tensor([1.0, 0.0, 0.0, 0.0, float("nan"), float("nan"), float("nan"), float("nan")])
+    assert means(preference_metrics(margin, label, flipped)) == {
         "preference/win_rate": 3 / 8,
         "preference/tie_rate": 1 / 8,
         "preference/invalid_rate": 3 / 8,
+        "preference/flip_rate": 1 / 4,  # of the pairs where it is known
     }
+    assert "preference/flip_rate" not in means(preference_metrics(margin, label, torch.full((8,), torch.nan)))
 
 
 @pytest.mark.parametrize(

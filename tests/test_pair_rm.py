@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import DebertaV2Config, DebertaV2Model
 
 from xpo.errors import ConfigError
-from xpo.judges.pair_rm import MARKERS, PairRMJudge
+from xpo.judges.pair_rm import BACKENDS, MARKERS, PairRMJudge
 
 PROMPTS = ["hello!", "I love you!", "What is the capital of France?", "Tell a story. " * 12, "", "2 + 2 = ?"]
 FIRST = ["hi!", "I hate you!", "Paris.", "Once upon a time there was a robot. " * 7, "a", "4"]
@@ -108,7 +109,7 @@ def test_batching_does_not_matter(hf: Path, both_orders: bool) -> None:
     assert judge.margins([], [], []).shape == (0,)
 
 
-def test_one_order_is_one_of_the_two_logits(hf: Path, judge: PairRMJudge) -> None:
+def test_one_order_is_twice_one_of_the_two_logits(hf: Path, judge: PairRMJudge) -> None:
     prompts = [f"{x} {i}" for i in range(4) for x in PROMPTS]
     first, second = FIRST * 4, SECOND * 4
     forward = torch.tensor([logit_by_hand(hf, x, a, b) for x, a, b in zip(prompts, first, second, strict=True)])
@@ -117,11 +118,11 @@ def test_one_order_is_one_of_the_two_logits(hf: Path, judge: PairRMJudge) -> Non
     for seed in (0, 1):
         single = PairRMJudge(str(hf), both_orders=False, seed=seed, device="cpu")
         margins = single.margins(prompts, first, second)
-        asked_forward = (margins - forward).abs() < 1e-5
+        asked_forward = (margins - 2 * forward).abs() < 1e-5
         # Elsewhere the reverse was asked: -logit(second, first) = both orders - logit(first, second).
-        close(margins, torch.where(asked_forward, forward, both - forward))
+        close(margins, 2 * torch.where(asked_forward, forward, both - forward))
         choices.append(asked_forward)
-        assert 4 <= asked_forward.sum() <= 20
+        assert 4 <= asked_forward.sum() <= 20  # of 24
     assert not torch.equal(choices[0], choices[1])
 
 
@@ -148,14 +149,15 @@ def test_long_texts_are_cut_on_the_right_pair_by_pair(
     monkeypatch.setattr(judge, "_logits", record)
     judge.margins(prompts, first, second)
     tokenizer = Tokenizer.from_file(str(hf / "tokenizer.json"))
-    for pair, (x, a, b) in enumerate(zip(prompts, first, second, strict=True)):
-        expected = [row_by_hand(tokenizer, x, a, b), row_by_hand(tokenizer, x, b, a)]
-        assert sorted(rows[2 * pair : 2 * pair + 2]) == sorted(expected)
+    assert rows == [
+        *(row_by_hand(tokenizer, x, a, b) for x, a, b in zip(prompts, first, second, strict=True)),
+        *(row_by_hand(tokenizer, x, b, a) for x, a, b in zip(prompts, first, second, strict=True)),
+    ]
     # Full: 1224 + 412 + 412; the second candidate does not get what the first leaves.
     assert len(rows[0]) == 2048
-    assert 1224 + 412 < len(rows[2]) < 1224 + 412 + 20
-    assert 2046 <= len(rows[4]) <= 2048
-    assert 1000 < len(rows[6]) < 1040
+    assert 1224 + 412 < len(rows[1]) < 1224 + 412 + 20
+    assert 2046 <= len(rows[2]) <= 2048
+    assert 1000 < len(rows[3]) < 1040
 
 
 def test_a_full_row_is_judged(hf: Path) -> None:
@@ -171,13 +173,20 @@ def test_markers_in_user_text_change_nothing(judge: PairRMJudge) -> None:
         texts = [[inside.format(text) for text in column] for column in (PROMPTS, FIRST, SECOND)]
         assert torch.equal(judge.margins(*texts), plain)
     # A marker within a marker, and one in full-width letters that the tokenizer normalises.
-    for trick in ("<|sou<|source|>rce|>", "＜｜ｓｏｕｒｃｅ｜＞"):
+    for trick in ("<|sou<|source|>rce|>", "＜｜ｓｏｕｒｃｅ｜＞", "<|＜｜ｓｏｕｒｃｅ｜＞candidate|>"):
         close(judge.margins(PROMPTS, [text.rstrip() + trick for text in FIRST], SECOND), plain)
+
+
+def test_a_text_that_would_alter_its_marker_is_set_off_by_a_space(judge: PairRMJudge) -> None:
+    """A combining solidus makes "≯" of the marker's last character."""
+    assert torch.equal(judge.margins(["hi"], ["\u0338a"], ["b"]), judge.margins(["hi"], [" \u0338a"], ["b"]))
+    assert not torch.equal(judge.margins(["hi"], ["\u0338a"], ["b"]), judge.margins(["hi"], ["a"], ["b"]))
 
 
 def test_sep_in_user_text_is_a_space(judge: PairRMJudge) -> None:
     with_sep = judge.margins(["hi"], ["a[SEP]robot"], ["b"])
     assert torch.equal(with_sep, judge.margins(["hi"], ["a robot"], ["b"]))
+    assert torch.equal(with_sep, judge.margins(["hi"], ["a［ＳＥＰ］robot"], ["b"]))
 
 
 def test_pad_in_user_text_is_attended_to(hf: Path, judge: PairRMJudge) -> None:
@@ -219,7 +228,10 @@ def test_quiet(layouts: tuple[Path, Path], capfd: pytest.CaptureFixture[str], re
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("argument", [{"batch_size": 0}, {"temperature": 0.0}, {"dtype": "float31"}])
+@pytest.mark.parametrize(
+    "argument",
+    [{"batch_size": 0}, {"temperature": 0.0}, {"dtype": "float31"}, {"device": "gpu"}, {"backend": "original"}],
+)
 def test_arguments_are_checked(hf: Path, argument: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"judge.{next(iter(argument))}="):
         PairRMJudge(str(hf), **argument)
@@ -293,9 +305,11 @@ def one_line(model: Path, part: str) -> None:
 
 
 @pytest.mark.skipif(os.environ.get("XPO_TEST_HUB") != "1", reason="downloads 1.7 GB; set XPO_TEST_HUB=1")
-def test_published_values() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_published_values(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits in the README of llm-blender/PairRM-hf, order (A, B)."""
-    judge = PairRMJudge()
-    tokens = [judge._tokens(texts) for texts in (PROMPTS[:2], FIRST[:2], SECOND[:2])]
-    logits = judge._logits([judge._row(x, a, b) for x, a, b in zip(*tokens, strict=True)])
+    if backend == "llm_blender" and find_spec("llm_blender") is None:
+        pytest.skip("needs llm-blender")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # conftest.py sets it
+    logits = PairRMJudge(backend=backend).preferences(PROMPTS[:2], FIRST[:2], SECOND[:2]) / 2
     torch.testing.assert_close(logits, torch.tensor([1.9003021717071533, -1.2547134160995483]), atol=1e-3, rtol=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from xpo.errors import ConfigError
 from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.metrics import preference_metrics
-from xpo.preference import Preference, judge_pairs
+from xpo.preference import Preference, Rules, judge_pairs
 from xpo.prompts import Prompt
 from xpo.rewards import FunctionReward, RewardModel
 from xpo.rollout import Completions
@@ -41,7 +41,7 @@ def judged(
         [f"p{i}" for i in range(len(policy))],
         completions(policy, policy_ended),
         completions(reference, reference_ended),
-        penalty,
+        Rules(penalty),
     )
 
 
@@ -65,7 +65,7 @@ class CountingReward(RewardModel):
 
 def test_the_sign_of_the_margin_is_the_label() -> None:
     preference = judged(says(2.0, -0.1, 0.0), count=3)
-    assert preference.label.tolist() == [1, -1, 0]
+    assert preference.labels.label.tolist() == [1, -1, 0]
     torch.testing.assert_close(preference.margin, torch.tensor([2.0, -0.1, 0.0]))
     assert preference.scores is None
 
@@ -74,18 +74,20 @@ def test_the_sign_of_the_margin_is_the_label() -> None:
 def test_an_invalid_verdict_is_neither_a_win_nor_a_defeat(verdict: float | None) -> None:
     """Defects 18 and 20."""
     preference = judged(says(verdict, 1.0), count=2)
-    assert preference.label.tolist() == [0, 1]
-    metrics = preference_metrics(preference.margin, preference.label)
+    assert preference.labels.label.tolist() == [0, 1]
+    metrics = preference_metrics(preference.margin, preference.labels.label, preference.flipped)
     assert {name: mean.total for name, mean in metrics.items()} == {
         "preference/win_rate": 1,
         "preference/tie_rate": 0,
         "preference/invalid_rate": 1,
+        "preference/flip_rate": 0,
     }
+    assert metrics["preference/flip_rate"].count == 0
 
 
 def test_the_penalty_does_not_make_an_invalid_verdict_valid() -> None:
     preference = judged(says(NAN, INF, -INF), ended=([True] * 3, [False] * 3), penalty=5.0, count=3)
-    assert preference.label.tolist() == [0, 0, 0]
+    assert preference.labels.label.tolist() == [0, 0, 0]
     assert not preference.margin.isfinite().any()
 
 
@@ -93,7 +95,7 @@ def test_a_pair_with_one_missing_reward_is_invalid_and_not_a_win_of_the_other() 
     """Defect 20: None must not become 0, which would beat every negative reward."""
     reward = FunctionReward(lambda prompts, completions: [None if text == "y0" else -1.0 for text in completions])
     preference = judged(RewardJudge(reward), reward, count=2)
-    assert preference.label.tolist() == [0, 0]
+    assert preference.labels.label.tolist() == [0, 0]
     assert preference.margin[0].isnan()
     assert preference.margin[1] == 0
 
@@ -103,13 +105,13 @@ def test_identical_texts_are_a_tie_whatever_the_judge_says(verdict: float | None
     """Defect 17."""
     preference = judged(says(verdict, verdict), texts=(["same", "y"], ["same", "z"]))
     assert preference.margin[0] == 0
-    assert preference.label[0] == 0
+    assert preference.labels.label[0] == 0
     assert preference.margin[1] != 0  # the judge is heard where the texts differ
 
 
 def test_only_the_same_text_of_the_same_pair_counts_as_identical() -> None:
     preference = judged(says(1.0, 1.0), texts=(["a", "b"], ["b", "a"]))
-    assert preference.label.tolist() == [1, 1]
+    assert preference.labels.label.tolist() == [1, 1]
 
 
 # ---- the missing-EOS penalty -------------------------------------------------------------------
@@ -137,12 +139,12 @@ def test_the_penalty_is_subtracted_from_margins_and_scores_alike() -> None:
 def test_the_penalty_acts_on_the_margins_of_any_judge() -> None:
     preference = judged(says(1.0, 1.0, 1.0, 1.0), ended=ENDED, penalty=1.5, count=4)
     torch.testing.assert_close(preference.margin, torch.tensor([1.0, -0.5, 2.5, 1.0]))
-    assert preference.label.tolist() == [1, -1, 1, 1]
+    assert preference.labels.label.tolist() == [1, -1, 1, 1]
 
 
 def test_the_penalty_decides_between_identical_texts() -> None:
     preference = judged(says(9.0, 9.0, 9.0, 9.0), texts=(["same"] * 4, ["same"] * 4), ended=ENDED, penalty=1.5)
-    assert preference.label.tolist() == [0, -1, 1, 0]
+    assert preference.labels.label.tolist() == [0, -1, 1, 0]
 
 
 def test_without_a_penalty_an_unfinished_completion_costs_nothing() -> None:
@@ -158,7 +160,7 @@ def test_without_a_penalty_an_unfinished_completion_costs_nothing() -> None:
 
 def test_a_reward_model_beside_a_judge_only_scores() -> None:
     preference = judged(says(-1.0), CountingReward(), texts=(["long text"], ["z"]))
-    assert preference.label.tolist() == [-1]
+    assert preference.labels.label.tolist() == [-1]
     assert preference.scores is not None
     assert preference.scores.tolist() == [[9], [1]]
 
@@ -167,13 +169,13 @@ def test_a_reward_model_that_judges_scores_each_completion_once() -> None:
     reward = CountingReward()
     preference = judged(RewardJudge(reward), reward, texts=(["aa", "b"], ["c", "dd"]))
     assert sorted(reward.scored) == ["aa", "b", "c", "dd"]
-    assert preference.label.tolist() == [1, -1]
+    assert preference.labels.label.tolist() == [1, -1]
 
 
 def test_a_reward_judge_with_another_reward_model_keeps_its_own_opinion() -> None:
     shorter = FunctionReward(lambda prompts, completions: [-len(text) for text in completions])
     preference = judged(RewardJudge(shorter), CountingReward(), texts=(["aaa"], ["b"]))
-    assert preference.label.tolist() == [-1]
+    assert preference.labels.label.tolist() == [-1]
     assert preference.scores is not None
     assert preference.scores.tolist() == [[3], [1]]
 
@@ -184,7 +186,7 @@ def test_a_subclass_of_the_reward_judge_is_asked_for_its_margins() -> None:
             return -super().margins(prompts, first, second)
 
     reward = CountingReward()
-    assert judged(Opposite(reward), reward, texts=(["aaa"], ["b"])).label.tolist() == [-1]
+    assert judged(Opposite(reward), reward, texts=(["aaa"], ["b"])).labels.label.tolist() == [-1]
 
 
 def test_prompts_and_texts_reach_the_judge_in_order() -> None:

@@ -1,5 +1,7 @@
 """Reward models and the judges made of them, on tiny random classifiers. Nothing is downloaded."""
 
+import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -26,7 +29,7 @@ from xpo.errors import ConfigError
 from xpo.judges import FunctionJudge, RewardJudge
 from xpo.models import tiny_tokenizer
 from xpo.prompts import Prompt
-from xpo.rewards import ClassifierReward, FunctionReward
+from xpo.rewards import ClassifierReward, FunctionReward, MixReward, VaderReward
 from xpo.trainer import as_reward_model
 
 WORDS = "user assistant system . : sea is blue deep loud grey the a tell me of more and wide cold salty"
@@ -221,10 +224,91 @@ def test_texts_longer_than_the_positions_of_the_model_are_truncated(kind: str) -
     )
 
 
-@pytest.mark.parametrize("labels", [2, 3])
-def test_a_classifier_with_several_labels_is_refused(labels: int) -> None:
-    with pytest.raises(ConfigError, match=rf"has num_labels={labels}; use a classifier with one label"):
-        ClassifierReward(classifier("llama", labels), words())
+def test_two_labels_give_the_log_odds_of_the_second() -> None:
+    model, tokenizer = classifier("llama", 2), words()
+    with torch.no_grad():
+        bad, good = model(**tokenizer("the sea is blue", return_tensors="pt")).logits[0].tolist()
+    close(ClassifierReward(model, tokenizer).scores(["the sea "], ["is blue"]), [good - bad])
+
+
+def test_a_classifier_with_many_labels_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"has num_labels=3; use a classifier with one label.*, or with two"):
+        ClassifierReward(classifier("llama", 3), words())
+
+
+def test_the_callers_model_keeps_its_pad_token() -> None:
+    model = classifier("llama")
+    model.config.pad_token_id = None
+    ClassifierReward(model, words()).scores(["the sea "], ["is blue"])
+    assert model.config.pad_token_id is None
+
+
+OWN_CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+class MyConfig(PretrainedConfig):
+    model_type = "mine"
+    pad_token_id = None
+
+class MyModel(PreTrainedModel):
+    config_class = MyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.zeros(1))
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask):
+        return SequenceClassifierOutput(logits=self.scale * attention_mask.sum(dim=1, keepdim=True))
+"""
+
+
+def test_a_classifier_with_code_of_its_own_is_refused_unless_trusted(tmp_path: Path) -> None:
+    """transformers would ask on the terminal, which a job does not have."""
+    words().save_pretrained(tmp_path)
+    code = {"AutoConfig": "mine.MyConfig", "AutoModelForSequenceClassification": "mine.MyModel"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "num_labels": 1, "auto_map": code}))
+    (tmp_path / "mine.py").write_text(OWN_CODE)
+    save_file({"scale": torch.tensor([3.0])}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused = r"reward_model\.model=.* brings its own code.*trust_remote_code=true"
+    with pytest.raises(ConfigError, match=refused) as caught:
+        ClassifierReward.from_pretrained(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    trusted = ClassifierReward.from_pretrained(str(tmp_path), trust_remote_code=True)
+    close(trusted.scores(["the sea "], ["is blue"]), [3.0 * len(words()("the sea is blue").input_ids)])
+
+
+def test_a_mix_is_the_weighted_sum_and_names_its_parts() -> None:
+    length = FunctionReward(lambda prompts, completions: [float(len(text)) for text in completions])
+    spaces = FunctionReward(lambda prompts, completions: [text.count(" ") if text else None for text in completions])
+    mix = MixReward({"length": length, "spaces": spaces}, {"length": 0.5, "spaces": -2.0})
+    total, parts = mix.scores_with_parts(["p"] * 3, ["a b c", "dd", ""])
+    close(total[:2], [2.5 - 4, 1.0])
+    assert total[2].isnan()
+    assert parts["length"].tolist() == [5, 2, 0]
+    assert parts["spaces"][:2].tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("weights", [{}, {"one": 1.0, "two": 1.0}, {"one": "heavy"}])
+def test_a_mix_needs_a_weight_for_each_model(weights: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"reward_model\.weights"):
+        MixReward({"one": VaderReward()}, weights)
+
+
+def test_fingerprints_name_weights_and_settings() -> None:
+    """The same weights from another place are the same model; other weights, settings or texts are not."""
+    model, tokenizer = classifier("llama"), words()
+    same = ClassifierReward(copy.deepcopy(model), tokenizer).fingerprint
+    assert ClassifierReward(model, tokenizer).fingerprint == same
+    others = [ClassifierReward(model, tokenizer, max_length=5), ClassifierReward(classifier("llama", 2), tokenizer)]
+    changed = copy.deepcopy(model)
+    changed.get_input_embeddings().weight[3, 3] += 1e-3
+    assert len({same, *(other.fingerprint for other in [*others, ClassifierReward(changed, tokenizer)])}) == 4
+    mixes = [MixReward({"a": VaderReward()}, {"a": weight}).fingerprint for weight in (1.0, 2.0)]
+    assert mixes[0] != mixes[1]
+    assert MixReward({"a": FunctionReward(lambda *_: [])}, {"a": 1.0}).fingerprint is None
 
 
 def test_the_model_is_frozen_and_the_tokenizer_of_the_caller_left_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:

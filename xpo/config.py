@@ -8,9 +8,10 @@ import torch
 from transformers import TrainingArguments
 
 from xpo import checks
-from xpo.losses import LossType
+from xpo.losses import LabelType, LossType
 
 LOSS_TYPES = ("sigmoid", "ipo")
+LABELS = ("hard", "soft", "sampled")
 PROMPT_OVERFLOWS = ("drop", "truncate", "error")
 
 
@@ -27,6 +28,13 @@ class XPOConfig(TrainingArguments):
         beta: strength of the KL regularisation (for loss_type "ipo": tau); a list as for alpha.
         loss_type: "sigmoid" (DPO) or "ipo".
         missing_eos_penalty: subtracted from the score of a completion without an EOS token; None for nothing.
+        labels: "hard", the likelier winner has won; "soft", the loss weighs both directions by
+            sigmoid(margin / label_temperature); "sampled", the winner is drawn with that probability.
+        label_temperature: of soft and sampled labels.
+        tie_threshold: margins of at most this size are ties, which carry no preference.
+        normalize_scores: scale the reward model's scores to mean 0 and standard deviation 1 over all scores
+            of the run so far; the EOS penalty is in these units then. Evaluation reports raw scores.
+        clip_scores: the largest score by absolute value, after normalization; None for no limit.
         max_new_tokens: tokens of a completion at most.
         max_length: tokens of prompt and completion at most.
         prompt_overflow: what happens to prompts longer than max_length - max_new_tokens: "drop" (with a
@@ -62,6 +70,11 @@ class XPOConfig(TrainingArguments):
     beta: list[float] = field(default_factory=lambda: [0.1])
     loss_type: LossType = "sigmoid"
     missing_eos_penalty: float | None = None
+    labels: LabelType = "hard"
+    label_temperature: float = 1.0
+    tie_threshold: float = 0.0
+    normalize_scores: bool = False
+    clip_scores: float | None = None
     max_new_tokens: int = 64
     max_length: int = 512
     prompt_overflow: str = "drop"
@@ -92,6 +105,11 @@ class XPOConfig(TrainingArguments):
             checks.fraction("min_p", self.min_p)
         if self.missing_eos_penalty is not None:
             checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
+        checks.one_of("labels", self.labels, LABELS)
+        checks.number("label_temperature", self.label_temperature, above=0)
+        checks.number("tie_threshold", self.tie_threshold, minimum=0)
+        if self.clip_scores is not None:
+            checks.number("clip_scores", self.clip_scores, above=0)
         if self.generation_batch_size is not None:
             checks.number("generation_batch_size", self.generation_batch_size, minimum=1)
         if self.bf16 is None:

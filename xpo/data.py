@@ -19,50 +19,60 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_prompts(key: str, name: str, split: str = "train", column: str = "prompt") -> Dataset:
-    """Prompts from a file, a directory or the hub.
+    """Prompts from a file, a directory or the hub: the one column "prompt".
 
     Args:
         key: the config key that holds `name`, for error messages.
-        name: "embedded", a JSONL or Parquet file, a local data set directory, or a hub data set.
-        split: for "embedded" one of train and heldout; for files it is ignored.
+        name: "embedded", or see `load_rows`.
+        split: for "embedded" one of train and heldout.
         column: the column with the prompts.
-
-    Returns:
-        A data set with the one column "prompt".
 
     Raises:
         ConfigError: no such data, out of reach, no rows, or no such column.
     """
+    if name != "embedded":
+        return _prompt_column(key, name, load_rows(key, name, split), column)
+    splits = sorted(file.stem for file in EMBEDDED.glob("*.jsonl"))
+    if split not in splits:
+        raise ConfigError(
+            f"{key}_split={split!r} is not a split of {name!r}{nearest(split, splits)}; "
+            f"choose one of {', '.join(splits)}"
+        )
+    dataset = load_dataset("json", data_files=str(EMBEDDED / f"{split}.jsonl"), split="train")
+    return _prompt_column(key, name, dataset, column)
+
+
+def load_rows(key: str, name: str, split: str = "train") -> Dataset:
+    """All columns of a data set.
+
+    Args:
+        key: the config key that holds `name`, for error messages.
+        name: a JSONL or Parquet file, a local data set directory, or a hub data set.
+        split: of a directory or hub data set; for files it is ignored.
+
+    Raises:
+        ConfigError: no such data, out of reach, or no rows.
+    """
     path = Path(name).expanduser()
-    if name == "embedded":
-        splits = sorted(file.stem for file in EMBEDDED.glob("*.jsonl"))
-        if split not in splits:
-            raise ConfigError(
-                f"{key}_split={split!r} is not a split of {name!r}{nearest(split, splits)}; "
-                f"choose one of {', '.join(splits)}"
-            )
-        dataset = load_dataset("json", data_files=str(EMBEDDED / f"{split}.jsonl"), split="train")
-    elif path.suffix in _FORMATS:
+    if path.suffix in _FORMATS:
         if not path.is_file():
             raise ConfigError(f"{key}={name!r} does not exist; point it at a JSONL or Parquet file")
         if path.stat().st_size == 0:
-            raise ConfigError(f"{key}={name!r} is empty; give a file with one prompt per line")
+            raise ConfigError(f"{key}={name!r} is empty; give a file with one row per line")
         try:
-            dataset = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+            return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
         except Exception as error:  # datasets wraps whatever pyarrow and json raise
             raise ConfigError(
                 f"{key}={name!r} cannot be read as {path.suffix[1:]}: {_reason(error)}; mend the file"
             ) from error
-    else:
-        directory = local_directory(key, name, kind="dataset")
-        try:
-            dataset = load_dataset(str(directory), split=split)
-        except Exception as error:  # no such split, no data files, or files that cannot be read
-            raise ConfigError(
-                f"{key}={name!r}, split {split!r}: {_reason(error)}; "
-                f"correct {key}_split, or give a directory of JSONL or Parquet files"
-            ) from error
-    return _prompt_column(key, name, dataset, column)
+    directory = local_directory(key, name, kind="dataset")
+    try:
+        return load_dataset(str(directory), split=split)
+    except Exception as error:  # no such split, no data files, or files that cannot be read
+        raise ConfigError(
+            f"{key}={name!r}, split {split!r}: {_reason(error)}; "
+            f"correct {key}_split, or give a directory of JSONL or Parquet files"
+        ) from error
 
 
 def _reason(error: Exception) -> str:

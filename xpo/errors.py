@@ -12,3 +12,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """A hint for a misspelt word: "; did you mean 'alpha'?", or "" when nothing is close."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class JudgeStopped(RuntimeError):
+    """A judge cannot go on: its budget is used up, or its server is gone. Training stops with a checkpoint."""

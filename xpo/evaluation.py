@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from xpo.config import XPOConfig
+from xpo.errors import JudgeStopped
 from xpo.judges import Judge
 from xpo.logprobs import completion_logps
 from xpo.metrics import distinct_bigrams
-from xpo.preference import judge_pairs, one_per_pair
+from xpo.preference import Rules, judge_pairs, one_per_pair
 from xpo.prompts import plain_text
 from xpo.reference import Reference, base_model
 from xpo.rewards import RewardModel
@@ -70,11 +71,15 @@ class Evaluator:
     ) -> dict[str, float]:
         """Metrics named `{prefix}_...`, the same on every rank; leaves the completions in `records`.
 
-        win_rate, tie_rate, lose_rate, invalid_rate: shares of the prompts. score, ref_score,
-        score_margin: mean rewards. kl: mean of log pi(y) - log pi_ref(y) over the policy's
+        win_rate, tie_rate, lose_rate, invalid_rate: shares of the prompts. flip_rate: share of the
+        verdicts that changed with the order of the completions, where both orders were asked. score,
+        ref_score, score_margin: mean rewards. kl: mean of log pi(y) - log pi_ref(y) over the policy's
         completions, the unbiased estimate of KL(pi || pi_ref) when sampling at temperature 1, in nats.
         eos_rate, length (tokens), distinct_2: of the policy's completions; ref_* of the reference's.
-        One value per scorer, and ref_* beside it.
+        One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models.
+
+        Raises:
+            JudgeStopped: the judge of some rank could not go on; raised on every rank.
         """
         started = time.perf_counter()
         rows = list(dataset)
@@ -85,6 +90,7 @@ class Evaluator:
         if answered != question:
             answers = []
         records: list[Record] = []
+        stopped: list[str] = []
         silent = args.disable_tqdm or not accelerator.is_local_main_process
         for number, chunk in enumerate(tqdm(chunks, desc="Evaluating", leave=False, disable=silent)):
             prompts = [rows[i] for i in chunk]
@@ -94,8 +100,14 @@ class Evaluator:
             with accelerator.autocast():  # as in training; judge and reward model keep their own precision
                 completions = self._answer(base_model(policy), prompts, chunk, args, EVAL_POLICY)
                 ratio = self._log_ratio(policy, prompts, completions, args)
-            records += self._compare(prompts, chunk, completions, answers[number], ratio)
+            try:
+                records += self._compare(prompts, chunk, completions, answers[number], ratio, args)
+            except JudgeStopped as error:  # the other ranks wait for this one below
+                stopped.append(str(error))
+                break
         self._answers[prefix] = (question, answers)
+        for reason in gather_object(stopped):
+            raise JudgeStopped(reason)
         self.records = sorted(gather_object(records), key=lambda record: record["index"])
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
@@ -118,9 +130,11 @@ class Evaluator:
         completions: Completions,
         answers: Completions,
         ratio: Tensor,
+        args: XPOConfig,
     ) -> list[Record]:
         prompts = [row["prompt"] for row in rows]
-        preference = judge_pairs(self.judge, self.reward_model, prompts, completions, answers, None)
+        rules = Rules(tie_threshold=args.tie_threshold)
+        preference = judge_pairs(self.judge, self.reward_model, prompts, completions, answers, rules)
         extra = {
             name: torch.stack(
                 [one_per_pair(name, scorer.scores(prompts, c.texts), prompts) for c in (completions, answers)]
@@ -135,7 +149,8 @@ class Evaluator:
                 "completion": completions.texts[i],
                 "reference": answers.texts[i],
                 "margin": preference.margin[i].item(),
-                "label": preference.label[i].item(),
+                "label": preference.labels.label[i].item(),
+                "flipped": None if preference.flipped[i].isnan() else bool(preference.flipped[i]),
                 "log_ratio": ratio[i].item(),
                 "ended": completions.ended[i].item(),
                 "ref_ended": answers.ended[i].item(),
@@ -144,7 +159,8 @@ class Evaluator:
             }
             if preference.scores is not None:
                 record |= {"score": preference.scores[0, i].item(), "ref_score": preference.scores[1, i].item()}
-            for name, scores in extra.items():
+            parts = {f"score_{name}": part for name, part in preference.parts.items()}
+            for name, scores in (extra | parts).items():
                 record |= {name: scores[0, i].item(), f"ref_{name}": scores[1, i].item()}
             records.append(record)
         return records
@@ -189,8 +205,11 @@ def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[st
         "distinct_2": distinct.total / max(distinct.count, 1),
         "ref_distinct_2": ref_distinct.total / max(ref_distinct.count, 1),
     }
-    scores = ["score", *scorers] if records and "score" in records[0] else list(scorers)
-    for name in scores:
+    flips = [record["flipped"] for record in records if record["flipped"] is not None]
+    if flips:
+        metrics["flip_rate"] = mean(flips)
+    scored = [name for name in (records[0] if records else {}) if name == "score" or name.startswith("score_")]
+    for name in [*scored, *scorers]:
         metrics[name] = mean([record[name] for record in records])
         metrics[f"ref_{name}"] = mean([record[f"ref_{name}"] for record in records])
     if "score" in metrics:

@@ -2,6 +2,7 @@
 
 Notation for shapes: B pairs. `label` is +1 where the policy's completion y won, -1 where the
 reference's completion y~ won, 0 where the pair carries no preference (a tie, or an invalid verdict).
+`win_probability` is how sure that is: the probability that y beats y~.
 """
 
 from typing import Literal, NamedTuple
@@ -11,18 +12,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LossType = Literal["sigmoid", "ipo"]
+LabelType = Literal["hard", "soft", "sampled"]
 
 
-def preference_labels(margin: Tensor) -> Tensor:
-    """The label of each pair: the sign of its margin, and 0 for ties and for margins that are not finite.
+class Labels(NamedTuple):
+    """What the loss learns of each pair; see the notation above. Both (B,), in the dtype of the margins."""
+
+    label: Tensor
+    win_probability: Tensor
+
+
+def preference_labels(
+    margin: Tensor,
+    tie_threshold: float = 0.0,
+    labels: LabelType = "hard",
+    temperature: float = 1.0,
+    uniform: Tensor | None = None,
+) -> Labels:
+    """Labels from margins. Pairs whose margin is within the threshold, or not finite, carry no preference.
 
     Args:
         margin: log-odds that y beats y~, (B,).
+        tie_threshold: margins of at most this size are ties.
+        labels: "hard", the likelier winner wins; "soft", both may have won, y with probability
+            sigmoid(margin / temperature); "sampled", the winner is drawn with that probability
+            (Bradley-Terry).
+        temperature: of the last two.
+        uniform: for "sampled", numbers in [0, 1), (B,).
 
     Returns:
-        +1, -1 or 0, (B,), in the dtype of `margin`.
+        The label (for "soft", of the likelier winner), and the probability of a win that the loss uses.
     """
-    return torch.where(margin.isfinite(), margin.sign(), torch.zeros_like(margin))
+    decided = margin.isfinite() & (margin.abs() > tie_threshold)
+    probability = torch.sigmoid(margin / temperature)
+    if labels == "sampled":
+        assert uniform is not None
+        sign = torch.where(uniform < probability, 1.0, -1.0).to(margin.dtype)
+    else:
+        sign = margin.sign()
+    label = torch.where(decided, sign, torch.zeros_like(margin))
+    if labels == "soft":
+        return Labels(label, torch.where(decided, probability, torch.full_like(margin, 0.5)))
+    return Labels(label, (label + 1) / 2)
 
 
 def missing_eos_cost(ended: Tensor, penalty: float | None) -> Tensor:
@@ -81,7 +112,7 @@ class XPOLoss(NamedTuple):
 def xpo_loss(
     policy_logps: Tensor,
     reference_logps: Tensor,
-    label: Tensor,
+    labels: Labels,
     alpha: float,
     beta: float,
     loss_type: LossType = "sigmoid",
@@ -91,7 +122,7 @@ def xpo_loss(
     Args:
         policy_logps: log pi(y) and log pi(y~), summed over completion tokens, (2, B).
         reference_logps: the same under the reference, (2, B).
-        label: which completion won, (B,); see `preference_labels`.
+        labels: which completion won, or how surely; see `preference_labels`.
         alpha: the weight of the exploration bonus.
         beta: the KL regularisation strength.
         loss_type: see `preference_loss`.
@@ -100,8 +131,11 @@ def xpo_loss(
         The preference loss (0 for pairs without preference) and the exploration loss (every pair).
     """
     logratio, reference_logratio = policy_logps - reference_logps
-    loss = preference_loss(label * (logratio - reference_logratio), beta, loss_type)
+    difference = logratio - reference_logratio
+    won = preference_loss(difference, beta, loss_type)
+    lost = preference_loss(-difference, beta, loss_type)
+    loss = labels.win_probability * won + (1 - labels.win_probability) * lost
     return XPOLoss(
-        dpo=torch.where(label == 0, torch.zeros_like(loss), loss),
+        dpo=torch.where(labels.label == 0, torch.zeros_like(loss), loss),
         xpo=exploration_loss(policy_logps[1], alpha),
     )

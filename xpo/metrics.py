@@ -66,13 +66,18 @@ def pair_metrics(
     }
 
 
-def preference_metrics(margin: Tensor, label: Tensor) -> dict[str, Mean]:
-    """The judge's verdicts on the policy's completions: shares of all pairs, from margins (B,)."""
+def preference_metrics(margin: Tensor, label: Tensor, flipped: Tensor) -> dict[str, Mean]:
+    """The judge's verdicts on the policy's completions: shares of all pairs, from margins (B,).
+
+    `flip_rate` is the share of verdicts that changed with the order of the completions, of the pairs
+    where `flipped` (B,) is known: 1 for yes, 0 for no, NaN for unknown.
+    """
     valid = margin.isfinite()
     return {
         "preference/win_rate": mean_of((label > 0).float()),
         "preference/tie_rate": mean_of((valid & (label == 0)).float()),
         "preference/invalid_rate": mean_of((~valid).float()),
+        "preference/flip_rate": mean_of(flipped, ~flipped.isnan()),
     }
 
 

@@ -20,24 +20,28 @@ from omegaconf.errors import (
 from xpo.errors import ConfigError, nearest
 from xpo.schema import TrainSchema, flatten
 
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
+
 # Groups whose keys are the arguments of their `_target_`: the schema does not list them, their files do.
 _TARGETS = ("judge", "reward_model")
 
 
-def explain(error: BaseException, conf: Path, arguments: Sequence[str] = ()) -> str | None:
+def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), schema: type = TrainSchema) -> str | None:
     """One line for an error that the command line caused; None for any other error.
 
     Args:
         error: what composing the configuration raised.
         conf: the directory of the config groups.
         arguments: the command line.
+        schema: the dataclass of the configuration.
     """
     chain = _chain(error)
     for cause in chain:
         if isinstance(cause, ConfigError):  # raised by a range check while OmegaConf built the schema
             return str(cause)
     if isinstance(error, MissingConfigException):
-        return _missing_option(error, conf)
+        return _missing_option(error, conf, schema)
     if isinstance(error, OSError):
         return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
     if isinstance(error, OverrideParseException):
@@ -58,27 +62,27 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = ()) -> 
         if isinstance(cause, InterpolationResolutionError):
             return f"{str(cause).splitlines()[0]}; correct what stands in ${{...}}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
-            return unknown_key(cause.full_key or str(cause.key), conf)
+            return unknown_key(cause.full_key or str(cause.key), conf, schema)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _wrong_type(cause, first_line)
+            return _wrong_type(cause, first_line, schema)
     if unknown := re.match(r"Could not override '([^']+)'", first_line):
-        return unknown_key(unknown[1], conf)
+        return unknown_key(unknown[1], conf, schema)
     if "Ambiguous value" in first_line:
         return f"{first_line}; sweep over the values with -m, or write a list: key=[1,2]"
     return f"{first_line}; see --hydra-help"
 
 
-def unknown_key(key: str, conf: Path) -> str:
+def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
     """The message for a key that does not exist."""
-    owner = _open_owner(key)
+    owner = _open_owner(key, schema)
     if owner is not None and owner not in _TARGETS:
         return f"{owner} has no {key.removeprefix(owner + '.')!r} yet; add it with +{key}=..."
-    return f"unknown config key {key!r}{nearest(key, valid_keys(conf))} (--cfg job lists the keys)"
+    return f"unknown config key {key!r}{nearest(key, valid_keys(conf, schema))} (--cfg job lists the keys)"
 
 
-def valid_keys(conf: Path) -> list[str]:
+def valid_keys(conf: Path, schema: type = TrainSchema) -> list[str]:
     """Every dotted key of the schema and of the files of open groups, and every config group."""
-    schema = OmegaConf.to_container(OmegaConf.structured(TrainSchema))
+    keys = flatten(OmegaConf.to_container(OmegaConf.structured(schema)))  # type: ignore[arg-type]
     options = {
         f"{group}." + str(key)
         for group in _TARGETS
@@ -88,17 +92,17 @@ def valid_keys(conf: Path) -> list[str]:
     }
     groups = [str(path.relative_to(conf)) for path in conf.rglob("*") if path.is_dir()]
     groups = [group for group in groups if not group.startswith("hydra")]
-    return [*flatten(schema), *sorted(options), *groups]  # type: ignore[arg-type]
+    return [*keys, *sorted(options), *groups]
 
 
-def _missing_option(error: MissingConfigException, conf: Path) -> str:
+def _missing_option(error: MissingConfigException, conf: Path, schema: type) -> str:
     name = (error.missing_cfg_file or "").removesuffix(".yaml")
     group, _, option = name.rpartition("/")
     options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
     if not group:
         return f"--config-name={option} does not exist; leave it out"
     if not options:
-        return f"there is no config group {group!r}{nearest(group, valid_keys(conf))}; see --help"
+        return f"there is no config group {group!r}{nearest(group, valid_keys(conf, schema))}; see --help"
     return f"{group}={option} does not exist{nearest(option, options)}; choose one of {', '.join(options)}"
 
 
@@ -113,35 +117,35 @@ def _group_value(arguments: Sequence[str], conf: Path) -> str:
     return "a config group takes the name of one of its options, neither null nor a number; see --help"
 
 
-def _wrong_type(error: OmegaConfBaseException, first_line: str) -> str:
+def _wrong_type(error: OmegaConfBaseException, first_line: str, schema: type) -> str:
     key = str(error.full_key)
     override = re.search(r"Error merging override \+*([^=]+=.*)", first_line)
     if override is None:
         return f"{key}: {str(error).splitlines()[0]}; correct {key}"
-    return f"{override[1]} is of the wrong type; give {_kind(key)}"
+    return f"{override[1]} is of the wrong type; give {_kind(key, schema)}"
 
 
-def _kind(key: str) -> str:
+def _kind(key: str, schema: type) -> str:
     """What a dotted key takes: "a value of type int" if the schema lists it, "another value" if not."""
-    kind = _schema_types(key)[-1]
+    kind = _schema_types(key, schema)[-1]
     if kind is None or is_dataclass(kind):
         return "another value"
     return f"a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
 
 
-def _open_owner(key: str) -> str | None:
+def _open_owner(key: str, schema: type) -> str | None:
     """The dict in the schema that `key` lies in: "generation.kwargs" for "generation.kwargs.num_beams"."""
     parts = key.split(".")
-    for depth, kind in enumerate(_schema_types(key)[:-1], start=1):
+    for depth, kind in enumerate(_schema_types(key, schema)[:-1], start=1):
         if get_origin(kind) is dict:
             return ".".join(parts[:depth])
     return None
 
 
-def _schema_types(key: str) -> list[Any]:
+def _schema_types(key: str, schema: type) -> list[Any]:
     """The schema's type of each part of a dotted key; None for what it does not list."""
     kinds: list[Any] = []
-    kind: Any = TrainSchema
+    kind: Any = schema
     for part in key.split("."):
         types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
         kind = types.get(part)

@@ -1,9 +1,14 @@
 """What a run says on the terminal."""
 
+import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import transformers
+from datasets import disable_progress_bars
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -12,6 +17,17 @@ from rich.table import Table
 from xpo.card import evaluations, measures
 from xpo.config import XPOConfig
 from xpo.runs import RunRecord
+
+
+def quiet() -> None:
+    """Progress bars and warnings of our own; silence from libraries where nothing is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def say(args: XPOConfig, message: str) -> None:

@@ -30,8 +30,8 @@ from transformers.generation import (
 from xpo.errors import ConfigError, nearest
 from xpo.logprobs import completion_lengths, length_mask, positions
 
-# The random streams: y and y~ never share their noise, nor training and evaluation.
-POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE = range(4)
+# The random streams: y, y~ and sampled labels never share their noise, nor training and evaluation.
+POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL = range(5)
 
 # Options of GenerationConfig that would change what a rollout is: one sampled completion per prompt.
 _REFUSED_OPTIONS = {

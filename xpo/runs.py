@@ -48,11 +48,21 @@ class RunRecord:
         return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={resume}"])
 
 
+# How a judge is asked, not what it says: these may change when a run goes on.
+OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
+
+
 def job_key(config: dict[str, Any]) -> str:
-    """Names what a run computes: a hash of its configuration but for tracking and `training.resume`."""
+    """Names what a run computes: a hash of its configuration but for tracking, operation and `training.resume`."""
     relevant = {key: value for key, value in config.items() if key != "tracking"}
+    relevant["judge"] = _without_operation(config["judge"])
     relevant["training"] = {key: value for key, value in relevant["training"].items() if key != "resume"}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: _without_operation(value) if isinstance(value, dict) else value for key, value in judge.items()}
+    return {key: value for key, value in inner.items() if key not in OPERATION}
 
 
 def last_complete_checkpoint(model_dir: Path) -> Path | None:

@@ -79,6 +79,22 @@ class LossSchema:
 
 
 @dataclass
+class PreferenceSchema:
+    labels: str = "hard"
+    label_temperature: float = 1.0
+    tie_threshold: float = 0.0
+    normalize_scores: bool = False
+    clip_scores: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.one_of("preference.labels", self.labels, ("hard", "soft", "sampled"))
+        checks.number("preference.label_temperature", self.label_temperature, above=0)
+        checks.number("preference.tie_threshold", self.tie_threshold, minimum=0)
+        if self.clip_scores is not None:
+            checks.number("preference.clip_scores", self.clip_scores, above=0)
+
+
+@dataclass
 class GenerationSchema:
     max_new_tokens: int = 64
     max_length: int = 512
@@ -204,9 +220,10 @@ class TrackingSchema:
 class TrainSchema:
     model: ModelSchema = field(default_factory=ModelSchema)
     lora: LoraSchema = field(default_factory=LoraSchema)
-    judge: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
     reward_model: dict[str, Any] = field(default_factory=dict)
     data: DataSchema = field(default_factory=DataSchema)
+    preference: PreferenceSchema = field(default_factory=PreferenceSchema)
     loss: LossSchema = field(default_factory=LossSchema)
     generation: GenerationSchema = field(default_factory=GenerationSchema)
     evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
@@ -214,13 +231,20 @@ class TrainSchema:
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
 
     def __post_init__(self) -> None:
-        judged_by_reward = self.judge.get("_target_") == REWARD_JUDGE
-        if not self.judge.get("_target_"):
+        if not is_group(self.judge):
             raise ConfigError("judge has no _target_; choose one with judge=reward or judge=pair_rm")
-        if judged_by_reward and not self.reward_model.get("_target_"):
+        if needs_reward_model(self.judge) and not is_group(self.reward_model):
             raise ConfigError(
                 "judge=reward needs a reward model and reward_model=none; choose a reward_model or another judge"
             )
+        if self.judge["_target_"] != REWARD_JUDGE or "reward_model" in self.judge:
+            for key, neutral in (("normalize_scores", False), ("clip_scores", None)):
+                value = getattr(self.preference, key)
+                if value != neutral:
+                    raise ConfigError(
+                        f"preference.{key}={value!r} changes the scores that judge=reward compares; choose that judge, "
+                        f"or preference.{key}={'null' if neutral is None else 'false'}"
+                    )
         if self.training.eval_steps is not None and self.training.eval_strategy == "no":
             raise ConfigError(
                 f"training.eval_steps={self.training.eval_steps} has no effect with training.eval_strategy=no; "
@@ -239,7 +263,39 @@ class TrainSchema:
             )
 
 
+@dataclass
+class InspectSchema:
+    """The configuration of `python -m xpo.judges`."""
+
+    judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
+    other: dict[str, Any] = field(default_factory=dict)
+    reward_model: dict[str, Any] = field(default_factory=dict)
+    pairs: str = MISSING
+    pairs_split: str = "train"
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for judge in (self.judge, self.other):
+            if needs_reward_model(judge) and not is_group(self.reward_model):
+                raise ConfigError("judge=reward needs a reward model and reward_model=none; choose a reward_model")
+        if self.limit is not None:
+            checks.number("limit", self.limit, minimum=1)
+
+
 REWARD_JUDGE = "xpo.judges.RewardJudge"
+
+
+def is_group(value: Any) -> bool:
+    """Whether a value of the configuration stands for an object: it has a `_target_`."""
+    return isinstance(value, dict) and bool(value.get("_target_"))
+
+
+def needs_reward_model(judge: dict[str, Any]) -> bool:
+    """Whether a judge, or one of those it is made of, compares the scores of the run's reward model."""
+    if judge.get("_target_") == REWARD_JUDGE and "reward_model" not in judge:
+        return True
+    return any(needs_reward_model(value) for value in judge.values() if isinstance(value, dict))
 
 
 def to_dict(config: TrainSchema) -> dict[str, Any]:

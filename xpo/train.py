@@ -22,12 +22,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from xpo.errors import ConfigError
-from xpo.overrides import explain, unknown_key
-from xpo.runs import RunRecord, job_key, resolve_resume
+from xpo.overrides import CONF, explain, unknown_key
+from xpo.runs import OPERATION, RunRecord, job_key, resolve_resume
 from xpo.schema import TrainSchema, flatten, to_dict
-
-# In a wheel conf/ lies inside the package, in a checkout beside it.
-CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
 
 ConfigStore.instance().store(name="schema", node=TrainSchema)
 _exit_statuses: list[int] = []
@@ -146,7 +143,8 @@ def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
     for key, value in flatten(config).items():
         before = trained.get(key)
-        if before == value or key.startswith(_HARMLESS):
+        operation = key.startswith("judge.") and key.rpartition(".")[2] in OPERATION
+        if before == value or operation or key.startswith(_HARMLESS):
             continue
         if key.startswith(("model.", "lora.")):
             raise ConfigError(

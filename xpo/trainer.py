@@ -25,17 +25,29 @@ from transformers import (
 from xpo.card import model_card
 from xpo.config import XPOConfig, value_at_epoch
 from xpo.data import collate_prompts, tokenize_prompts
-from xpo.errors import ConfigError
+from xpo.errors import ConfigError, JudgeStopped
 from xpo.evaluation import Evaluator
 from xpo.hub import local_directory
 from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.logprobs import completion_logps
-from xpo.losses import xpo_loss
+from xpo.losses import Labels, xpo_loss
 from xpo.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
-from xpo.preference import Preference, judge_pairs
+from xpo.preference import Preference, Rules, ScoreScale, judge_pairs, judged_by
 from xpo.reference import Reference, base_model
 from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
-from xpo.rollout import POLICY, REFERENCE, Completions, Rollout, Sampler, Sampling, eval_mode, same_width
+from xpo.rollout import (
+    LABEL,
+    POLICY,
+    REFERENCE,
+    Completions,
+    Rollout,
+    Sampler,
+    Sampling,
+    eval_mode,
+    same_width,
+    sampling_noise,
+)
+from xpo.runs import is_complete
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
 
@@ -82,6 +94,7 @@ class XPOTrainer(Trainer):
 
     Raises:
         ConfigError: what a user can mend, in one line.
+        JudgeStopped: in training, a judge that cannot go on; there is a checkpoint of the last finished step.
     """
 
     args: XPOConfig
@@ -119,6 +132,9 @@ class XPOTrainer(Trainer):
             reward_model = judge.reward_model
         self.reward_model = as_reward_model(reward_model, reward_processing_class, args.device)
         self.judge = as_judge(judge, self.reward_model)
+        if (args.normalize_scores or args.clip_scores) and not judged_by(self.judge, self.reward_model):
+            key, value = ("normalize_scores", True) if args.normalize_scores else ("clip_scores", args.clip_scores)
+            raise ConfigError(f"{key}={value!r} changes the scores that judge=reward compares; choose that judge")
 
         if isinstance(model, str):
             model = _load_policy(model, args)
@@ -157,6 +173,7 @@ class XPOTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
         self.evaluator = Evaluator(self.sampler, self.reference, self.judge, self.reward_model, scorers or {})
+        self.scale = ScoreScale(args.normalize_scores, args.clip_scores, self._sum_over_ranks)
         self._tracker = MeanTracker()
         self._step_logs: dict[str, float] = {}
 
@@ -177,16 +194,9 @@ class XPOTrainer(Trainer):
         rollout = self._rollout(batches)
         sampled = time.perf_counter()
         prompts = [prompt for batch in batches for prompt in batch["prompt"]]
-        preference = judge_pairs(
-            self.judge,
-            self.reward_model,
-            prompts,
-            rollout.policy,
-            rollout.reference,
-            self.args.missing_eos_penalty,
-        )
-        judged = time.perf_counter()
         sizes = [len(batch["prompt"]) for batch in batches]
+        preference = self._preference(prompts, rollout, self._global_rows(sizes))
+        judged = time.perf_counter()
         micro_batches = self._micro_batches(rollout, preference, sizes)
         referred = time.perf_counter()
         self._tracker.add(self._rollout_metrics(rollout, preference))
@@ -213,6 +223,40 @@ class XPOTrainer(Trainer):
                 reference = self.sampler.sample(model, prompt_ids, prompt_mask, (*seed, REFERENCE), rows)
         return Rollout(prompt_ids, prompt_mask, *same_width(policy, reference, self.sampler.pad_token_id))
 
+    def _preference(self, prompts: list[Any], rollout: Rollout, rows: Sequence[int]) -> Preference:
+        """The labels of the whole step's pairs."""
+        stopped: JudgeStopped | None = None
+        preference: Preference | None = None
+        try:
+            preference = judge_pairs(
+                self.judge,
+                self.reward_model,
+                prompts,
+                rollout.policy,
+                rollout.reference,
+                Rules(
+                    self.args.missing_eos_penalty,
+                    self.args.tie_threshold,
+                    self.args.labels,
+                    self.args.label_temperature,
+                ),
+                self.scale,
+                sampling_noise((self.args.seed, self.state.global_step, LABEL), rows, 1)[:, 0],
+            )
+        except JudgeStopped as error:
+            stopped = error
+        if self._sum_over_ranks(torch.tensor(float(stopped is not None))).item():  # all ranks stop, or none does
+            self._keep_checkpoint()
+            raise stopped or JudgeStopped("the judge of another process has stopped; its error says why")
+        assert preference is not None
+        return preference
+
+    def _keep_checkpoint(self) -> None:
+        """A checkpoint of the last finished step, unless there is one, for a run that cannot go on."""
+        step = self.state.global_step
+        if step and not is_complete(Path(self.args.output_dir) / f"checkpoint-{step}"):
+            self._save_checkpoint(self.model, trial=None)
+
     def _global_rows(self, sizes: Sequence[int]) -> list[int]:
         """The place of each of this rank's prompts in the optimizer batch of all ranks.
 
@@ -226,14 +270,15 @@ class XPOTrainer(Trainer):
 
         Returns:
             Dicts of input_ids and attention_mask (2, b, P + C), completion_mask (2, b, C),
-            reference_logps (2, b) and label (b,).
+            reference_logps (2, b), label (b,) and win_probability (b,).
         """
         micro_batches, start = [], 0
         for size in sizes:
             batch = rollout.pairs(start, start + size)
             with self.reference.model() as model, eval_mode(model), torch.no_grad(), self.accelerator.autocast():
                 batch["reference_logps"] = pair_logps(model, batch)
-            batch["label"] = preference.label[start : start + size].to(self.args.device)
+            for name, values in preference.labels._asdict().items():
+                batch[name] = values[start : start + size].to(self.args.device)
             micro_batches.append(batch)
             start += size
         return micro_batches
@@ -254,11 +299,10 @@ class XPOTrainer(Trainer):
             num_items_in_batch: pairs of the optimizer step on all ranks.
         """
         alpha, beta = self.alpha, self.beta
-        policy_logps = pair_logps(model, inputs)
-        dpo, xpo = xpo_loss(policy_logps, inputs["reference_logps"], inputs["label"], alpha, beta, self.args.loss_type)
-        self._tracker.add(
-            pair_metrics(policy_logps.detach(), inputs["reference_logps"], inputs["label"], beta, dpo, xpo)
-        )
+        policy_logps, reference_logps = pair_logps(model, inputs), inputs["reference_logps"]
+        labels = Labels(inputs["label"], inputs["win_probability"])
+        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args.loss_type)
+        self._tracker.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo))
         self._step_logs = {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
         return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch
@@ -302,7 +346,8 @@ class XPOTrainer(Trainer):
 
     def _rollout_metrics(self, rollout: Rollout, preference: Preference) -> dict[str, Mean]:
         lengths = rollout.policy.mask.sum(dim=1)
-        metrics = preference_metrics(preference.margin, preference.label) | {
+        verdicts = preference_metrics(preference.margin, preference.labels.label, preference.flipped)
+        metrics = verdicts | {
             "val/model_contain_eos_token": mean_of(rollout.policy.ended.float()),
             "val/ref_contain_eos_token": mean_of(rollout.reference.ended.float()),
             "completions/length": mean_of(lengths),
@@ -316,6 +361,9 @@ class XPOTrainer(Trainer):
                 "objective/ref_scores": mean_of(preference.scores[1], scored[1]),
                 "objective/scores_margin": mean_of(preference.scores[0] - preference.scores[1], scored.all(0)),
             }
+        for name, part in preference.parts.items():
+            metrics[f"objective/model_scores/{name}"] = mean_of(part[0], part[0].isfinite())
+            metrics[f"objective/ref_scores/{name}"] = mean_of(part[1], part[1].isfinite())
         return metrics
 
     def _distinct_2(self, policy: Completions) -> Mean:
@@ -338,10 +386,13 @@ class XPOTrainer(Trainer):
         )
         steps = self._tracker.sums["perf/rollout_s"][1]
         self._tracker.add({"tokens_per_step": Mean(tokens, steps), "seconds_per_step": Mean(seconds, steps)})
-        metrics = self._tracker.pop(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "sum").cpu())
+        metrics = self._tracker.pop(self._sum_over_ranks)
         tokens_per_step = metrics.pop("tokens_per_step") * self.args.world_size
         metrics["perf/tokens_per_s"] = tokens_per_step / metrics.pop("seconds_per_step")
         return metrics
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
 
     # ---- evaluation --------------------------------------------------------------------------
 
@@ -362,7 +413,11 @@ class XPOTrainer(Trainer):
         if dataset is None:
             raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
         dataset = self.tokenize(dataset, key="eval_dataset")
-        result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
+        try:
+            result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
+        except JudgeStopped:
+            self._keep_checkpoint()
+            raise
         self.log(result)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, result)
         self._memory_tracker.stop_and_update_metrics(result)
@@ -381,18 +436,20 @@ class XPOTrainer(Trainer):
         # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
         # checkpoint is complete, so no rank may lag behind.
         super()._save_rng_state(output_dir)
-        self._tracker_file(output_dir).write_text(json.dumps(self._tracker.sums))
+        state = {"metrics": self._tracker.sums, "scale": self.scale.moments, "judge": self.judge.state()}
+        self._state_file(output_dir).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._tracker_file(checkpoint).is_file():
-            self._tracker.sums = {
-                k: tuple(v) for k, v in json.loads(self._tracker_file(checkpoint).read_text()).items()
-            }
+        if checkpoint is not None and self._state_file(checkpoint).is_file():
+            state = json.loads(self._state_file(checkpoint).read_text())
+            self._tracker.sums = {name: (total, count) for name, (total, count) in state["metrics"].items()}
+            self.scale.moments = state["scale"]
+            self.judge.load_state(state["judge"])
 
-    def _tracker_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"metrics_{self.args.process_index}.json"
+    def _state_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"xpo_state_{self.args.process_index}.json"
 
 
 def pair_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -6,11 +6,8 @@ of Hydra's command line, so that any number of workers can be one run's process 
 
 import inspect
 import json
-import logging
-import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,24 +15,21 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from filelock import FileLock, Timeout
-from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
 from omegaconf import OmegaConf
 from transformers import ProgressCallback
 
 from xpo import report
+from xpo.build import build, build_preference, check_target
 from xpo.callbacks import KeepCompletions, Progress, StopOnSignal
 from xpo.card import evaluations
 from xpo.config import XPOConfig
 from xpo.data import load_prompts
-from xpo.errors import ConfigError, nearest
-from xpo.judges import Judge, RewardJudge
+from xpo.errors import ConfigError, JudgeStopped, nearest
 from xpo.models import load_model, load_tokenizer, lora_config, policy_directory
-from xpo.rewards import RewardModel
 from xpo.runs import RunRecord
-from xpo.schema import REWARD_JUDGE, TrainSchema, flatten, to_dict
+from xpo.schema import TrainSchema, flatten, to_dict
 from xpo.tracking import MLflowCallback, MLflowRun
 from xpo.trainer import XPOTrainer, prompt_tokenizer, sampling_options
 
@@ -56,7 +50,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
 
     Under several processes every rank calls this, and rank 0's run directory counts for all.
     """
-    _quiet()
+    report.quiet()
     stop = StopOnSignal()
     tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
     try:
@@ -66,10 +60,12 @@ def run(config: TrainSchema, run_dir: Path) -> int:
             mlflow_run.finish("KILLED")
         print(f"\nxpo: stopped at once, without a checkpoint of the step in progress ({run_dir})", file=sys.stderr)
         return 128 + (stop.signal or 2)
-    except (ConfigError, FloatingPointError) as error:
+    except (ConfigError, FloatingPointError, JudgeStopped) as error:
         _failed(tracked, f"{type(error).__name__}: {error}")
         end_of_bar = "\n" if stop.in_training and not config.training.disable_tqdm else ""
         print(f"{end_of_bar}xpo: error: {error}", file=sys.stderr)
+        if isinstance(error, JudgeStopped):
+            print(f"xpo: continue with: {RunRecord.read(run_dir).command('auto')}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception:
         _failed(tracked, traceback.format_exc())
@@ -102,8 +98,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     record = RunRecord.read(run_dir)
 
     # What can be known to be wrong is found before any model loads.
-    for key, group in {"judge": config.judge, "reward_model": config.reward_model}.items():
-        check_target(key, group)
+    check_target("judge", config.judge)
+    check_target("reward_model", config.reward_model)
     for name, scorer in config.evaluation.scorers.items():
         check_target(f"evaluation.scorers.{name}", scorer)
     checkpoint = record.resume_from
@@ -124,7 +120,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         tracked.append(mlflow_run)
 
     report.say(args, f"Loading {config.model.name}")
-    reward_model, judge = build_preference(config)
+    reward_model, judge = build_preference(config.judge, config.reward_model)
     scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
     model = _loaded("model.name", config.model.name, load_model, directory, config.model)
     ref_model = None
@@ -166,18 +162,10 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         trainer.evaluate()
     if main_process:
         _finish(config, trainer, run_dir, record, mlflow_run)
+    if args.world_size > 1:  # together: gloo may abort a rank whose peer has gone
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
     return 0
-
-
-def _quiet() -> None:
-    """Progress bars and warnings of our own; silence from libraries where nothing is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
-        logging.getLogger(talkative).setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
@@ -206,6 +194,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
             beta=config.loss.beta,
             loss_type=config.loss.loss_type,  # type: ignore[arg-type]
             missing_eos_penalty=config.loss.missing_eos_penalty,
+            **vars(config.preference),
             prompt_overflow=config.data.prompt_overflow,
             generation_batch_size=config.generation.batch_size,
             generation_kwargs=config.generation.kwargs or None,
@@ -218,41 +207,6 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {str(error).splitlines()[0]}; correct the values under training") from error
-
-
-def check_target(key: str, group: dict[str, Any]) -> None:
-    """ConfigError unless `_target_` exists and takes the other keys of the group."""
-    target = group.get("_target_")
-    if target is None:
-        return
-    try:
-        parameters = inspect.signature(get_method(target)).parameters
-    except (ImportError, ValueError, AttributeError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name, value in group.items():
-        if not (name.startswith("_") or name in parameters or takes_any):
-            raise ConfigError(f"{key}.{name}={value!r} is not an option of {target}{nearest(name, parameters)}")
-
-
-def build_preference(config: TrainSchema) -> tuple[RewardModel | None, Judge]:
-    """The reward model, if any, and the judge."""
-    reward_model = build(config.reward_model) if config.reward_model.get("_target_") else None
-    if config.judge["_target_"] == REWARD_JUDGE:
-        assert reward_model is not None  # the schema has checked it
-        return reward_model, RewardJudge(reward_model)
-    return reward_model, build(config.judge)
-
-
-def build(group: dict[str, Any]) -> Any:
-    """What the `_target_` of a group makes of its other keys."""
-    try:
-        return instantiate(group)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise
 
 
 def _loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:

@@ -1,8 +1,26 @@
-"""Judges: who wins a pair of completions. One file per kind."""
+"""Judges: who wins a pair of completions. One file per kind; `python -m xpo.judges` inspects them."""
 
-from xpo.judges.base import Judge
+from xpo.judges.base import Judge, Verdicts
+from xpo.judges.cached import CachedJudge
 from xpo.judges.function import FunctionJudge
+from xpo.judges.llm import LLMJudge
+from xpo.judges.local_llm import LocalLLMJudge
 from xpo.judges.pair_rm import PairRMJudge
+from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.reward import RewardJudge
+from xpo.judges.rules import AllOfJudge, LengthControlledJudge, RandomJudge
 
-__all__ = ["FunctionJudge", "Judge", "PairRMJudge", "RewardJudge"]
+__all__ = [
+    "AllOfJudge",
+    "CachedJudge",
+    "FunctionJudge",
+    "Judge",
+    "LLMJudge",
+    "LengthControlledJudge",
+    "LocalLLMJudge",
+    "PairRMJudge",
+    "PairwiseJudge",
+    "RandomJudge",
+    "RewardJudge",
+    "Verdicts",
+]

@@ -1,25 +1,27 @@
 """A Python function as judge."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from xpo.functions import numbers, resolve
 from xpo.judges.base import Judge
 from xpo.prompts import Prompt
 
 
 class FunctionJudge(Judge):
-    """Judges with `function(prompts, first, second)`, which returns B margins; None: could not tell."""
+    """Judges with `function(prompts, first, second)`, which returns B margins; None: could not tell.
 
-    def __init__(
-        self,
-        function: Callable[[Sequence[Prompt], Sequence[str], Sequence[str]], Sequence[float | None] | Tensor],
-    ):
-        self.function = function
+    Args:
+        function: it, or its name as "package.module:function".
+
+    Raises:
+        ConfigError: there is no function of this name.
+    """
+
+    def __init__(self, function: Callable[..., Any] | str):
+        self.function = resolve("judge.function", function)
 
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        margins = self.function(prompts, first, second)
-        if isinstance(margins, Tensor):
-            return margins.float().cpu()
-        return torch.tensor([float("nan") if margin is None else float(margin) for margin in margins])
+        return numbers(self.function(prompts, first, second))

@@ -6,14 +6,15 @@ One row of tokens asks whether completion a of prompt x is better than completio
     logit(a, b) = head([h_source; h_candidate1]) - head([h_source; h_candidate2])
 
 where h_* are DeBERTa's last hidden states at the markers. The logit depends on which completion stands
-first, so both orders are asked. Shapes: B pairs, N rows, L tokens of the longest row, H hidden size.
+first, so both orders are asked (see `PairwiseJudge`). Shapes: B pairs, N rows, L tokens of the longest
+row, H hidden size.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,35 +27,44 @@ from transformers.initialization import no_init_weights
 
 from xpo.checks import number, one_of
 from xpo.errors import ConfigError
+from xpo.fingerprints import digest, weights_digest
 from xpo.hub import local_directory
-from xpo.judges.base import Judge
+from xpo.judges.llm_blender import OriginalPairRM, OriginalRanker
+from xpo.judges.pairwise import PairwiseJudge
 from xpo.prompts import Prompt, plain_text
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")  # in the order of their ids
+ANY_MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 SOURCE_TOKENS = 1224  # of a prompt, including [CLS], its marker and [SEP]
-TOTAL_TOKENS = 2048  # of a row; the completions share equally what the prompt leaves, 412 each at least
+TOTAL_TOKENS = 2048  # of a row; the completions share equally what the prompt leaves
+COMPLETION_TOKENS = (TOTAL_TOKENS - SOURCE_TOKENS) // 2  # 412, what the longest prompt leaves to each
+BACKENDS = ("native", "llm_blender")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class PairRMJudge(Judge):
+class PairRMJudge(PairwiseJudge):
     """PairRM's log-odds that one completion beats another.
+
+    PairRM's model of a win is P(a beats b) = sigmoid((logit(a, b) - logit(b, a)) / temperature), so that a
+    logit stands for log-odds of twice its size. Completions that read the same to the model, cut to its
+    length, are a tie; logits that are not finite are no verdict.
 
     Args:
         model: hub name, or local directory in the layout of `llm-blender/PairRM-hf` (all files in one
             place) or of `llm-blender/PairRM` (`config.json` names the backbone).
         revision: branch, tag or commit of a hub name; None is its default branch.
         batch_size: rows per forward pass; it changes speed and memory only.
-        both_orders: ask logit(a, b) and logit(b, a). False asks one of them, at half the cost. Which
-            one is random, but fixed by `seed` and the texts, so that swapping `first` and `second`
-            still flips the sign. Such margins are about half as large and keep the position bias.
+        both_orders: ask logit(a, b) and logit(b, a); False asks a random one. See `PairwiseJudge`.
         seed: of the random order; unused with both orders.
         temperature: divides the logits; larger values give milder odds.
         dtype: "float32", "bfloat16" or "float16".
         device: a torch device; None is CUDA where there is one, else the CPU.
+        backend: "native", or "llm_blender" for the original package, llm-blender 0.0.2, which gives the same
+            logits more slowly.
 
     Raises:
-        ConfigError: an argument is out of range, the hub is out of reach, or files of the model are
-            missing or do not fit together.
+        ConfigError: an argument is out of range, the hub is out of reach, files of the model are missing or
+            do not fit together, or the package of the backend is not installed.
     """
 
     def __init__(
@@ -67,57 +77,77 @@ class PairRMJudge(Judge):
         temperature: float = 1.0,
         dtype: str = "float32",
         device: str | None = None,
+        backend: str = "native",
     ):
         number("judge.batch_size", batch_size, minimum=1)
         number("judge.temperature", temperature, above=0)
         one_of("judge.dtype", dtype, DTYPES)
+        one_of("judge.backend", backend, BACKENDS)
+        super().__init__(both_orders, seed)
         self.batch_size = batch_size
-        self.both_orders = both_orders
-        self.seed = seed
         self.temperature = temperature
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.tokenizer, network = load_pair_rm(model, revision)
-        self.network = network.to(self.device, DTYPES[dtype]).requires_grad_(False).eval()
+        self.device = _device(device)
+        self.backend = backend
+        checkpoint = find_pair_rm(model, revision)
+        self.tokenizer = load_tokenizer(checkpoint)
         vocabulary = self.tokenizer.get_vocab()
         self.cls, self.sep, *self.markers = [vocabulary[token] for token in ("[CLS]", "[SEP]", *MARKERS)]
+        self.network: nn.Module
+        if backend == "native":
+            self.network = load_network(checkpoint).to(self.device, DTYPES[dtype]).requires_grad_(False).eval()
+        else:
+            self.original = load_original(checkpoint, self.tokenizer, DTYPES[dtype], self.device)
+            self.network = self.original.network
 
-    def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """(logit(first, second) - logit(second, first)) / temperature, float32 (B,) on the CPU.
+    def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
+        texts = [[self._clean(text) for text in part] for part in (map(plain_text, prompts), first, second)]
+        rows = [self._row(*row) for row in zip(*map(self._tokens, texts), strict=True)]
+        different = [i for i, (_, one, two) in enumerate(rows) if one != two]
+        if self.backend == "native":
+            logits = self._logits([self._join(*rows[i]) for i in different])
+        else:
+            long = [max(len(rows[i][1]), len(rows[i][2])) > COMPLETION_TOKENS - 3 for i in different]
+            logits = self._original_logits([[part[i] for i in different] for part in texts], long)
+        log_odds = torch.zeros(len(rows))
+        log_odds[different] = 2 * logits / self.temperature
+        return log_odds
 
-        With `both_orders=False` one of the two logits is not asked and counts as 0. Completions that read
-        the same to the model give exactly 0; logits that are not finite give NaN.
-        """
-        rows: list[list[int]] = []
-        pairs: list[int] = []  # (N,) which pair a row belongs to
-        signs: list[float] = []  # (N,) 1 where the row's first candidate is `first`, else -1
-        texts = [self._tokens(texts) for texts in ([plain_text(prompt) for prompt in prompts], first, second)]
-        for pair, (x, a, b) in enumerate(zip(*texts, strict=True)):
-            x = x[: SOURCE_TOKENS - 3]  # right truncation; [CLS], marker and [SEP] take three
-            room = (TOTAL_TOKENS - len(x) - 3) // 2 - 3
-            a, b = a[:room], b[:room]
-            if a == b:
-                continue
-            orders = sorted([(a, b, 1.0), (b, a, -1.0)])  # alike for swapped arguments, but for the signs
-            if not self.both_orders:
-                digest = hashlib.sha256(repr((self.seed, x, *orders[0][:2])).encode()).digest()
-                orders = [orders[digest[0] % 2]]
-            for one, two, sign in orders:
-                rows.append(self._row(x, one, two))
-                pairs.append(pair)
-                signs.append(sign)
-        signed = torch.tensor(signs) * self._logits(rows) / self.temperature  # (N,)
-        margins = torch.zeros(len(prompts)).index_add(0, torch.tensor(pairs, dtype=torch.long), signed)
-        return margins.where(margins.isfinite(), torch.nan)
+    @property
+    def fingerprint(self) -> str:
+        return digest(
+            "PairRM",
+            weights_digest(self.network),
+            self.tokenizer.to_str(),
+            (self.backend, self.both_orders, self.both_orders or self.seed, self.temperature),
+        )
+
+    def _clean(self, text: str) -> str:
+        """The text without what poses as structure: markers and [SEP], also in Unicode look-alikes."""
+        while ANY_MARKER.search(text):  # taking out the inner one of nested markers leaves the outer one
+            text = ANY_MARKER.sub("", text)
+        text = text.replace("[SEP]", " ")
+        as_read = self._as_read(MARKERS[0] + text)
+        if not as_read.startswith(MARKERS[0]):  # a combining character at the start changes the marker's end
+            return self._clean(" " + text)
+        as_read = as_read.removeprefix(MARKERS[0])
+        return self._clean(as_read) if "[SEP]" in as_read or ANY_MARKER.search(as_read) else text
+
+    def _as_read(self, text: str) -> str:
+        """The text as the tokenizer's Unicode normaliser leaves it."""
+        return self.tokenizer.normalizer.normalize_str(text) if self.tokenizer.normalizer else text
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts as they read behind a marker, uncut, without what poses as structure."""
-        markers = "|".join(map(re.escape, MARKERS))
-        texts = [MARKERS[0] + re.sub(markers, "", text).replace("[SEP]", " ") for text in texts]
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        # Drop the leading marker, and those that nested markers and Unicode look-alikes have turned into.
-        return [[token for token in encoding.ids if token not in self.markers] for encoding in encodings]
+        """Token ids of clean texts as they read behind a marker, uncut."""
+        encodings = self.tokenizer.encode_batch([MARKERS[0] + text for text in texts], add_special_tokens=False)
+        return [encoding.ids[1:] for encoding in encodings]
 
-    def _row(self, source: list[int], one: list[int], two: list[int]) -> list[int]:
+    def _row(self, source: list[int], one: list[int], two: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Prompt and completions, cut on the right to what the model reads."""
+        source = source[: SOURCE_TOKENS - 3]  # [CLS], marker and [SEP] take three
+        room = (TOTAL_TOKENS - len(source) - 3) // 2 - 3
+        return source, one[:room], two[:room]
+
+    def _join(self, source: list[int], one: list[int], two: list[int]) -> list[int]:
         """The row of tokens that asks whether candidate `one` is better than candidate `two`."""
         parts = zip(self.markers[:3], (source, one, two), strict=True)
         return [token for marker, text in parts for token in (self.cls, marker, *text, self.sep)]
@@ -126,7 +156,8 @@ class PairRMJudge(Judge):
     def _logits(self, rows: list[list[int]]) -> Tensor:
         """The logit of each row, float32 (N,) on the CPU. Rows of similar length share a batch."""
         logits = torch.empty(len(rows))
-        longest_first = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+        # Ties in length are broken by content: the batches, and so the rounding, do not depend on the order of rows.
+        longest_first = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
         for start in range(0, len(rows), self.batch_size):
             batch = longest_first[start : start + self.batch_size]
             ids = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (N, L)
@@ -134,6 +165,19 @@ class PairRMJudge(Judge):
             mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (N, L)
             output = self.network(ids.to(self.device), mask.to(self.device), self.markers)
             logits[batch] = output.float().cpu()
+        return logits
+
+    def _original_logits(self, texts: list[list[str]], long: list[bool]) -> Tensor:
+        """The same by the original, from clean texts: N prompts, and the candidates of each.
+
+        It cuts candidates to the room that the longest prompt of a batch leaves, so long pairs go alone.
+        """
+        logits = torch.empty(len(long))
+        short = [i for i in range(len(long)) if not long[i]]
+        batches = [short[start : start + self.batch_size] for start in range(0, len(short), self.batch_size)]
+        for batch in [*batches, *([i] for i in range(len(long)) if long[i])]:
+            prompts, first, second = ([part[i] for i in batch] for part in texts)
+            logits[batch] = self.original.logits(prompts, first, second)
         return logits
 
 
@@ -157,15 +201,41 @@ class PairRMNetwork(nn.Module):
         return scores[0] - scores[1]
 
 
-def load_pair_rm(model: str, revision: str | None = None) -> tuple[Tokenizer, PairRMNetwork]:
-    """The tokenizer, and the network on the CPU, of a checkpoint in either layout.
+class Checkpoint(NamedTuple):
+    """Where the files of a PairRM lie. In the layout of `llm-blender/PairRM-hf`, both directories are one.
+
+    Attributes:
+        model: what the user calls it.
+        directory: holds the weights.
+        backbone: holds the backbone's configuration, `config`.
+    """
+
+    model: str
+    directory: Path
+    backbone: Path
+    config: dict[str, Any]
+
+    def file(self, name: str, backbone: bool = False) -> Path:
+        """The path of a file, which must be there."""
+        return _file(self.model, self.backbone if backbone else self.directory, name)
+
+    def misfit(self, error: Exception) -> ConfigError:
+        """The weights are not those that the configuration asks for."""
+        reason = " ".join(str(error).split())[:160]
+        return ConfigError(
+            f"judge.model={self.model!r}: model.safetensors does not fit ({reason}); "
+            "point judge.model at a complete copy of llm-blender/PairRM-hf"
+        )
+
+
+def find_pair_rm(model: str, revision: str | None = None) -> Checkpoint:
+    """A checkpoint in either layout, from disk or from the hub.
 
     Raises:
-        ConfigError: the hub is out of reach, or files are missing or do not fit together.
+        ConfigError: the hub is out of reach, a configuration is missing, or it is no PairRM's.
     """
-    directory = local_directory("judge.model", model, revision)
+    directory = backbone = local_directory("judge.model", model, revision)
     config = json.loads(_file(model, directory, "config.json").read_text(encoding="utf-8"))
-    backbone = directory
     if config.get("ranker_type") == "pairranker":
         try:
             backbone = local_directory("model_name", config["model_name"])
@@ -174,27 +244,67 @@ def load_pair_rm(model: str, revision: str | None = None) -> tuple[Tokenizer, Pa
         config = json.loads(_file(model, backbone, "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "deberta-v2":
         raise ConfigError(f"judge.model={model!r} is no PairRM; use llm-blender/PairRM-hf or a copy of it")
+    return Checkpoint(model, directory, backbone, config)
 
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer with the four markers; it neither cuts nor pads.
+
+    Raises:
+        ConfigError: it is missing.
+    """
     # Never AutoTokenizer: transformers 5 rebuilds DeBERTa's tokenizer without its Unicode normaliser.
-    home = directory if (directory / "tokenizer.json").is_file() else backbone
-    tokenizer = Tokenizer.from_file(str(_file(model, home, "tokenizer.json")))
+    in_backbone = not (checkpoint.directory / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.from_file(str(checkpoint.file("tokenizer.json", in_backbone)))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.add_tokens([marker for marker in MARKERS if tokenizer.token_to_id(marker) is None])
+    return tokenizer
 
+
+def load_network(checkpoint: Checkpoint) -> PairRMNetwork:
+    """The network on the CPU.
+
+    Raises:
+        ConfigError: the weights are missing, or do not fit the configuration.
+    """
     try:
-        weights = load_file(_file(model, directory, "model.safetensors"))
-        config["vocab_size"] = len(weights["pretrained_model.embeddings.word_embeddings.weight"])
+        weights = load_file(checkpoint.file("model.safetensors"))
+        vocabulary = len(weights["pretrained_model.embeddings.word_embeddings.weight"])
         with no_init_weights():
-            network = PairRMNetwork(DebertaV2Config.from_dict(config))
+            network = PairRMNetwork(DebertaV2Config.from_dict(checkpoint.config | {"vocab_size": vocabulary}))
         network.load_state_dict(weights, assign=True)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"judge.model={model!r}: model.safetensors does not fit ({reason}); "
-            "point judge.model at a complete copy of llm-blender/PairRM-hf"
-        ) from error
-    return tokenizer, network
+        raise checkpoint.misfit(error) from error
+    return network
+
+
+def load_original(
+    checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
+) -> OriginalPairRM | OriginalRanker:
+    """The original package's own model of either layout.
+
+    Raises:
+        ConfigError: the package is not installed, or the weights are missing or do not fit the configuration.
+    """
+    checkpoint.file("model.safetensors")
+    try:
+        if checkpoint.directory == checkpoint.backbone:
+            return OriginalPairRM(checkpoint.directory, tokenizer.normalizer, dtype, device)
+        return OriginalRanker(checkpoint.directory, checkpoint.backbone, tokenizer.normalizer, dtype, device)
+    except (SafetensorError, RuntimeError, AttributeError) as error:
+        raise checkpoint.misfit(error) from error
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name, or CUDA where there is one, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"judge.device={name!r} is no torch device; give cpu, cuda, cuda:1 or null") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"judge.device={name!r}, but torch sees no GPU; give cpu or null")
+    return device
 
 
 def _file(model: str, directory: Path, name: str) -> Path:

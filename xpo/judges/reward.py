@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from xpo.fingerprints import digest
 from xpo.judges.base import Judge
 from xpo.prompts import Prompt
 from xpo.rewards.base import RewardModel
@@ -20,3 +21,8 @@ class RewardJudge(Judge):
 
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         return self.reward_model.scores(prompts, first) - self.reward_model.scores(prompts, second)
+
+    @property
+    def fingerprint(self) -> str | None:
+        scores = self.reward_model.fingerprint
+        return scores and digest("difference", scores)

@@ -1,9 +1,20 @@
 """Reward models: how good a single completion is. One file per kind."""
 
-from xpo.rewards.base import RewardModel
+from xpo.rewards.base import RewardModel, Scores
+from xpo.rewards.cached import CachedReward
 from xpo.rewards.classifier import ClassifierReward
 from xpo.rewards.embedded import EmbeddedReward
 from xpo.rewards.function import FunctionReward
+from xpo.rewards.mix import MixReward
 from xpo.rewards.vader import VaderReward
 
-__all__ = ["ClassifierReward", "EmbeddedReward", "FunctionReward", "RewardModel", "VaderReward"]
+__all__ = [
+    "CachedReward",
+    "ClassifierReward",
+    "EmbeddedReward",
+    "FunctionReward",
+    "MixReward",
+    "RewardModel",
+    "Scores",
+    "VaderReward",
+]

@@ -2,14 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from xpo.prompts import Prompt
 
 
+class Scores(NamedTuple):
+    """What a reward model says of B completions.
+
+    Attributes:
+        total: the rewards, (B,); see `RewardModel.scores`.
+        parts: what they are made of, by name, (B,) each; empty unless the model is a mix.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
 class RewardModel(ABC):
-    """Scores completions. Renders text with its own chat template and tokenizer, if it has any."""
+    """Scores completions. A reward model of your own needs `scores` only.
+
+    Renders text with its own chat template and tokenizer, if it has any.
+    """
 
     @abstractmethod
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
@@ -22,3 +38,15 @@ class RewardModel(ABC):
         Returns:
             Float tensor (B,) on the CPU: higher is better, NaN where there is no score.
         """
+
+    def scores_with_parts(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
+        """The scores, and what they are made of."""
+        return Scores(self.scores(prompts, completions), {})
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Names what the scores depend on besides the texts: weights (not their name) and settings.
+
+        Two models with the same fingerprint share cached scores. None: its scores are never cached.
+        """
+        return None

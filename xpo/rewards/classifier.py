@@ -1,7 +1,8 @@
 """A transformers sequence classifier as reward model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,23 +16,27 @@ from transformers import (
 )
 
 from xpo.errors import ConfigError
+from xpo.fingerprints import digest, model_digest
 from xpo.hub import local_directory
 from xpo.prompts import Prompt, is_conversational, plain_text, render
 from xpo.rewards.base import RewardModel
 
 
 class ClassifierReward(RewardModel):
-    """Scores with the single logit of a sequence classifier.
+    """Scores with a sequence classifier: its single logit, or of two labels the log-odds of the second.
 
     The text is rendered with the classifier's own chat template and read by its own tokenizer, never
     as the policy's token ids. Without a chat template a conversational prompt and its completion are
     a text pair, of which the prompt is shortened first.
 
     Args:
-        model: a classifier with one label; ConfigError otherwise.
+        model: a classifier with one label, or with two, of which the second stands for the better text.
         tokenizer: its tokenizer.
         batch_size: texts in one forward pass.
         max_length: tokens of a text at most; longer ones lose their beginning.
+
+    Raises:
+        ConfigError: the classifier has more than two labels.
     """
 
     def __init__(
@@ -41,10 +46,10 @@ class ClassifierReward(RewardModel):
         batch_size: int = 16,
         max_length: int = 2048,
     ):
-        if model.config.num_labels != 1:
+        if model.config.num_labels > 2:
             raise ConfigError(
                 f"reward_model={model.config.name_or_path or type(model).__name__} has num_labels="
-                f"{model.config.num_labels}; use a classifier with one label, whose logit is the reward"
+                f"{model.config.num_labels}; use a classifier with one label, whose logit is the reward, or with two"
             )
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = copy.deepcopy(tokenizer)  # may be the policy's own, which must not change
@@ -65,16 +70,26 @@ class ClassifierReward(RewardModel):
         batch_size: int = 16,
         max_length: int = 2048,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        trust_remote_code: bool = False,
     ) -> "ClassifierReward":
         """Loads a classifier by hub name or from a local directory, with its own tokenizer unless one is given.
 
         Raises:
-            ConfigError: the hub is out of reach, or there is no such model.
+            ConfigError: the hub is out of reach, there is no such model, or it brings its own code, which
+                runs only with `trust_remote_code`.
         """
-        directory = local_directory("reward_model.model", model, revision)
-        classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype)
+        directory = local_directory("reward_model.model", model, revision, with_code=trust_remote_code)
+        code = {"trust_remote_code": trust_remote_code}
+        try:
+            classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, **code)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory, **code)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            remedy = "point it at a sequence classifier"
+            if "trust_remote_code" in str(error):
+                reason, remedy = "it brings its own code", "read the code, then set reward_model.trust_remote_code=true"
+            raise ConfigError(f"reward_model.model={model!r} cannot be loaded ({reason}); {remedy}") from error
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory)
         return cls(classifier.to(device), tokenizer, batch_size, max_length)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
@@ -117,5 +132,26 @@ class ClassifierReward(RewardModel):
         if self.token_types:
             padded = [row.token_type_ids + [0] * (width - len(row.token_type_ids)) for row in encoded]
             types["token_type_ids"] = torch.tensor(padded, device=ids.device)
-        self.model.config.get_text_config().pad_token_id = pad
-        return self.model(input_ids=ids, attention_mask=mask.long(), **types).logits[:, 0].float().cpu()
+        with self._pad_token(pad):
+            logits = self.model(input_ids=ids, attention_mask=mask.long(), **types).logits.float().cpu()
+        return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+
+    @contextmanager
+    def _pad_token(self, pad: int) -> Iterator[None]:
+        """The pad token that the model's configuration names, for a while: the model may be the user's own."""
+        config = self.model.config.get_text_config()
+        before = config.pad_token_id
+        config.pad_token_id = pad
+        try:
+            yield
+        finally:
+            config.pad_token_id = before
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(
+            "classifier",
+            model_digest(self.model),
+            sorted(self.tokenizer.get_vocab().items()),
+            (self.tokenizer.chat_template, self.max_length),
+        )

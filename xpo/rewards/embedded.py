@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 from xpo.errors import ConfigError
+from xpo.fingerprints import digest, model_digest
 from xpo.prompts import Prompt
 from xpo.rewards.base import RewardModel
 
@@ -124,3 +125,7 @@ class EmbeddedReward(RewardModel):
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         """Float32 tensor (B,) on the CPU: estimated ratings of B completions; prompts are not read."""
         return self.minilm.embed(completions) @ self.weight + self.bias
+
+    @property
+    def fingerprint(self) -> str:
+        return digest("embedded", model_digest(self.minilm.encoder), self.weight.tolist(), self.bias.tolist())

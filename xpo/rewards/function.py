@@ -1,22 +1,27 @@
 """A Python function as reward model."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from xpo.functions import numbers, resolve
 from xpo.prompts import Prompt
 from xpo.rewards.base import RewardModel
 
 
 class FunctionReward(RewardModel):
-    """Scores with `function(prompts, completions)`, which returns B numbers; None stands for no score."""
+    """Scores with `function(prompts, completions)`, which returns B numbers; None stands for no score.
 
-    def __init__(self, function: Callable[[Sequence[Prompt], Sequence[str]], Sequence[float | None] | Tensor]):
-        self.function = function
+    Args:
+        function: it, or its name as "package.module:function".
+
+    Raises:
+        ConfigError: there is no function of this name.
+    """
+
+    def __init__(self, function: Callable[..., Any] | str):
+        self.function = resolve("reward_model.function", function)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        scores = self.function(prompts, completions)
-        if isinstance(scores, Tensor):
-            return scores.float().cpu()
-        return torch.tensor([float("nan") if score is None else float(score) for score in scores])
+        return numbers(self.function(prompts, completions))

@@ -1,6 +1,7 @@
 """A sentiment lexicon as a reward: the independent check of a policy trained on another reward."""
 
 import importlib
+import importlib.metadata
 from collections.abc import Sequence
 
 import torch
@@ -36,3 +37,7 @@ class VaderReward(RewardModel):
         """Float32 tensor (B,): compound scores of B completions, in [-1, 1]; prompts are not read."""
         compound = [self.analyzer.polarity_scores(completion)["compound"] for completion in completions]
         return torch.tensor(compound, dtype=torch.float32)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"VADER {importlib.metadata.version('vaderSentiment')}"

@@ -1,0 +1,343 @@
+"""A language model behind an OpenAI-compatible server as judge: vLLM, llama.cpp, Ollama, OpenAI and others."""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from xpo.checks import number
+from xpo.errors import ConfigError, JudgeStopped
+from xpo.fingerprints import digest
+from xpo.judges.pairwise import PairwiseJudge
+from xpo.judges.question import TEMPLATE, check_template, question
+from xpo.prompts import Prompt
+
+logger = logging.getLogger(__name__)
+
+TOP_LOGPROBS = 20  # the most that OpenAI lists
+UNLISTED = -9999.0  # what OpenAI gives as the log-probability of a token that is too improbable to have one
+REFUSALS = (400, 413, 422)  # of one question: too long, say
+
+
+class Answer(NamedTuple):
+    """What came of one question.
+
+    Attributes:
+        log_odds: that the completion shown first is better; NaN where there is a problem.
+        problem: why there are none, in one line.
+        heard: whether the server answered with a chat completion, whatever it says.
+        status: of the HTTP response, if it is that of an error.
+        refuses_logprobs: whether the server may have refused to be asked for log-probabilities.
+    """
+
+    log_odds: float = math.nan
+    problem: str = ""
+    heard: bool = False
+    status: int | None = None
+    refuses_logprobs: bool = False
+
+
+class LLMJudge(PairwiseJudge):
+    """Asks a language model which of two completions is better, A or B.
+
+    With log-probabilities, the log-odds are those of the letters as first token of the answer: logsumexp
+    over the listed tokens that read A, minus the same for B. A letter that is not listed gets the smallest
+    listed log-probability, an upper bound of its own: the log-odds may then be too close to 0, never too
+    far. Without, an answer that is exactly A or B counts as log-odds of 1 or -1.
+
+    The client of the package openai repeats a request that met a 429, a 5xx, a timeout or a lost
+    connection, waiting longer each time. A question that fails all the same, or gets any other answer, is
+    no verdict (NaN) for its pair alone; a warning counts them, and so does `failures`.
+
+    Args:
+        model: its name on the server.
+        base_url: of the server, such as "http://localhost:8000/v1"; None is $OPENAI_BASE_URL, else OpenAI itself.
+        api_key_env: the environment variable that holds the key. With a `base_url` it may be unset.
+        both_orders: ask in both orders, twice the questions. See `PairwiseJudge`.
+        seed: of the random order; unused with both orders.
+        template: the question, with {prompt}, {first} and {second}; None is `xpo.judges.question.TEMPLATE`.
+        logprobs: ask for log-probabilities. A server that refuses them, or gives none, is read without.
+        max_tokens: of an answer; the first of them decides where there are log-probabilities.
+        temperature: divides the log-odds; larger values give milder odds. The answer is always drawn at 0.
+        concurrency: requests at the same time.
+        timeout_s: seconds until a silent request counts as lost.
+        max_retries: how often one request is repeated.
+        max_requests: questions that the whole run may ask, shared equally by its processes; None is no limit.
+
+    Raises:
+        ConfigError: an argument is out of range, there is no key, or the package openai is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        both_orders: bool = True,
+        seed: int = 0,
+        template: str | None = None,
+        logprobs: bool = True,
+        max_tokens: int = 4,
+        temperature: float = 1.0,
+        concurrency: int = 8,
+        timeout_s: float = 60,
+        max_retries: int = 8,
+        max_requests: int | None = None,
+    ):
+        number("judge.max_tokens", max_tokens, minimum=1)
+        number("judge.temperature", temperature, above=0)
+        number("judge.concurrency", concurrency, minimum=1)
+        number("judge.timeout_s", timeout_s, above=0)
+        number("judge.max_retries", max_retries, minimum=0)
+        if max_requests is not None:
+            number("judge.max_requests", max_requests, minimum=1)
+        if base_url is not None and not _is_http(base_url):
+            raise ConfigError(
+                f"judge.base_url={base_url!r} is no address of a server; give one such as http://localhost:8000/v1"
+            )
+        template = TEMPLATE if template is None else template
+        check_template("judge.template", template)
+        super().__init__(both_orders, seed)
+        self.model = model
+        self.template = template
+        self.logprobs = logprobs
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.concurrency = concurrency
+        self.max_requests = max_requests
+        self.api_key_env = api_key_env
+        self.requests = 0  # questions asked so far by this process; repetitions do not count
+        self.failures = 0  # questions that brought no verdict
+        self._logprobs_refused = False
+        key = _api_key(api_key_env, required=base_url is None)
+        try:
+            from openai import OpenAI  # takes a second to import, which only this judge should cost
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "LLMJudge needs the package openai, which is not installed; pip install 'xpo[llm]'"
+            ) from error
+        self._client = OpenAI(base_url=base_url, api_key=key, timeout=timeout_s, max_retries=max_retries)
+        self.base_url = str(self._client.base_url)
+
+    def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """Log-odds that the completion shown first is better, float32 (N,); NaN: could not tell.
+
+        Raises:
+            JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the
+                key or does not know the model; or not one question was answered.
+        """
+        texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
+        if not texts:
+            return torch.empty(0)
+        opening = self.requests == 0
+        self._spend(len(texts))
+        answers = self._ask_all(texts)
+        problems = [answer for answer in answers if answer.problem]
+        self.failures += len(problems)
+        # A server that has answered before, and now refuses every question, may have been asked one too long.
+        refused = all(answer.status in REFUSALS for answer in answers)
+        if not any(answer.heard for answer in answers) and (opening or not refused):
+            raise JudgeStopped(
+                f"judge.base_url={self.base_url!r} answered none of {len(texts)} questions "
+                f"(the last: {problems[-1].problem}); see to the server and continue the run"
+            )
+        if problems:
+            logger.warning(
+                "The judge gave no verdict on %d of %d questions; the last: %s",
+                len(problems),
+                len(texts),
+                problems[-1].problem,
+            )
+        return torch.tensor([answer.log_odds for answer in answers]) / self.temperature
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(
+            "LLM",
+            (self.base_url, self.model, self.template, self.logprobs, self.max_tokens),
+            (self.both_orders, self.both_orders or self.seed, self.temperature),
+        )
+
+    def state(self) -> dict[str, Any]:
+        return {"requests": self.requests}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.requests = state.get("requests", 0)
+
+    def _spend(self, count: int) -> None:
+        """Counts questions that are about to be asked."""
+        if self.max_requests is not None:
+            processes = int(os.environ.get("WORLD_SIZE", 1))
+            if self.requests + count > self.max_requests // processes:
+                share = f" on each of {processes} processes" if processes > 1 else ""
+                raise JudgeStopped(
+                    f"judge.max_requests={self.max_requests} is used up: {self.requests} questions asked{share}, "
+                    f"{count} more are needed; raise it and continue the run"
+                )
+        self.requests += count
+
+    def _ask_all(self, texts: list[str]) -> list[Answer]:
+        """The answers to all questions, `concurrency` at a time; JudgeStopped at the first that dooms the others."""
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            futures = [pool.submit(self._ask, text) for text in texts]
+            for future in as_completed(futures):
+                self._stop_if_useless(future.result())
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _stop_if_useless(self, answer: Answer) -> None:
+        """JudgeStopped for an error that every other question would meet too."""
+        if answer.status in (401, 403):
+            raise JudgeStopped(
+                f"judge.api_key_env={self.api_key_env!r}: {self.base_url} refuses its key ({answer.problem}); "
+                f"correct ${self.api_key_env} and continue the run"
+            )
+        if answer.status == 404:
+            raise JudgeStopped(
+                f"judge.model={self.model!r} is not served at {self.base_url} ({answer.problem}); correct "
+                "judge.model, or judge.base_url, which mostly ends in /v1"
+            )
+
+    def _ask(self, text: str) -> Answer:
+        """One question. Never raises: whatever goes wrong with it concerns its pair only."""
+        answer = self._request(text, self.logprobs and not self._logprobs_refused)
+        if answer.refuses_logprobs:
+            answer = self._request(text, with_logprobs=False)
+            # Errors may quote the texts, which may speak of logprobs: what succeeds without them was refused for them.
+            self._logprobs_refused |= answer.heard
+        return answer
+
+    def _request(self, text: str, with_logprobs: bool) -> Answer:
+        from openai import APIStatusError, OpenAIError
+
+        options: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if with_logprobs else {}
+        try:
+            response = self._client.chat.completions.with_raw_response.create(
+                model=self.model,
+                messages=[{"role": "user", "content": text}],
+                max_tokens=self.max_tokens,
+                temperature=0,
+                **options,
+            )
+            choice = _choice(response.http_response.json())
+        except APIStatusError as error:
+            status, said = error.status_code, error.message
+            refuses_logprobs = with_logprobs and status in (400, 422) and "logprobs" in said
+            if isinstance(error.body, dict) and "message" in error.body:
+                said = error.body["message"]
+            # What a server says of a refused key may repeat it, in part and so past recognition.
+            problem = self._line(f"HTTP {status}" if status == 401 else f"HTTP {status}: {said}")
+            return Answer(problem=problem, status=status, refuses_logprobs=refuses_logprobs)
+        except OpenAIError as error:
+            reason = f" {error.__cause__}" if error.__cause__ else ""
+            return Answer(problem=self._line(f"{error}{reason}"))
+        except (ValueError, RecursionError) as error:  # from JSON that is malformed, or nested without end
+            return Answer(problem=self._line(f"no chat completion: {error}"))
+        try:
+            return Answer(log_odds(choice), heard=True)
+        except ValueError as error:
+            return Answer(problem=self._line(str(error)), heard=True)
+
+    def _line(self, text: str) -> str:
+        """One short line without the key."""
+        return " ".join(text.replace(self._client.api_key, "[key]").split())[:160]
+
+
+def log_odds(choice: dict[str, Any]) -> float:
+    """Log-odds of A over B from one choice of a chat completion: its log-probabilities, else its text.
+
+    Raises:
+        ValueError: it names neither, or holds what no server should send.
+    """
+    listed = _listed(choice)
+    if not listed:
+        return _verdict(choice)
+    a, b = ([logprob for token, logprob in listed if token.strip() == letter] for letter in "AB")
+    if not a and not b:
+        raise ValueError(f"neither A nor B is among the {len(listed)} likeliest answers")
+    bound = min(logprob for _, logprob in listed)
+    return _logsumexp(a or [bound]) - _logsumexp(b or [bound])
+
+
+def _listed(choice: dict[str, Any]) -> list[tuple[str, float]]:
+    """The likeliest first tokens of an answer and their log-probabilities; none if the server gives none."""
+    try:
+        content = (choice.get("logprobs") or {}).get("content")
+        listed = [(entry["token"], entry["logprob"]) for entry in content[0]["top_logprobs"] or []] if content else []
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError("the log-probabilities are malformed") from error
+    for token, logprob in listed:
+        # A sum over a vocabulary in low precision may exceed 1 a little.
+        if not isinstance(token, str) or type(logprob) not in (int, float) or not logprob < 0.1:
+            raise ValueError("the log-probabilities are malformed")
+    return [(token, logprob) for token, logprob in listed if logprob > UNLISTED]
+
+
+def _verdict(choice: dict[str, Any]) -> float:
+    """1 for an answer that is the letter A, -1 for B."""
+    content = (choice.get("message") or {}).get("content")
+    letter = re.fullmatch(r"""[\s"'`“”‘’]*([AaBb])\.?[\s"'`“”‘’]*\.?\s*""", content) if content else None
+    if letter is None:
+        shown = content if content is None or len(content) <= 20 else content[:20] + "..."
+        raise ValueError(f"the answer is {shown!r}, neither A nor B")
+    return 1.0 if letter[1] in "Aa" else -1.0
+
+
+def _choice(body: Any) -> dict[str, Any]:
+    """The one choice of a chat completion, whose message is text or nothing.
+
+    Raises:
+        ValueError: the body of the response is something else.
+    """
+    try:
+        choice = body["choices"][0]
+        content = choice["message"]["content"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise ValueError("it has no choices with a message") from error
+    if not isinstance(content, str | None):
+        raise ValueError("its message is not text")
+    return choice
+
+
+def _logsumexp(values: list[float]) -> float:
+    return torch.tensor(values, dtype=torch.float64).logsumexp(0).item()
+
+
+def _is_http(url: Any) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
+def _api_key(variable: str, required: bool) -> str:
+    """The key in an environment variable; without one, a word in its place that servers without keys accept.
+
+    Raises:
+        ConfigError: there is no key though one is required, or none that can be sent. Never shows a key.
+    """
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        # It may well be the key itself.
+        raise ConfigError(
+            "judge.api_key_env is not shown and no name of an environment variable; "
+            "give the NAME of the variable that holds the key, in capitals, such as OPENAI_API_KEY"
+        )
+    key = os.environ.get(variable, "").strip()
+    if not key and required:
+        raise ConfigError(
+            f"judge.api_key_env={variable!r} is not set in the environment; export {variable}=... with your key, "
+            "or point judge.base_url at a server of your own"
+        )
+    if not re.fullmatch(r"[!-~]*", key):
+        raise ConfigError(f"judge.api_key_env={variable!r} holds characters that no key has; export {variable} again")
+    return key or "no-key"

@@ -1,0 +1,176 @@
+"""A causal language model in this process as judge. Shapes: N questions, L tokens of the longest, V vocabulary."""
+
+import logging
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from xpo.checks import number, one_of
+from xpo.errors import ConfigError
+from xpo.fingerprints import digest, model_digest
+from xpo.judges.pairwise import PairwiseJudge
+from xpo.judges.question import TEMPLATE, check_template, question
+from xpo.logprobs import length_mask, positions
+from xpo.models import load_model, load_tokenizer, policy_directory
+from xpo.prompts import Prompt, plain_text
+from xpo.schema import ModelSchema
+
+logger = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ANSWER = "\n\nAnswer:\n"  # where a model without a chat template is to go on
+
+
+class LocalLLMJudge(PairwiseJudge):
+    """Asks a causal language model which of two completions is better, A or B.
+
+    The question is a user message in the model's own chat template, or plain text where it has none. The
+    log-odds are those of the two letters as the next token: logsumexp over the tokens that read A (with and
+    without a space before it, say), minus the same for B. A question longer than `max_length` is neither
+    asked nor cut, which would decide it by what is missing: it is no verdict (NaN).
+
+    Args:
+        model: hub name, local directory, embedded:smollm2_135m or embedded:tiny.
+        revision: branch, tag or commit of a hub name; None is its default branch.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        device: a torch device; None is CUDA where there is one, else the CPU.
+        batch_size: questions per forward pass; it changes speed and memory only.
+        max_length: tokens of a question at most; never more than the model has positions for.
+        both_orders: ask in both orders. See `PairwiseJudge`.
+        seed: of the random order; unused with both orders.
+        template: the question, with {prompt}, {first} and {second}; None is `xpo.judges.question.TEMPLATE`.
+        temperature: divides the log-odds; larger values give milder odds.
+        trust_remote_code: run code that the model brings with it.
+
+    Raises:
+        ConfigError: an argument is out of range, the model cannot be loaded, or its tokenizer has no token that
+            reads A or B.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int = 8,
+        max_length: int = 4096,
+        both_orders: bool = True,
+        seed: int = 0,
+        template: str | None = None,
+        temperature: float = 1.0,
+        trust_remote_code: bool = False,
+    ):
+        number("judge.batch_size", batch_size, minimum=1)
+        number("judge.max_length", max_length, minimum=1)
+        number("judge.temperature", temperature, above=0)
+        one_of("judge.dtype", dtype, DTYPES)
+        template = TEMPLATE if template is None else template
+        check_template("judge.template", template)
+        super().__init__(both_orders, seed)
+        self.template = template
+        self.batch_size = batch_size
+        self.temperature = temperature
+        network, self.tokenizer = _load(model, revision, dtype, trust_remote_code)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.network = network.to(self.device).requires_grad_(False).eval()
+        # Not every kind of model has a limit.
+        limit = getattr(network.config.get_text_config(), "max_position_embeddings", max_length)
+        self.max_length = min(max_length, limit)
+        self.letters = [_tokens_that_read(letter, model, self.tokenizer) for letter in "AB"]
+        special = [re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._structure = re.compile("|".join(special) or "(?!)")  # the latter matches nothing
+
+    def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
+        """Log-odds that the completion shown first is better, float32 (N,); NaN for a question that is too long."""
+        rows = [self._tokens(*texts) for texts in zip(map(plain_text, prompts), first, second, strict=True)]
+        asked = [i for i, row in enumerate(rows) if len(row) <= self.max_length]
+        if len(asked) < len(rows):
+            logger.warning(
+                "The judge did not read %d of %d questions: longer than judge.max_length=%d tokens",
+                len(rows) - len(asked),
+                len(rows),
+                self.max_length,
+            )
+        log_odds = torch.full((len(rows),), torch.nan)
+        log_odds[asked] = self._log_odds([rows[i] for i in asked]) / self.temperature
+        return log_odds
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(
+            "local LLM",
+            model_digest(self.network),
+            (self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())),
+            (self.template, self.max_length, self.temperature, self.both_orders, self.both_orders or self.seed),
+        )
+
+    def _tokens(self, prompt: str, first: str, second: str) -> list[int]:
+        """The token ids of one question, up to where the answer begins."""
+        text = question(self.template, *map(self._clean, (prompt, first, second)))
+        if self.tokenizer.chat_template is None:
+            return self.tokenizer(text + ANSWER).input_ids
+        messages = [{"role": "user", "content": text}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens.
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _clean(self, text: str) -> str:
+        """A text without what would read as the structure of the conversation, such as the end of the message."""
+        cleaned = self._structure.sub("", text)
+        while cleaned != text:  # what is left may have closed up to another one
+            text, cleaned = cleaned, self._structure.sub("", cleaned)
+        return cleaned
+
+    @torch.no_grad()
+    def _log_odds(self, rows: list[list[int]]) -> Tensor:
+        """Log-odds of A over B after each row of tokens, float32 (N,) on the CPU. Similar lengths share a batch."""
+        log_odds = torch.empty(len(rows))
+        # Ties in length are broken by content: the batches, and so the rounding, do not depend on the order of rows.
+        longest_first = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
+        for start in range(0, len(rows), self.batch_size):
+            batch = longest_first[start : start + self.batch_size]
+            ids = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True, padding_side="left")  # (N, L)
+            lengths = torch.tensor([len(rows[i]) for i in batch])
+            mask = length_mask(lengths, ids.shape[1]).flip(1)  # by length: a pad token may be a real one elsewhere
+            logits = self.network(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.long().to(self.device),
+                position_ids=positions(mask).to(self.device),
+                logits_to_keep=1,
+                use_cache=False,
+            ).logits[:, -1]  # (N, V)
+            a, b = (logits[:, letter].float().logsumexp(dim=1) for letter in self.letters)
+            log_odds[batch] = (a - b).cpu()
+        return log_odds
+
+
+def _load(
+    name: str, revision: str | None, dtype: str, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """ConfigError: there is no such model, or what is there is no causal language model."""
+    schema = ModelSchema(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    directory = policy_directory(name, revision, "judge.model", with_code=trust_remote_code)
+    try:
+        return load_model(directory, schema), load_tokenizer(directory, schema)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"judge.model={name!r} cannot be loaded ({reason}); point judge.model at a causal language model"
+        ) from error
+
+
+def _tokens_that_read(letter: str, model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens whose text is `letter`, but for spaces around it."""
+    candidates = [token for text, token in tokenizer.get_vocab().items() if letter in text]
+    tokens = sorted(token for token in candidates if tokenizer.decode([token]).strip() == letter)
+    if not tokens:
+        raise ConfigError(
+            f"judge.model={model!r} has no token for the letter {letter}, so it cannot answer in one; "
+            "choose a model with another tokenizer"
+        )
+    return tokens

@@ -1,0 +1,50 @@
+"""Several reward models as one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from xpo.checks import number
+from xpo.errors import ConfigError
+from xpo.fingerprints import digest
+from xpo.prompts import Prompt
+from xpo.rewards.base import RewardModel, Scores
+
+
+class MixReward(RewardModel):
+    """The weighted sum of several models' scores, each of which is logged by its name.
+
+    A completion that one of them cannot score has no score.
+
+    Args:
+        models: reward models by a name of your choice.
+        weights: the weight of each, by the same names; a negative one is a cost.
+
+    Raises:
+        ConfigError: the names differ.
+    """
+
+    def __init__(self, models: dict[str, RewardModel], weights: dict[str, float]):
+        if not models or set(models) != set(weights):
+            raise ConfigError(
+                f"reward_model.weights={dict(weights)!r} and reward_model.models={list(models)!r} differ; "
+                "give each model one weight (remove a model with ~reward_model.models.NAME, and its weight likewise)"
+            )
+        for name, weight in weights.items():
+            number(f"reward_model.weights.{name}", weight)
+        self.models: dict[str, Any] = dict(models)
+        self.weights = dict(weights)
+
+    def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
+        return self.scores_with_parts(prompts, completions).total
+
+    def scores_with_parts(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
+        parts = {name: model.scores(prompts, completions) for name, model in self.models.items()}
+        weighted = [self.weights[name] * part for name, part in parts.items()]
+        return Scores(sum(weighted[1:], start=weighted[0]), parts)
+
+    @property
+    def fingerprint(self) -> str | None:
+        inner = {name: model.fingerprint for name, model in self.models.items()}
+        return None if None in inner.values() else digest("mix", inner, self.weights)
