@@ -321,6 +321,9 @@ NEEDS = {
     "data/local": ["data.train=prompts.jsonl"],
     "reward_model/classifier": ["reward_model.model=owner/name"],
     "reward_model/none": ["judge=pair_rm"],
+    "reward_model/function": ["reward_model.function=module:function"],
+    "judge/function": ["judge.function=module:function"],
+    "judge/llm": ["judge.model=name"],
 }
 
 
