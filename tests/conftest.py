@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.models import tiny_model, tiny_tokenizer
@@ -53,6 +53,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model() -> LlamaForCausalLM:
     """A fresh random Llama of two layers, always the same."""
     return tiny_model()
+
+
+def gpt2() -> GPT2LMHeadModel:
+    """A random GPT-2: its positions are absolute."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ).eval()
 
 
 def share_of_e(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:

@@ -11,16 +11,14 @@ import math
 import mlflow
 import pytest
 import torch
-from conftest import prompts, share_of_e, step_logs
+from conftest import gpt2, prompts, share_of_e, step_logs
 from pair_rm_checkpoint import build_tiny_pair_rm
 from peft import LoraConfig
-from test_logprobs import gpt2
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from xpo import ClassifierReward, ConfigError, PairRMJudge, XPOConfig
 from xpo.models import tiny_model, tiny_tokenizer
 from xpo.rollout import POLICY, REFERENCE
-from xpo.trainer import pair_logps
 
 # Where the rest of the rows are tested.
 ELSEWHERE = {
@@ -43,11 +41,10 @@ def one_step(trainer):
     return trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, torch.device("cpu"))
 
 
-def logps_by_hand(model, input_ids, attention_mask, completion_mask) -> float:
+def logps_by_hand(model, batch, side: int, row: int) -> float:
     """log pi(completion) of one row: no padding, one forward pass, only the completion's tokens."""
-    width = completion_mask.shape[0]
-    prompt = input_ids[:-width][attention_mask[:-width]]
-    completion = input_ids[-width:][completion_mask]
+    prompt = batch["prompt_ids"][row][batch["prompt_mask"][row]]
+    completion = batch["completion_ids"][side, row][batch["completion_mask"][side, row]]
     ids = torch.cat([prompt, completion])[None]
     with torch.no_grad():
         logps = model.eval()(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
@@ -88,12 +85,10 @@ def test_02_the_eos_penalty_looks_at_the_completion_only(make_trainer, tokenizer
 def test_03_left_padding_does_not_shift_absolute_positions(make_trainer):
     """#6800: GPT-2 in a batch of prompts of different lengths equals GPT-2 on each row alone."""
     (batch,), _ = one_step(make_trainer(model=gpt2(), max_length=64))
-    assert not batch["attention_mask"][:, :, 0].all()
+    assert not batch["prompt_mask"][:, 0].all()
     for side in (0, 1):
         for row in range(4):
-            alone = logps_by_hand(
-                gpt2(), *(batch[k][side, row] for k in ("input_ids", "attention_mask", "completion_mask"))
-            )
+            alone = logps_by_hand(gpt2(), batch, side, row)
             assert batch["reference_logps"][side, row].item() == pytest.approx(alone, abs=1e-4)
 
 
@@ -103,11 +98,7 @@ def test_04_padding_is_no_part_of_kl_and_entropy(make_trainer):
     (batch,), _ = one_step(trainer)
     lengths = batch["completion_mask"].sum(-1)
     assert lengths.min() < lengths.max()
-    by_hand = [
-        logps_by_hand(trainer.model, *(batch[k][side, row] for k in ("input_ids", "attention_mask", "completion_mask")))
-        for side in (0, 1)
-        for row in range(4)
-    ]
+    by_hand = [logps_by_hand(trainer.model, batch, side, row) for side in (0, 1) for row in range(4)]
     trainer.train()
     (entry,) = step_logs(trainer)
     assert entry["objective/entropy"] == pytest.approx(-sum(by_hand) / 8, abs=1e-4)
@@ -205,8 +196,7 @@ def test_16_an_eos_token_that_is_also_the_pad_token_counts(make_trainer, tokeniz
     trainer = make_trainer(model=eos_lover(tiny_model()), max_new_tokens=12)
     (batch,), _ = one_step(trainer)
     last = batch["completion_mask"].sum(-1) - 1
-    ids = batch["input_ids"][..., -batch["completion_mask"].shape[-1] :]
-    ends = ids.gather(2, last[..., None]).squeeze(-1)
+    ends = batch["completion_ids"].gather(2, last[..., None]).squeeze(-1)
     assert (ends == tokenizer.eos_token_id).any()
 
 
@@ -264,11 +254,11 @@ def test_23_prompt_tokens_are_not_scored(make_trainer):
     trainer = make_trainer(train_dataset=prompts(4, chat=True))
     (batch,), _ = one_step(trainer)
     with torch.no_grad():
-        scored = pair_logps(trainer.model, batch)
+        scored = trainer.policy_forward(trainer.model, batch)
     for side in (POLICY, REFERENCE):
         for row in range(4):
-            parts = (batch[k][side, row] for k in ("input_ids", "attention_mask", "completion_mask"))
-            assert scored[side, row].item() == pytest.approx(logps_by_hand(trainer.model, *parts), abs=1e-4)
+            expected = logps_by_hand(trainer.model, batch, side, row)
+            assert scored[side, row].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_24_the_exploration_term_pushes_reference_completions_down(make_trainer):

@@ -119,7 +119,8 @@ def test_the_ranks_share_the_prompts_and_answer_as_one_process_would(make_traine
             eval_greedy=False,
             tie_threshold=0.0,
         )
-        evaluator = Evaluator(trainer.sampler, trainer.reference, trainer.judge, trainer.reward_model, {})
+        forwards = (trainer.policy_forward, trainer.reference_forward)
+        evaluator = Evaluator(trainer.sampler, trainer.reference, forwards, trainer.judge, trainer.reward_model, {})
         evaluator(trainer.model, trainer.eval_dataset, trainer.accelerator, args)  # type: ignore[arg-type]
         assert [r["index"] for r in evaluator.records] == list(range(rank, 5, 2))
         shared += evaluator.records

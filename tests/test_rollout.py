@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_logprobs import gpt2
+from conftest import gpt2
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from xpo.errors import ConfigError
@@ -159,8 +159,9 @@ def test_micro_batches_lose_only_shared_padding():
 
     rollout = Rollout(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
     batch = rollout.pairs(1, 2)
-    assert batch["input_ids"].tolist() == [[[4, 9, 0]], [[4, 9, 9]]]
-    assert batch["attention_mask"].int().tolist() == [[[1, 1, 0]], [[1, 1, 1]]]
+    assert batch["prompt_ids"].tolist() == [[4]]
+    assert batch["prompt_mask"].tolist() == [[True]]
+    assert batch["completion_ids"].tolist() == [[[9, 0]], [[9, 9]]]
     assert batch["completion_mask"].int().tolist() == [[[1, 0]], [[1, 1]]]
 
 

@@ -23,6 +23,7 @@ ORDER = [
     "agreement",
     "losses",
     "logprobs",
+    "forward",
     "metrics",
     "config",
     "models",

@@ -8,9 +8,11 @@ import torch
 from transformers import TrainingArguments
 
 from xpo import checks
+from xpo.forward import PairForward
 from xpo.losses import LabelType, LossType
 
 LOSS_TYPES = ("sigmoid", "ipo")
+PAIR_FORWARDS = ("auto", "shared", "separate")
 LABELS = ("hard", "soft", "sampled")
 PROMPT_OVERFLOWS = ("drop", "truncate", "error")
 
@@ -47,6 +49,8 @@ class XPOConfig(TrainingArguments):
         generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
         generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
+        pair_forward: "shared", one row [prompt | y | y~] for each pair; "separate", one for each completion; "auto",
+            shared where the architecture allows it. The results are the same up to rounding.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` when the model is given by name.
         trust_remote_code: allow models that bring their own code.
@@ -86,6 +90,7 @@ class XPOConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = None
     generation_batch_size: int | None = None
     eval_greedy: bool = False
+    pair_forward: PairForward = "auto"
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
@@ -105,6 +110,7 @@ class XPOConfig(TrainingArguments):
             checks.fraction("min_p", self.min_p)
         if self.missing_eos_penalty is not None:
             checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
+        checks.one_of("pair_forward", self.pair_forward, PAIR_FORWARDS)
         checks.one_of("labels", self.labels, LABELS)
         checks.number("label_temperature", self.label_temperature, above=0)
         checks.number("tie_threshold", self.tie_threshold, minimum=0)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from xpo.config import XPOConfig
 from xpo.errors import JudgeStopped
+from xpo.forward import Forward
 from xpo.judges import Judge
-from xpo.logprobs import completion_logps
 from xpo.metrics import distinct_bigrams
 from xpo.preference import Rules, judge_pairs, one_per_pair
 from xpo.prompts import plain_text
@@ -39,6 +39,7 @@ class Evaluator:
     Args:
         sampler: draws the completions.
         reference: pi_ref.
+        forwards: how the log-probabilities of policy and reference are computed.
         judge: says who wins.
         reward_model: gives `score`; None for no score.
         scorers: further reward models by metric name, which training never sees.
@@ -48,12 +49,14 @@ class Evaluator:
         self,
         sampler: Sampler,
         reference: Reference,
+        forwards: tuple[Forward, Forward],
         judge: Judge,
         reward_model: RewardModel | None,
         scorers: dict[str, RewardModel],
     ):
         self.sampler = sampler
         self.reference = reference
+        self.forwards = forwards
         self.judge = judge
         self.reward_model = reward_model
         self.scorers = scorers
@@ -171,15 +174,16 @@ class Evaluator:
     ) -> Tensor:
         """log pi(y) - log pi_ref(y) of each completion, (b,)."""
         ids, mask = self.sampler.pad_prompts([row["prompt_ids"] for row in rows], args.device)
-        batch = (
-            torch.cat([ids, completions.ids], dim=1),
-            torch.cat([mask, completions.mask], dim=1),
-            completions.mask,
-        )
+        batch = {
+            "prompt_ids": ids,
+            "prompt_mask": mask,
+            "completion_ids": completions.ids[None],
+            "completion_mask": completions.mask[None],
+        }
         with eval_mode(policy):
-            policy_logps = completion_logps(policy, *batch)
+            policy_logps = self.forwards[0](policy, batch)
         with self.reference.model() as model, eval_mode(model):
-            return policy_logps - completion_logps(model, *batch)
+            return (policy_logps - self.forwards[1](model, batch))[0]
 
 
 def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:

@@ -1,11 +1,17 @@
 """Log-probabilities of completions, and the masks and positions they need. Layer 0: torch only.
 
-Notation for shapes: N sequences, P prompt tokens (padded on the left), C completion tokens (padded on
-the right), V vocabulary.
+Notation for shapes: b prompts with K completions each, P prompt tokens (padded on the left), C completion
+tokens (padded on the right), V vocabulary, H hidden size, T completion tokens in all.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**24  # of the vocabulary projection: 64 MiB in float32
 
 
 def completion_lengths(completion_ids: Tensor, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,49 +36,166 @@ def length_mask(lengths: Tensor, width: int) -> Tensor:
 
 
 def positions(attention_mask: Tensor) -> Tensor:
-    """Position ids that start at 0 on the first real token of each row, (N, P + C); padding gets 0."""
+    """Position ids that start at 0 on the first real token of each row, (N, L); padding gets 0."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
-    """log softmax(logits)[token], in float32 and without a copy of the distribution.
+    """log softmax(logits)[token] in float32: (...), from logits (..., V) of any float type and ids (...)."""
+    logits = logits.float()
+    return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def completion_logps(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Summed log-probability of each completion given its prompt, one row of the model for each.
+
+    Right for every causal language model that takes `position_ids` and `logits_to_keep`.
 
     Args:
-        logits: (N, C, V), any float type.
-        token_ids: (N, C).
+        model: the model.
+        prompt_ids: left-padded, (b, P).
+        prompt_mask: True on real tokens, (b, P).
+        ids: completions, right-padded, (K, b, C).
+        mask: True on real completion tokens, (K, b, C).
 
     Returns:
-        float32 (N, C).
+        float32 (K, b).
     """
-    return torch.stack(
-        [
-            row.float().gather(1, ids[:, None]).squeeze(1) - row.float().logsumexp(dim=1)
-            for row, ids in zip(logits, token_ids, strict=True)
-        ]
-    )
-
-
-def completion_logps(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Tensor:
-    """Summed log-probability of each completion given its prompt.
-
-    Logits are asked for at the completion's positions only.
-
-    Args:
-        model: a causal language model that takes `position_ids` and `logits_to_keep`.
-        input_ids: left-padded prompts followed by right-padded completions, (N, P + C).
-        attention_mask: True on real tokens, (N, P + C).
-        completion_mask: True on real completion tokens, (N, C).
-
-    Returns:
-        float32 (N,).
-    """
-    width = completion_mask.shape[1]
+    completions, count, width = ids.shape
+    prompts = (part.expand(completions, -1, -1).flatten(0, 1) for part in (prompt_ids, prompt_mask))
+    ids, mask = ids.flatten(0, 1), mask.flatten(0, 1)
+    input_ids, attention_mask = (torch.cat(parts, dim=1) for parts in zip(prompts, (ids, mask), strict=True))
     logits = model(
         input_ids=input_ids,
         attention_mask=attention_mask.long(),
         position_ids=positions(attention_mask),
         logits_to_keep=width + 1,
         use_cache=False,
-    ).logits
-    logps = token_logps(logits[:, -width - 1 : -1], input_ids[:, -width:])
-    return torch.where(completion_mask, logps, torch.zeros_like(logps)).sum(dim=1)
+    ).logits[:, -width - 1 : -1]
+    # Row by row: a float32 copy of all logits would double their memory.
+    logps = torch.stack([token_logps(row, tokens) for row, tokens in zip(logits, ids, strict=True)])
+    return torch.where(mask, logps, torch.zeros_like(logps)).sum(dim=1).view(completions, count)
+
+
+def shared_prompt_logps(
+    model: nn.Module,
+    head: nn.Module,
+    mask_dtype: torch.dtype,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    ids: Tensor,
+    mask: Tensor,
+    logits_at_once: int = LOGITS_AT_ONCE,
+) -> Tensor:
+    """The same, with one row [prompt | completion 1 | ... | completion K] for each prompt.
+
+    The prompt is computed once. A completion sees the prompt and itself, and its positions go on from the
+    prompt's. Hidden states are projected to the vocabulary at completion tokens only, and no more of them
+    at a time than `logits_at_once` allows: memory does not grow with the vocabulary.
+
+    Args:
+        model: takes a mask of four dimensions; its layers attend to whatever that mask allows, and its
+            logits are exactly what `head` returns.
+        head: the model's output embedding.
+        mask_dtype: of the mask, see `block_mask`.
+        logits_at_once: tokens times V.
+
+    Returns:
+        float32 (K, b).
+    """
+    completions, count, _ = ids.shape
+    prompt_width = prompt_ids.shape[1]
+    widths = [int(part.sum(dim=1).max()) for part in mask]
+    parts = [(ids[k, :, :width], mask[k, :, :width]) for k, width in enumerate(widths)]
+    input_ids = torch.cat([prompt_ids, *(part for part, _ in parts)], dim=1)  # (b, L)
+    real = torch.cat([prompt_mask, *(part for _, part in parts)], dim=1)
+    segment = torch.cat([torch.full((width,), k) for k, width in enumerate([prompt_width, *widths])]).to(ids.device)
+    lengths = prompt_mask.sum(dim=1, keepdim=True)
+    position_ids = torch.cat([positions(prompt_mask), *(lengths + positions(part) for _, part in parts)], dim=1)
+
+    # Completion token j of segment k is predicted by the token before it: for j = 0 the prompt's last one.
+    starts = [prompt_width + sum(widths[:k]) for k in range(completions)]
+    columns = torch.cat(
+        [
+            torch.cat([torch.tensor([prompt_width - 1]), torch.arange(start, start + width - 1)])
+            for start, width in zip(starts, widths, strict=True)
+        ]
+    ).to(ids.device)
+    scored = torch.cat([part for _, part in parts], dim=1)  # (b, sum of widths)
+    row, place = scored.nonzero(as_tuple=True)  # (T,)
+    targets = input_ids[:, prompt_width:][row, place]
+    project = head.forward
+
+    def logps_of_targets(hidden: Tensor) -> Tensor:
+        return chunked_logps(project, hidden[row, columns[place]], targets, logits_at_once)
+
+    # The model's own forward runs, with all that wraps it (DistributedDataParallel, autocast, hooks); only what
+    # it returns as logits are the log-probabilities of the targets.
+    with replaced_forward(head, logps_of_targets):
+        logps = model(
+            input_ids=input_ids,
+            attention_mask=block_mask(real, segment, mask_dtype),
+            position_ids=position_ids,
+            use_cache=False,
+        ).logits  # (T,)
+    completion = (segment[prompt_width:] - 1)[place]
+    sums = torch.zeros(completions * count, device=ids.device).index_add(0, completion * count + row, logps)
+    return sums.view(completions, count)
+
+
+def block_mask(real: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
+    """Who sees whom: earlier real tokens of the same segment and of segment 0, the prompt; everybody itself.
+
+    Args:
+        real: False on padding, (b, L).
+        segment: 0 for the prompt's columns, k for those of completion k, (L,).
+        dtype: bool for True where a query sees a key; a float type for 0 there and the smallest number elsewhere.
+
+    Returns:
+        (b, 1, L, L).
+    """
+    width = len(segment)
+    earlier = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
+    family = (segment[:, None] == segment) | (segment == 0)
+    sees = (earlier & family & real[:, None, :]) | torch.eye(width, dtype=torch.bool, device=real.device)
+    sees = sees[:, None]
+    if dtype == torch.bool:
+        return sees
+    return torch.zeros(sees.shape, dtype=dtype, device=real.device).masked_fill(~sees, torch.finfo(dtype).min)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within, calling `module` does `forward`; hooks on the module stay in force."""
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def chunked_logps(project: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, logits_at_once: int) -> Tensor:
+    """Log-probabilities of tokens from hidden states, float32 (T,); logits are computed again for gradients.
+
+    Args:
+        project: from (t, H) to logits (t, V).
+        hidden: (T, H).
+        targets: (T,).
+        logits_at_once: tokens times V. With fewer logits in all, they are kept for the gradient instead.
+    """
+
+    def logps(hidden: Tensor, targets: Tensor) -> Tensor:
+        return token_logps(project(hidden), targets)
+
+    with torch.no_grad():
+        vocabulary = project(hidden[:1]).shape[-1]
+    chunk = max(logits_at_once // vocabulary, 1)
+    if len(hidden) <= chunk:
+        return logps(hidden, targets)
+    parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    if not torch.is_grad_enabled():
+        return torch.cat([logps(*part) for part in parts])
+    return torch.cat([checkpoint(logps, *part, use_reentrant=False) for part in parts])

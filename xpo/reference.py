@@ -26,16 +26,16 @@ class Reference:
 
     def __init__(self, policy: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, device: torch.device):
         self._adapted = policy if ref_model is None and isinstance(policy, PeftModel) else None
-        self._frozen: PreTrainedModel | None = None
+        self.frozen: PreTrainedModel | None = None
         if self._adapted is None:
             frozen = copy.deepcopy(policy) if ref_model is None else ref_model
-            self._frozen = frozen.requires_grad_(False).eval().to(device)
+            self.frozen = frozen.requires_grad_(False).eval().to(device)
 
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
         """The reference as a transformers model. Under LoRA its adapters are off inside the block."""
-        if self._frozen is not None:
-            yield self._frozen
+        if self.frozen is not None:
+            yield self.frozen
         elif self._adapted is not None:
             # The unwrapped model: DistributedDataParallel has no disable_adapter.
             with self._adapted.disable_adapter():

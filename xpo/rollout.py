@@ -152,11 +152,11 @@ class Rollout:
     reference: Completions
 
     def pairs(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows `start:stop` as model inputs, without the columns that are padding in all of them.
+        """Rows `start:stop` without the columns that are padding in all of them.
 
         Returns:
-            input_ids and attention_mask, (2, b, P + C); completion_mask, (2, b, C). Index 0 of the
-            first dimension holds the prompts with y, index 1 the same prompts with y~.
+            prompt_ids and prompt_mask, (b, P); completion_ids and completion_mask, (2, b, C). Index 0 of
+            the first dimension holds y, index 1 y~.
         """
         rows = slice(start, stop)
         prompt_ids, prompt_mask = self.prompt_ids[rows], self.prompt_mask[rows]
@@ -167,8 +167,9 @@ class Rollout:
         width = int(mask.sum(dim=2).max())
         ids, mask = ids[..., :width], mask[..., :width]
         return {
-            "input_ids": torch.cat([prompt_ids.expand(2, -1, -1), ids], dim=2),
-            "attention_mask": torch.cat([prompt_mask.expand(2, -1, -1), mask], dim=2),
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": ids,
             "completion_mask": mask,
         }
 

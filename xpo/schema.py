@@ -159,6 +159,7 @@ class TrainingSchema:
     fp16: bool = False
     tf32: bool | None = None
     gradient_checkpointing: bool = False
+    pair_forward: str = "auto"
     torch_compile: bool = False
     use_liger_kernel: bool = False
     use_cpu: bool = False
@@ -200,6 +201,7 @@ class TrainingSchema:
         checks.number("training.seed", self.seed, minimum=0)
         checks.number("training.logging_steps", self.logging_steps, above=0)
         checks.number("training.save_steps", self.save_steps, above=0)
+        checks.one_of("training.pair_forward", self.pair_forward, ("auto", "shared", "separate"))
         checks.one_of("training.eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
         checks.one_of("training.save_strategy", self.save_strategy, ("no", "steps", "epoch", "best"))
         for word, name in self.kwargs.items():

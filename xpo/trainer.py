@@ -27,9 +27,9 @@ from xpo.config import XPOConfig, value_at_epoch
 from xpo.data import collate_prompts, tokenize_prompts
 from xpo.errors import ConfigError, JudgeStopped
 from xpo.evaluation import Evaluator
+from xpo.forward import Forward
 from xpo.hub import local_directory
 from xpo.judges import FunctionJudge, Judge, RewardJudge
-from xpo.logprobs import completion_logps
 from xpo.losses import Labels, xpo_loss
 from xpo.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
 from xpo.preference import Preference, Rules, ScoreScale, judge_pairs, judged_by
@@ -172,7 +172,21 @@ class XPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
-        self.evaluator = Evaluator(self.sampler, self.reference, self.judge, self.reward_model, scorers or {})
+        policy = base_model(self.model)
+        self.policy_forward = Forward(policy, args.pair_forward, args.max_length + args.max_new_tokens)
+        self.reference_forward = self.policy_forward
+        if self.reference.frozen is not None:
+            self.reference_forward = Forward(
+                self.reference.frozen, args.pair_forward, args.max_length + args.max_new_tokens
+            )
+        self.evaluator = Evaluator(
+            self.sampler,
+            self.reference,
+            (self.policy_forward, self.reference_forward),
+            self.judge,
+            self.reward_model,
+            scorers or {},
+        )
         self.scale = ScoreScale(args.normalize_scores, args.clip_scores, self._sum_over_ranks)
         self._tracker = MeanTracker()
         self._step_logs: dict[str, float] = {}
@@ -269,14 +283,13 @@ class XPOTrainer(Trainer):
         """The pairs of each micro-batch with label and reference log-probabilities.
 
         Returns:
-            Dicts of input_ids and attention_mask (2, b, P + C), completion_mask (2, b, C),
-            reference_logps (2, b), label (b,) and win_probability (b,).
+            What `Rollout.pairs` returns, with reference_logps (2, b), label (b,) and win_probability (b,).
         """
         micro_batches, start = [], 0
         for size in sizes:
             batch = rollout.pairs(start, start + size)
             with self.reference.model() as model, eval_mode(model), torch.no_grad(), self.accelerator.autocast():
-                batch["reference_logps"] = pair_logps(model, batch)
+                batch["reference_logps"] = self.reference_forward(model, batch)
             for name, values in preference.labels._asdict().items():
                 batch[name] = values[start : start + size].to(self.args.device)
             micro_batches.append(batch)
@@ -299,7 +312,7 @@ class XPOTrainer(Trainer):
             num_items_in_batch: pairs of the optimizer step on all ranks.
         """
         alpha, beta = self.alpha, self.beta
-        policy_logps, reference_logps = pair_logps(model, inputs), inputs["reference_logps"]
+        policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
         labels = Labels(inputs["label"], inputs["win_probability"])
         dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args.loss_type)
         self._tracker.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo))
@@ -450,17 +463,6 @@ class XPOTrainer(Trainer):
 
     def _state_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"xpo_state_{self.args.process_index}.json"
-
-
-def pair_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Summed log-probabilities of both completions of each pair, float32 (2, b), in one forward pass."""
-    logps = completion_logps(
-        model,
-        batch["input_ids"].flatten(0, 1),
-        batch["attention_mask"].flatten(0, 1),
-        batch["completion_mask"].flatten(0, 1),
-    )
-    return logps.unflatten(0, (2, -1))
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
