@@ -1,10 +1,12 @@
 """What the tests share: tiny models, prompts, and a trainer over them. Nothing is downloaded."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["XPO_STORES"] = tempfile.mkdtemp(prefix="xpo_stores_")  # not the tester's own
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

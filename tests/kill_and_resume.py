@@ -16,7 +16,7 @@ from transformers import TrainerState
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.models import tiny_model, tiny_tokenizer
-from xpo.rollout import REFERENCE, Sampler
+from xpo.rollout import Sampler
 from xpo.runs import last_complete_checkpoint
 
 MOMENTS = ("mid_rollout", "mid_update", "mid_save")
@@ -57,10 +57,10 @@ def kill_at(run: XPOTrainer, moment: str) -> None:
     if moment == "mid_rollout":
         sample = Sampler.sample
 
-        def sample_and_die(self: Sampler, model: Any, ids: Any, mask: Any, key: Any, *rest: Any) -> Any:
-            if key[1:] == (5, REFERENCE):
+        def sample_and_die(self: Sampler, model: Any, *rest: Any) -> Any:
+            if run.state.global_step == 5 and model is run.reference.frozen:
                 die()
-            return sample(self, model, ids, mask, key, *rest)
+            return sample(self, model, *rest)
 
         Sampler.sample = sample_and_die  # type: ignore[method-assign]
     elif moment == "mid_update":

@@ -1,9 +1,11 @@
 """What a judge is worth: the figures against numbers derived by hand, pairs from files, and the command."""
 
 import json
+import logging
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +210,17 @@ def test_position_bias_invalid_verdicts_and_a_judge_that_stops(tmp_path: Path) -
     assert not (tmp_path / "out" / "calibration.png").exists()
 
 
+@pytest.fixture
+def root_logger() -> Iterator[None]:
+    """What Hydra changes of logging, in this process, is put back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.usefixtures("root_logger")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,7 @@
 """Evaluation on held-out prompts: the same prompts and noise each time, so that only the policy differs."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ import pytest
 import torch
 from conftest import TrainerFactory, prompts, share_of_e
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xpo import XPOConfig, XPOTrainer
@@ -21,7 +21,7 @@ from xpo.evaluation import Evaluator, summarize
 from xpo.models import tiny_model
 from xpo.prompts import Prompt
 from xpo.rewards import FunctionReward
-from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler
+from xpo.rollout import Completions, Sampler
 
 
 def ending(seed: int = 0) -> LlamaForCausalLM:
@@ -41,24 +41,23 @@ def timeless(metrics: dict[str, float]) -> dict[str, float]:
 
 
 class CountedSampler:
-    """What `Sampler.sample` drew, by stream: the number of prompts of each call."""
+    """How many completions `Sampler.sample` drew from which model."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.drawn: dict[int, list[int]] = {EVAL_POLICY: [], EVAL_REFERENCE: []}
+        self.drawn: Counter[int] = Counter()
         original = Sampler.sample
 
-        def sample(
-            this: Sampler, model: Any, ids: Tensor, mask: Tensor, key: Any, rows: Any, *args: Any
-        ) -> Completions:
-            self.drawn.setdefault(key[-1], []).append(len(rows))
-            return original(this, model, ids, mask, key, rows, *args)
+        def sample(this: Sampler, model: Any, prompts: Sequence[Any], *args: Any) -> Completions:
+            self.drawn[id(model)] += len(prompts)
+            return original(this, model, prompts, *args)
 
         monkeypatch.setattr(Sampler, "sample", sample)
 
-    def pop(self) -> tuple[int, int]:
+    def pop(self, trainer: XPOTrainer) -> tuple[int, int]:
         """Completions of the policy and of the reference since the last call."""
-        counts = sum(self.drawn[EVAL_POLICY]), sum(self.drawn[EVAL_REFERENCE])
-        self.drawn = {EVAL_POLICY: [], EVAL_REFERENCE: []}
+        with trainer.reference.model() as reference:
+            counts = self.drawn[id(trainer.model)], self.drawn[id(reference)]
+        self.drawn.clear()
         return counts
 
 
@@ -120,7 +119,7 @@ def test_the_ranks_share_the_prompts_and_answer_as_one_process_would(make_traine
             tie_threshold=0.0,
         )
         forwards = (trainer.policy_forward, trainer.reference_forward)
-        evaluator = Evaluator(trainer.sampler, trainer.reference, forwards, trainer.judge, trainer.reward_model, {})
+        evaluator = Evaluator(trainer.sampler, trainer.draws, forwards, trainer.judge, trainer.reward_model, {})
         evaluator(trainer.model, trainer.eval_dataset, trainer.accelerator, args)  # type: ignore[arg-type]
         assert [r["index"] for r in evaluator.records] == list(range(rank, 5, 2))
         shared += evaluator.records
@@ -138,11 +137,11 @@ def test_the_reference_answers_once_and_the_policy_each_time(
     sampler = CountedSampler(monkeypatch)
     trainer = make_trainer(eval_dataset=prompts(5), per_device_eval_batch_size=2)
     _, first = evaluated(trainer)
-    assert sampler.pop() == (5, 5)
+    assert sampler.pop(trainer) == (5, 5)
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(-1)
     _, second = evaluated(trainer)
-    assert sampler.pop() == (5, 0)
+    assert sampler.pop(trainer) == (5, 0)
     assert [r["reference"] for r in first] == [r["reference"] for r in second]
     assert [r["completion"] for r in first] != [r["completion"] for r in second]
 
@@ -303,7 +302,7 @@ def test_several_evaluation_sets_are_kept_apart_by_name(
     both, _ = evaluated(trainer)
     again, _ = evaluated(trainer)
     assert both == again
-    assert sampler.pop() == (14, 7)  # the reference answered each set once
+    assert sampler.pop(trainer) == (14, 7)  # the reference answered each set once
     for name, part in parts.items():
         alone, _ = evaluated(make_trainer(eval_dataset=part))
         prefix = f"eval_{name}_"

@@ -252,7 +252,7 @@ def test_a_question_that_fails_is_no_verdict_and_harms_no_other(
     wanted[2] = torch.nan
     torch.testing.assert_close(answers, wanted, atol=1e-4, rtol=0, equal_nan=True)
     assert judge.failures == 1
-    (message,) = caplog.messages
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "xpo.judges.llm"]
     assert message.startswith("The judge gave no verdict on 1 of 6 questions; the last: ")
     assert "\n" not in message
     assert len(message) < 260

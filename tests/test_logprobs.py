@@ -179,7 +179,7 @@ def test_what_cannot_share_is_found_out(kind: str):
     model = built(make)
     assert reason in (why_separate(model, LONGEST) or "shared")
     assert not Forward(model, "auto", LONGEST).shared
-    with pytest.raises(ConfigError, match="pair_forward='shared' is wrong for this model: .*; set pair_forward=auto"):
+    with pytest.raises(ConfigError, match=r"pair_forward='shared' is wrong for this model: .*; set pair_forward=auto"):
         Forward(model, "shared", LONGEST)
     assert "forward" not in vars(model.get_output_embeddings())
 

@@ -25,8 +25,8 @@ def sampler(tokenizer: PreTrainedTokenizerFast, **options) -> Sampler:
 
 
 def draw(sampler: Sampler, model, prompts=PROMPTS, rows=None, key=KEY, greedy=False) -> Completions:
-    ids, mask = sampler.pad_prompts(prompts, torch.device("cpu"))
-    return sampler.sample(model, ids, mask, key, rows or list(range(len(prompts))), greedy)
+    noise = sampling_noise(key, rows or list(range(len(prompts))), sampler.max_new_tokens)
+    return sampler.sample(model, prompts, noise, torch.device("cpu"), greedy)
 
 
 def test_tokens_are_drawn_from_the_distribution():
@@ -158,7 +158,7 @@ def test_micro_batches_lose_only_shared_padding():
         return Completions(torch.full((2, 4), 9).where(mask, 0), mask, torch.ones(2).bool(), ["", ""])
 
     rollout = Rollout(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
-    batch = rollout.pairs(1, 2)
+    batch = rollout.pairs([1])
     assert batch["prompt_ids"].tolist() == [[4]]
     assert batch["prompt_mask"].tolist() == [[True]]
     assert batch["completion_ids"].tolist() == [[[9, 0]], [[9, 9]]]

@@ -52,8 +52,10 @@ ORDER = [
     "pairs",
     "tracking",
     "card",
-    "reference",
     "rollout",
+    "reference.model",
+    "reference.draws",
+    "reference",
     "preference",
     "evaluation",
     "callbacks",
@@ -62,6 +64,7 @@ ORDER = [
     "worker",
     "train",
     "judges.__main__",
+    "reference.__main__",
 ]
 
 

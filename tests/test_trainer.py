@@ -139,10 +139,14 @@ def test_value_at_epoch():
 
 
 def test_logs_are_means_over_the_steps_since_the_last_log(make_trainer):
-    every, third = make_trainer(max_steps=3), make_trainer(max_steps=3, logging_steps=3)
+    def first_letter(prompts, completions):
+        return [float(ord(text[0])) if text else 0.0 for text in completions]
+
+    every, third = (make_trainer(max_steps=3, logging_steps=n, reward_model=first_letter) for n in (1, 3))
     every.train()
     third.train()
     (pooled,) = step_logs(third)
+    assert all(entry["preference/tie_rate"] == 0 for entry in step_logs(every))
     for name in ("loss", "loss/dpo", "logps/chosen", "completions/length", "objective/model_scores"):
         assert pooled[name] == pytest.approx(sum(entry[name] for entry in step_logs(every)) / 3, rel=1e-5), name
 

@@ -51,6 +51,10 @@ class XPOConfig(TrainingArguments):
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
         pair_forward: "shared", one row [prompt | y | y~] for each pair; "separate", one for each completion; "auto",
             shared where the architecture allows it. The results are the same up to rounding.
+        tokens_per_micro_batch: pairs of a micro-batch go through forward and backward in parts of at most so many
+            tokens with padding, sorted by length, to bound memory; None: all at once.
+        reference_store: an SQLite file that keeps the reference's completions and their log-probabilities for all
+            runs that need the same ones; None or "off" computes them afresh.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` when the model is given by name.
         trust_remote_code: allow models that bring their own code.
@@ -91,6 +95,8 @@ class XPOConfig(TrainingArguments):
     generation_batch_size: int | None = None
     eval_greedy: bool = False
     pair_forward: PairForward = "auto"
+    tokens_per_micro_batch: int | None = None
+    reference_store: str | None = None
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
@@ -110,6 +116,8 @@ class XPOConfig(TrainingArguments):
             checks.fraction("min_p", self.min_p)
         if self.missing_eos_penalty is not None:
             checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
+        if self.tokens_per_micro_batch is not None:
+            checks.number("tokens_per_micro_batch", self.tokens_per_micro_batch, minimum=1)
         checks.one_of("pair_forward", self.pair_forward, PAIR_FORWARDS)
         checks.one_of("labels", self.labels, LABELS)
         checks.number("label_temperature", self.label_temperature, above=0)

@@ -19,9 +19,9 @@ from xpo.judges import Judge
 from xpo.metrics import distinct_bigrams
 from xpo.preference import Rules, judge_pairs, one_per_pair
 from xpo.prompts import plain_text
-from xpo.reference import Reference, base_model
+from xpo.reference import ReferenceDraws, base_model
 from xpo.rewards import RewardModel
-from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler, eval_mode
+from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler, eval_mode, sampling_noise
 
 Record = dict[str, Any]
 
@@ -30,15 +30,15 @@ class Evaluator:
     """Compares a policy with the reference on held-out prompts.
 
     Each prompt is answered once by the policy and once by the reference, with noise that depends on
-    the run's seed and the prompt's place in the data set only: evaluations of a run, and of runs with
-    the same seed, differ by the policy alone. The reference answers once and is remembered.
+    the run's seed and the prompt (for the policy, its place in the data set) only: evaluations of a run, and of
+    runs with the same seed, differ by the policy alone. The reference answers once and is remembered.
 
     Verdicts and scores are those of judge and reward model, without the missing-EOS penalty, so that
     runs with different penalties compare.
 
     Args:
         sampler: draws the completions.
-        reference: pi_ref.
+        draws: the reference's answers.
         forwards: how the log-probabilities of policy and reference are computed.
         judge: says who wins.
         reward_model: gives `score`; None for no score.
@@ -48,14 +48,14 @@ class Evaluator:
     def __init__(
         self,
         sampler: Sampler,
-        reference: Reference,
+        draws: ReferenceDraws,
         forwards: tuple[Forward, Forward],
         judge: Judge,
         reward_model: RewardModel | None,
         scorers: dict[str, RewardModel],
     ):
         self.sampler = sampler
-        self.reference = reference
+        self.draws = draws
         self.forwards = forwards
         self.judge = judge
         self.reward_model = reward_model
@@ -98,10 +98,10 @@ class Evaluator:
         for number, chunk in enumerate(tqdm(chunks, desc="Evaluating", leave=False, disable=silent)):
             prompts = [rows[i] for i in chunk]
             if len(answers) <= number:
-                with self.reference.model() as model, accelerator.autocast():
-                    answers.append(self._answer(model, prompts, chunk, args, EVAL_REFERENCE))
+                with accelerator.autocast():
+                    answers.append(self._reference_answer(prompts, args))
             with accelerator.autocast():  # as in training; judge and reward model keep their own precision
-                completions = self._answer(base_model(policy), prompts, chunk, args, EVAL_POLICY)
+                completions = self._policy_answer(policy, prompts, chunk, args)
                 ratio = self._log_ratio(policy, prompts, completions, args)
             try:
                 records += self._compare(prompts, chunk, completions, answers[number], ratio, args)
@@ -115,16 +115,18 @@ class Evaluator:
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _answer(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[Record],
-        indices: Sequence[int],
-        args: XPOConfig,
-        stream: int,
+    def _policy_answer(
+        self, policy: PreTrainedModel, prompts: Sequence[Record], indices: Sequence[int], args: XPOConfig
     ) -> Completions:
-        ids, mask = self.sampler.pad_prompts([prompt["prompt_ids"] for prompt in prompts], args.device)
-        return self.sampler.sample(model, ids, mask, (args.seed, 0, stream), list(indices), args.eval_greedy)
+        noise = sampling_noise((args.seed, 0, EVAL_POLICY), list(indices), self.sampler.max_new_tokens)
+        ids = [prompt["prompt_ids"] for prompt in prompts]
+        return self.sampler.sample(base_model(policy), ids, noise, args.device, args.eval_greedy)
+
+    def _reference_answer(self, prompts: Sequence[Record], args: XPOConfig) -> Completions:
+        ids = [prompt["prompt_ids"] for prompt in prompts]
+        draw = self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, args.eval_greedy)
+        self.draws.keep(draw, torch.full((len(ids),), torch.nan))
+        return draw.completions
 
     def _compare(
         self,
@@ -182,7 +184,7 @@ class Evaluator:
         }
         with eval_mode(policy):
             policy_logps = self.forwards[0](policy, batch)
-        with self.reference.model() as model, eval_mode(model):
+        with self.draws.reference.model() as model, eval_mode(model):
             return (policy_logps - self.forwards[1](model, batch))[0]
 
 

@@ -12,18 +12,26 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def model_digest(model: PreTrainedModel) -> str:
-    """Names what a model computes, wherever it came from: its class, configuration and weights."""
+def model_digest(model: PreTrainedModel, adapters: str | None = None) -> str:
+    """Names what a model computes, wherever it came from: its class, configuration and weights.
+
+    Args:
+        adapters: what the names of adapters in it begin with, "lora_" say; they are left out.
+    """
     config = model.config.to_dict()
-    for where_from in ("_name_or_path", "transformers_version"):
-        config.pop(where_from, None)
-    return digest(type(model).__name__, sorted(config.items(), key=str), weights_digest(model))
+    for no_matter in ("_name_or_path", "transformers_version", "use_cache", "dtype"):  # the weights have their own
+        config.pop(no_matter, None)
+    return digest(type(model).__name__, sorted(config.items(), key=str), weights_digest(model, adapters))
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Names the weights of a module: names, shapes and every bit."""
+def weights_digest(model: nn.Module, adapters: str | None = None) -> str:
+    """Names the weights of a module: names, shapes and every bit; those of adapters are left out."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if adapters is not None:
+            if adapters in name:
+                continue
+            name = name.replace(".base_layer", "")  # where an adapter has wrapped a layer
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return sha.hexdigest()[:32]

@@ -87,9 +87,7 @@ def why_separate(model: PreTrainedModel, longest: int) -> str | None:
 def _tried(model: PreTrainedModel, head: nn.Module) -> str | None:
     """Both ways on two pairs of made-up tokens, one prompt padded; the reason if they differ."""
     device = model.device
-    tokens = (
-        torch.arange(2 * 5 + 3 * 2 * 2 * 3, device=device) * 7 % min(model.config.get_text_config().vocab_size, 500)
-    )
+    tokens = torch.arange(34, device=device) * 7 % min(model.config.get_text_config().vocab_size, 500)
     prompt_ids, ids, other_ids = tokens[:10].view(2, 5), tokens[10:22].view(2, 2, 3), tokens[22:34].view(2, 2, 3)
     prompt_mask = torch.ones(2, 5, dtype=torch.bool, device=device)
     prompt_mask[1, :2] = False

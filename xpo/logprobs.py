@@ -168,7 +168,7 @@ def block_mask(real: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
 def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within, calling `module` does `forward`; hooks on the module stay in force."""
     before = vars(module).get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:

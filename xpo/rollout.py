@@ -151,27 +151,63 @@ class Rollout:
     policy: Completions
     reference: Completions
 
-    def pairs(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Rows `start:stop` without the columns that are padding in all of them.
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of each pair: its prompt and both completions, (B,)."""
+        return self.prompt_mask.sum(dim=1) + self.policy.mask.sum(dim=1) + self.reference.mask.sum(dim=1)
+
+    def pairs(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows, without the columns that are padding in all of them.
 
         Returns:
             prompt_ids and prompt_mask, (b, P); completion_ids and completion_mask, (2, b, C). Index 0 of
             the first dimension holds y, index 1 y~.
         """
-        rows = slice(start, stop)
-        prompt_ids, prompt_mask = self.prompt_ids[rows], self.prompt_mask[rows]
-        first_column = int(prompt_mask.any(dim=0).int().argmax())
-        prompt_ids, prompt_mask = prompt_ids[:, first_column:], prompt_mask[:, first_column:]
-        ids = torch.stack([self.policy.ids[rows], self.reference.ids[rows]])
-        mask = torch.stack([self.policy.mask[rows], self.reference.mask[rows]])
-        width = int(mask.sum(dim=2).max())
-        ids, mask = ids[..., :width], mask[..., :width]
-        return {
-            "prompt_ids": prompt_ids,
-            "prompt_mask": prompt_mask,
-            "completion_ids": ids,
-            "completion_mask": mask,
+        whole = {
+            "prompt_ids": self.prompt_ids,
+            "prompt_mask": self.prompt_mask,
+            "completion_ids": torch.stack([self.policy.ids, self.reference.ids]),
+            "completion_mask": torch.stack([self.policy.mask, self.reference.mask]),
         }
+        return take_pairs(whole, rows)
+
+
+# Where the pairs are in what a micro-batch holds: the second dimension of what there is once per completion.
+_PAIR_DIMENSION = {"completion_ids": 1, "completion_mask": 1, "reference_logps": 1}
+
+
+def take_pairs(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Some pairs of a micro-batch, without the columns that are padding in all of them."""
+    index = torch.tensor(list(rows), device=batch["prompt_ids"].device)
+    part = {name: values.index_select(_PAIR_DIMENSION.get(name, 0), index) for name, values in batch.items()}
+    first_column = int(part["prompt_mask"].any(dim=0).int().argmax())
+    width = int(part["completion_mask"].sum(dim=2).max())
+    for name in ("prompt_ids", "prompt_mask"):
+        part[name] = part[name][:, first_column:]
+    for name in ("completion_ids", "completion_mask"):
+        part[name] = part[name][..., :width]
+    return part
+
+
+def token_batches(lengths: Tensor, rows: Sequence[int], budget: int | None) -> list[list[int]]:
+    """Rows of similar length together, as many as fit: the longest times their number is at most `budget`.
+
+    Args:
+        lengths: tokens of each row, (B,).
+        rows: which of the B rows to batch.
+        budget: tokens with padding; a row that is longer has a batch of its own. None: one batch.
+
+    Returns:
+        Batches of rows, the longest first.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: int(lengths[row]), reverse=True):
+        longest = int(lengths[batches[-1][0]]) if batches else 0
+        if batches and (budget is None or longest * (len(batches[-1]) + 1) <= budget):
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 class Sampler:
@@ -182,6 +218,7 @@ class Sampler:
         self.sampling = sampling
         self.eos_token_ids = list(eos_token_ids)
         self.pad_token_id = tokenizer.pad_token_id
+        self.max_new_tokens = sampling.max_new_tokens
         self.config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # the last logits processor draws the token
@@ -202,35 +239,35 @@ class Sampler:
     def sample(
         self,
         model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        noise_key: Sequence[int],
-        rows: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        noise: Tensor,
+        device: torch.device,
         greedy: bool = False,
     ) -> Completions:
-        """Completions of left-padded prompts, with the model in eval mode and its KV cache on.
+        """Completions of prompts, with the model in eval mode and its KV cache on.
+
+        With `batch_size`, prompts of similar length share a generate call.
 
         Args:
             model: the policy or the reference, unwrapped.
-            prompt_ids: (B, P).
-            prompt_mask: (B, P).
-            noise_key: names the draw, see `sampling_noise`.
-            rows: the index of each prompt in the whole batch of all ranks, B integers.
+            prompts: token ids of B prompts.
+            noise: see `sampling_noise`, (B, max_new_tokens).
+            device: where the model is.
             greedy: take the likeliest token instead of drawing one.
 
         Returns:
             B completions of at most `max_new_tokens` tokens.
         """
-        noise = sampling_noise(noise_key, rows, self.sampling.max_new_tokens).to(prompt_ids.device)
-        chunk = self.sampling.batch_size or len(rows)
-        generated = [
-            self._generate(model, ids, mask, part, greedy)
-            for ids, mask, part in zip(
-                prompt_ids.split(chunk), prompt_mask.split(chunk), noise.split(chunk), strict=True
-            )
-        ]
-        width = max(ids.shape[1] for ids in generated)
-        return self._completions(torch.cat([pad_columns(ids, width, self.pad_token_id) for ids in generated]))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        chunk = self.sampling.batch_size or len(prompts)
+        rows: list[Tensor] = [noise] * len(prompts)  # in the order of the prompts, once they are there
+        for start in range(0, len(prompts), chunk):
+            part = order[start : start + chunk]
+            ids, mask = self.pad_prompts([prompts[i] for i in part], device)
+            generated = self._generate(model, ids, mask, noise[part].to(device), greedy)
+            for i, row in zip(part, generated, strict=True):
+                rows[i] = row
+        return self.completions(pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id))
 
     def _generate(
         self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, noise: Tensor, greedy: bool
@@ -249,7 +286,8 @@ class Sampler:
             )
         return sequences[:, prompt_ids.shape[1] :]
 
-    def _completions(self, ids: Tensor) -> Completions:
+    def completions(self, ids: Tensor) -> Completions:
+        """What generated tokens are, (B, C): where they end, and their texts. What stands behind an EOS is padding."""
         lengths, ended = completion_lengths(ids, torch.tensor(self.eos_token_ids, device=ids.device))
         mask = length_mask(lengths, ids.shape[1])
         texts = self.tokenizer.batch_decode(

@@ -160,6 +160,7 @@ class TrainingSchema:
     tf32: bool | None = None
     gradient_checkpointing: bool = False
     pair_forward: str = "auto"
+    tokens_per_micro_batch: int | None = None
     torch_compile: bool = False
     use_liger_kernel: bool = False
     use_cpu: bool = False
@@ -201,12 +202,19 @@ class TrainingSchema:
         checks.number("training.seed", self.seed, minimum=0)
         checks.number("training.logging_steps", self.logging_steps, above=0)
         checks.number("training.save_steps", self.save_steps, above=0)
+        if self.tokens_per_micro_batch is not None:
+            checks.number("training.tokens_per_micro_batch", self.tokens_per_micro_batch, minimum=1)
         checks.one_of("training.pair_forward", self.pair_forward, ("auto", "shared", "separate"))
         checks.one_of("training.eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
         checks.one_of("training.save_strategy", self.save_strategy, ("no", "steps", "epoch", "best"))
         for word, name in self.kwargs.items():
             if word in self.__dataclass_fields__:
                 raise ConfigError(f"training.kwargs.{word}={name!r} has its own key; set training.{word}")
+
+
+@dataclass
+class ReferenceSchema:
+    store: str | None = None
 
 
 @dataclass
@@ -229,6 +237,7 @@ class TrainSchema:
     loss: LossSchema = field(default_factory=LossSchema)
     generation: GenerationSchema = field(default_factory=GenerationSchema)
     evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
+    reference: ReferenceSchema = field(default_factory=ReferenceSchema)
     training: TrainingSchema = field(default_factory=TrainingSchema)
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
 

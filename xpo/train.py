@@ -130,7 +130,14 @@ def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overr
 
 
 # What may change and leave a run the same experiment; more steps stretch a schedule that depends on them.
-_HARMLESS = ("tracking.", "training.resume", "training.max_steps", "training.save_", "training.disable_tqdm")
+_HARMLESS = (
+    "tracking.",
+    "reference.store",
+    "training.resume",
+    "training.max_steps",
+    "training.save_",
+    "training.disable_tqdm",
+)
 
 
 def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.losses import Labels, xpo_loss
 from xpo.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
 from xpo.preference import Preference, Rules, ScoreScale, judge_pairs, judged_by
-from xpo.reference import Reference, base_model
+from xpo.reference import Reference, ReferenceDraws, base_model
+from xpo.reference.draws import Draw
 from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
 from xpo.rollout import (
     LABEL,
@@ -46,10 +48,15 @@ from xpo.rollout import (
     eval_mode,
     same_width,
     sampling_noise,
+    take_pairs,
+    token_batches,
 )
 from xpo.runs import is_complete
+from xpo.store import Store
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
+
+_TOKENS_WITHOUT_GRADIENT = 16_384  # of one forward pass that keeps no activations
 
 
 class XPOTrainer(Trainer):
@@ -179,9 +186,10 @@ class XPOTrainer(Trainer):
             self.reference_forward = Forward(
                 self.reference.frozen, args.pair_forward, args.max_length + args.max_new_tokens
             )
+        self.draws = ReferenceDraws(self.reference, self.sampler, reference_store(args), precision(args))
         self.evaluator = Evaluator(
             self.sampler,
-            self.reference,
+            self.draws,
             (self.policy_forward, self.reference_forward),
             self.judge,
             self.reward_model,
@@ -205,13 +213,14 @@ class XPOTrainer(Trainer):
         if not batches:
             return [], None
         started = time.perf_counter()
-        rollout = self._rollout(batches)
+        rollout, draw = self._rollout(batches)
         sampled = time.perf_counter()
         prompts = [prompt for batch in batches for prompt in batch["prompt"]]
         sizes = [len(batch["prompt"]) for batch in batches]
         preference = self._preference(prompts, rollout, self._global_rows(sizes))
         judged = time.perf_counter()
-        micro_batches = self._micro_batches(rollout, preference, sizes)
+        reference_logps = self._reference_logps(rollout, draw)
+        micro_batches = self._micro_batches(rollout, preference, reference_logps, sizes)
         referred = time.perf_counter()
         self._tracker.add(self._rollout_metrics(rollout, preference))
         self._tracker.add(
@@ -222,20 +231,23 @@ class XPOTrainer(Trainer):
                 "perf/update_s": Mean(0.0, 1),  # `training_step` adds to the total
             }
         )
+        if self.draws.store is not None:
+            self._tracker.add({"perf/reference_hit_rate": mean_of(~draw.logps.isnan())})
         pairs = torch.tensor(sum(sizes), device=device)
         return micro_batches, self.accelerator.reduce(pairs, "sum")
 
-    def _rollout(self, batches: Sequence[dict[str, list[Any]]]) -> Rollout:
+    def _rollout(self, batches: Sequence[dict[str, list[Any]]]) -> tuple[Rollout, Draw]:
         """Completions of the whole step's prompts by the policy and by the reference."""
         prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
-        prompt_ids, prompt_mask = self.sampler.pad_prompts(prompts, self.args.device)
         rows = self._global_rows([len(batch["prompt_ids"]) for batch in batches])
-        seed = (self.args.seed, self.state.global_step)
+        noise = sampling_noise((self.args.seed, self.state.global_step, POLICY), rows, self.sampler.max_new_tokens)
+        epoch = int(self.state.epoch or 0)
         with self.accelerator.autocast():
-            policy = self.sampler.sample(base_model(self.model), prompt_ids, prompt_mask, (*seed, POLICY), rows)
-            with self.reference.model() as model:
-                reference = self.sampler.sample(model, prompt_ids, prompt_mask, (*seed, REFERENCE), rows)
-        return Rollout(prompt_ids, prompt_mask, *same_width(policy, reference, self.sampler.pad_token_id))
+            policy = self.sampler.sample(base_model(self.model), prompts, noise, self.args.device)
+            draw = self.draws.draw(prompts, self.args.seed, REFERENCE, epoch, self.args.device)
+        prompt_ids, prompt_mask = self.sampler.pad_prompts(prompts, self.args.device)
+        pairs = same_width(policy, draw.completions, self.sampler.pad_token_id)
+        return Rollout(prompt_ids, prompt_mask, *pairs), draw
 
     def _preference(self, prompts: list[Any], rollout: Rollout, rows: Sequence[int]) -> Preference:
         """The labels of the whole step's pairs."""
@@ -279,19 +291,38 @@ class XPOTrainer(Trainer):
         world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
         return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]
 
-    def _micro_batches(self, rollout: Rollout, preference: Preference, sizes: Sequence[int]) -> list[dict[str, Tensor]]:
-        """The pairs of each micro-batch with label and reference log-probabilities.
+    @torch.no_grad()
+    def _reference_logps(self, rollout: Rollout, draw: Draw) -> Tensor:
+        """log pi_ref(y) and log pi_ref(y~), (2, B); what the store knows of the latter is not computed again."""
+        logps = torch.stack([torch.full_like(draw.logps, torch.nan), draw.logps]).to(self.args.device)
+        known = [i for i, logp in enumerate(draw.logps.tolist()) if logp == logp]
+        unknown = [i for i, logp in enumerate(draw.logps.tolist()) if logp != logp]
+        with self.reference.model() as model, eval_mode(model), self.accelerator.autocast():
+            for rows in token_batches(rollout.tokens, unknown, _TOKENS_WITHOUT_GRADIENT):
+                logps[:, rows] = self.reference_forward(model, rollout.pairs(rows))
+            for rows in token_batches(rollout.tokens, known, _TOKENS_WITHOUT_GRADIENT):
+                batch = rollout.pairs(rows)
+                only_y = {name: batch[name][:1] for name in ("completion_ids", "completion_mask")}
+                logps[0, rows] = self.reference_forward(model, batch | only_y)[0]
+        self.draws.keep(draw, logps[1])
+        return logps
+
+    def _micro_batches(
+        self, rollout: Rollout, preference: Preference, reference_logps: Tensor, sizes: Sequence[int]
+    ) -> list[dict[str, Tensor]]:
+        """The pairs of each micro-batch with label and reference log-probabilities; similar lengths go together.
 
         Returns:
             What `Rollout.pairs` returns, with reference_logps (2, b), label (b,) and win_probability (b,).
         """
+        (order,) = token_batches(rollout.tokens, range(sum(sizes)), None)
         micro_batches, start = [], 0
         for size in sizes:
-            batch = rollout.pairs(start, start + size)
-            with self.reference.model() as model, eval_mode(model), torch.no_grad(), self.accelerator.autocast():
-                batch["reference_logps"] = self.reference_forward(model, batch)
+            rows = order[start : start + size]
+            batch = rollout.pairs(rows)
+            batch["reference_logps"] = reference_logps[:, rows]
             for name, values in preference.labels._asdict().items():
-                batch[name] = values[start : start + size].to(self.args.device)
+                batch[name] = values[rows].to(self.args.device)
             micro_batches.append(batch)
             start += size
         return micro_batches
@@ -323,9 +354,18 @@ class XPOTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of a micro-batch; a loss that is not finite stops the run."""
+        """Forward and backward of a micro-batch, in parts of `tokens_per_micro_batch`.
+
+        A loss that is not finite stops the run.
+        """
         started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=(0, 2))
+        *first, last = token_batches(lengths, range(len(lengths)), self.args.tokens_per_micro_batch)
+        loss = torch.zeros((), device=self.args.device)
+        for rows in first:
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, take_pairs(inputs, rows), num_items_in_batch)
+        loss += super().training_step(model, take_pairs(inputs, last), num_items_in_batch)
         if not loss.isfinite():
             raise self._diverged(f"the loss is {loss.item()}")
         self._tracker.add({"perf/update_s": Mean(time.perf_counter() - started, 0)})
@@ -550,6 +590,23 @@ def sampling_options(args: XPOConfig) -> Sampling:
         }.items()
     }
     return Sampling(**named, extra=extra, batch_size=args.generation_batch_size)
+
+
+def reference_store(args: XPOConfig) -> Store | None:
+    """The store that a configuration names; None for none."""
+    if args.reference_store in ("off", False, None):
+        return None
+    try:
+        return Store(args.reference_store)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"reference_store={args.reference_store!r} cannot be written ({error}); choose another file, or off"
+        ) from error
+
+
+def precision(args: XPOConfig) -> str:
+    """What the numbers of a forward pass depend on besides the weights."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
 
 
 def _options(options: dict[str, Any] | str | None) -> dict[str, Any]:

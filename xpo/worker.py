@@ -105,13 +105,13 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     checkpoint = record.resume_from
     args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
     sampling_options(args)
-    raw = {part: _prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
+    raw = {part: prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
     with_code = config.model.trust_remote_code
     directory = policy_directory(config.model.name, config.model.revision, with_code=with_code)
     reference = config.model.reference or directory
     if config.model.reference:
         reference = policy_directory(config.model.reference, None, "model.reference", with_code)
-    tokenizer = _loaded("model.name", config.model.name, load_tokenizer, directory, config.model)
+    tokenizer = loaded("model.name", config.model.name, load_tokenizer, directory, config.model)
     tokenize = prompt_tokenizer(args, tokenizer)
     datasets = {part: tokenize(dataset, key=f"data.{part}") for part, dataset in raw.items()}
 
@@ -122,10 +122,10 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     report.say(args, f"Loading {config.model.name}")
     reward_model, judge = build_preference(config.judge, config.reward_model)
     scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
-    model = _loaded("model.name", config.model.name, load_model, directory, config.model)
+    model = loaded("model.name", config.model.name, load_model, directory, config.model)
     ref_model = None
     if config.model.reference:
-        ref_model = _loaded("model.reference", config.model.reference, load_model, reference, config.model)
+        ref_model = loaded("model.reference", config.model.reference, load_model, reference, config.model)
     trainer = XPOTrainer(
         model=model,
         ref_model=ref_model,
@@ -195,6 +195,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
             loss_type=config.loss.loss_type,  # type: ignore[arg-type]
             missing_eos_penalty=config.loss.missing_eos_penalty,
             **vars(config.preference),
+            reference_store=config.reference.store,
             prompt_overflow=config.data.prompt_overflow,
             generation_batch_size=config.generation.batch_size,
             generation_kwargs=config.generation.kwargs or None,
@@ -209,7 +210,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
         raise ConfigError(f"training: {str(error).splitlines()[0]}; correct the values under training") from error
 
 
-def _loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
+def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
     """`load(*arguments)`, with one line for a directory that holds no such thing."""
     try:
         return load(*arguments)
@@ -220,7 +221,8 @@ def _loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
         ) from error
 
 
-def _prompts(config: TrainSchema, part: str) -> Dataset:
+def prompts(config: TrainSchema, part: str) -> Dataset:
+    """The prompts of a part, "train" or "eval", of the configured data."""
     name, split, limit = (vars(config.data)[key] for key in (part, f"{part}_split", f"{part}_limit"))
     dataset = load_prompts(f"data.{part}", name, split, config.data.prompt_column)
     return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))

@@ -1,4 +1,4 @@
-"""The frozen reference: a second model, or the base model under LoRA adapters."""
+"""The frozen model: a second one, or the base model under LoRA adapters."""
 
 import copy
 from collections.abc import Iterator
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
+
+from xpo.fingerprints import model_digest
 
 
 def base_model(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -30,6 +32,14 @@ class Reference:
         if self._adapted is None:
             frozen = copy.deepcopy(policy) if ref_model is None else ref_model
             self.frozen = frozen.requires_grad_(False).eval().to(device)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the frozen weights; under LoRA those of the base model."""
+        if self._adapted is None:
+            assert self.frozen is not None
+            return model_digest(self.frozen)
+        return model_digest(base_model(self._adapted), adapters=self._adapted.base_model.prefix)
 
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:

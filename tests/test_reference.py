@@ -1,0 +1,193 @@
+"""The reference's answers: drawn once, found again by every run that needs the same ones, and by no other."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TrainerFactory, prompts, step_logs
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast
+
+from xpo.errors import ConfigError
+from xpo.models import tiny_model
+from xpo.reference import Reference, ReferenceDraws
+from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler, Sampling
+from xpo.store import Store
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
+
+
+def draws(
+    tokenizer: PreTrainedTokenizerFast, store: Store | None = None, seed: int = 0, **options: Any
+) -> ReferenceDraws:
+    sampler = Sampler(tokenizer, Sampling(**{"max_new_tokens": 8} | options), [0])
+    return ReferenceDraws(Reference(tiny_model(seed), None, CPU), sampler, store)
+
+
+def texts(
+    source: ReferenceDraws, rows: list[list[int]] = PROMPTS, seed: int = 1, stream: int = REFERENCE, number: int = 0
+):
+    return source.draw(rows, seed, stream, number, CPU).completions.texts
+
+
+def test_a_draw_depends_on_prompt_seed_stream_and_number_only(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = draws(tokenizer)
+    expected = texts(source)
+    assert texts(source, PROMPTS[::-1]) == expected[::-1]
+    assert [texts(source, [row])[0] for row in PROMPTS] == expected
+    others = [texts(source, seed=2), texts(source, stream=EVAL_REFERENCE), texts(source, number=1)]
+    for other in others:
+        assert all(a != b for a, b in zip(expected, other, strict=True))
+    assert len(set(expected)) == 4
+
+
+def test_what_is_kept_is_found_again(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    source = draws(tokenizer, store)
+    first = source.draw(PROMPTS[:2], 1, REFERENCE, 0, CPU)
+    assert first.fresh == [0, 1]
+    assert first.logps.isnan().all()
+    source.keep(first, torch.tensor([-1.5, -2.5]))
+    again = draws(tokenizer, Store(tmp_path / "store")).draw(PROMPTS, 1, REFERENCE, 0, CPU)
+    assert again.fresh == [2, 3]
+    assert again.logps[:2].tolist() == [-1.5, -2.5]
+    expected = draws(tokenizer).draw(PROMPTS, 1, REFERENCE, 0, CPU).completions
+    assert again.completions.texts == expected.texts
+    assert torch.equal(again.completions.ended, expected.ended)
+    assert torch.equal(again.completions.mask, expected.mask)
+    assert torch.equal(again.completions.ids[again.completions.mask], expected.ids[expected.mask])
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.5}, {"max_new_tokens": 7}, {"top_k": 3}])
+def test_another_reference_or_other_sampling_shares_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, other: dict[str, Any]
+) -> None:
+    store = Store(tmp_path / "store")
+    source = draws(tokenizer, store)
+    source.keep(source.draw(PROMPTS, 1, REFERENCE, 0, CPU), torch.zeros(4))
+    assert draws(tokenizer, store).draw(PROMPTS, 1, REFERENCE, 0, CPU).fresh == []
+    assert draws(tokenizer, store, batch_size=1).draw(PROMPTS, 1, REFERENCE, 0, CPU).fresh == []
+    assert draws(tokenizer, store, **other).draw(PROMPTS, 1, REFERENCE, 0, CPU).fresh == [0, 1, 2, 3]
+
+
+def test_the_fingerprint_is_that_of_the_frozen_weights(make_trainer: TrainerFactory) -> None:
+    """Adapters on top, trained or not, change nothing; one weight does."""
+    plain = make_trainer().reference.fingerprint
+    lora = make_trainer(
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), learning_rate=0.1
+    )
+    assert lora.reference.fingerprint == plain
+    lora.train()
+    assert lora.reference.fingerprint == plain
+    other = tiny_model()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1e-3
+    assert make_trainer(ref_model=other).reference.fingerprint != plain
+
+
+def runs_alike(one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), name
+
+
+def test_a_second_run_computes_no_reference_again(
+    make_trainer: TrainerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cold = warm = without a store; other alpha, beta and batch find the same answers."""
+    store = str(tmp_path / "store.sqlite")
+    shared = {"max_steps": 4, "eval_dataset": prompts(5), "eval_strategy": "steps", "eval_steps": 2}
+    without, cold, warm, other = (
+        make_trainer(**(shared | options))
+        for options in (
+            {},
+            {"reference_store": store},
+            {"reference_store": store},
+            {"reference_store": store, "alpha": 1e-2, "beta": 0.5, "per_device_train_batch_size": 2, "max_steps": 8},
+        )
+    )
+    drawn: list[int] = []
+    original = Sampler.sample
+
+    def sample(this: Sampler, model: Any, rows: list[list[int]], *arguments: Any) -> Any:
+        drawn.append(id(model))
+        return original(this, model, rows, *arguments)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    for trainer, rate in ((without, None), (cold, 0.0), (warm, 1.0), (other, 1.0)):
+        drawn.clear()
+        trainer.train()
+        logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert all(entry.get("perf/reference_hit_rate") == rate for entry in logs)
+        if rate == 1.0:
+            assert id(trainer.reference.frozen) not in drawn
+    runs_alike(step_logs(without), step_logs(cold))
+    runs_alike(step_logs(warm), step_logs(cold))
+    evaluations = [
+        [
+            {k: v for k, v in entry.items() if "runtime" not in k}
+            for entry in trainer.state.log_history
+            if "eval_kl" in entry
+        ]
+        for trainer in (without, cold, warm)
+    ]
+    runs_alike(evaluations[0], evaluations[1])
+    runs_alike(evaluations[2], evaluations[1])
+
+
+def test_each_epoch_has_draws_of_its_own(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=8, reference_store=str(tmp_path / "store"))  # two epochs of 16 prompts
+    trainer.train()
+    assert all(entry["perf/reference_hit_rate"] == 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert len(Store(tmp_path / "store")) == 32
+
+
+def test_a_store_that_cannot_be_written_is_one_line(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"reference_store='.*/file/store' cannot be written .*; choose another file"):
+        make_trainer(reference_store=str(tmp_path / "file" / "store"))
+    assert make_trainer(reference_store="off").draws.store is None
+
+
+# ---- micro-batches by tokens -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 60, 100])
+def test_a_token_budget_changes_nothing(make_trainer: TrainerFactory, budget: int) -> None:
+    shared = {"max_steps": 3, "per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 0.5}
+    whole, parts = make_trainer(**shared), make_trainer(**shared, tokens_per_micro_batch=budget)
+    whole.train()
+    parts.train()
+    runs_alike(step_logs(parts), step_logs(whole))
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), parts.model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5, msg=name)
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+
+def test_fill_computes_what_a_run_will_need(tmp_path: Path) -> None:
+    """Filled ahead, a run of the same command finds every answer, in training and in evaluation."""
+
+    def run(*command: str) -> str:
+        shared = ["experiment=smoke", "tracking=none", f"reference.store={tmp_path}/store.sqlite", "data.train_limit=8"]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *shared], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "24 of 24 draws computed, 0 were there" in run(
+        "xpo.reference", "fill", "--epochs", "2"
+    )  # 2 x 8 + 8 held out
+    assert "8 of 32 draws computed, 24 were there" in run("xpo.reference", "fill", "--epochs", "3", "--batch", "3")
+    run("xpo.train", "hydra.run.dir=run")
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [entry["perf/reference_hit_rate"] for entry in metrics if "loss" in entry] == [1, 1, 1]
+    assert len(Store(tmp_path / "store.sqlite")) == 32

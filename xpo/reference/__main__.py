@@ -1,0 +1,112 @@
+"""`python -m xpo.reference fill [--epochs N] [--batch N] key=value ...`: the reference's answers, computed ahead.
+
+Takes the same overrides as `python -m xpo.train`, and fills the store that those runs will read: every training
+prompt once per epoch, every held-out prompt once, in large batches of similar length.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from tqdm.auto import tqdm
+
+from xpo import report
+from xpo.config import XPOConfig
+from xpo.errors import ConfigError
+from xpo.forward import Forward
+from xpo.models import load_model, load_tokenizer, policy_directory
+from xpo.overrides import CONF, explain
+from xpo.reference import Reference, ReferenceDraws
+from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler, token_batches
+from xpo.schema import TrainSchema
+from xpo.train import check_keys, choose_preset, compose
+from xpo.trainer import end_tokens, precision, prompt_tokenizer, reference_store, sampling_options
+from xpo.worker import loaded, prompts, training_arguments
+
+
+def main() -> None:
+    """The command line. Exit status 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m xpo.reference", description=__doc__)
+    parser.add_argument("command", choices=["fill"])
+    parser.add_argument("--epochs", type=int, default=1, help="draws of each training prompt")
+    parser.add_argument("--batch", type=int, default=64, help="prompts in one generate call")
+    options, overrides = parser.parse_known_args()
+    report.quiet()
+    try:
+        config, _, _ = compose(choose_preset(overrides))
+        check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
+        fill(OmegaConf.to_object(config), options.epochs, options.batch)  # type: ignore[arg-type]
+    except Exception as error:
+        message = explain(error, CONF, overrides)
+        if message is None:
+            raise
+        print(f"xpo: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def fill(config: TrainSchema, epochs: int, batch: int) -> None:
+    """Computes what the store lacks, and says how much that was."""
+    args = training_arguments(config, Path("outputs"))
+    store = reference_store(args)
+    if store is None:
+        raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
+    name, key = (config.model.reference, "model.reference") if config.model.reference else (config.model.name, "")
+    directory = policy_directory(name, None if key else config.model.revision, key or "model.name")
+    # Prompts are the policy's: its tokenizer and chat template.
+    own = policy_directory(config.model.name, config.model.revision)
+    tokenizer = loaded("model.name", config.model.name, load_tokenizer, own, config.model)
+    tokenize = prompt_tokenizer(args, tokenizer)
+    parts = {
+        part: tokenize(prompts(config, part), key=f"data.{part}")
+        for part in ("train", "eval")
+        if vars(config.data)[part]
+    }
+
+    model = loaded(key or "model.name", name, load_model, directory, config.model).to(args.device)
+    sampler = Sampler(tokenizer, sampling_options(args), end_tokens(model, tokenizer))
+    draws = ReferenceDraws(Reference(model, model, args.device), sampler, store, precision(args))
+    forward = Forward(model, args.pair_forward, args.max_length)
+    work = [(REFERENCE, epoch, parts["train"]["prompt_ids"]) for epoch in range(epochs)]
+    if "eval" in parts:
+        work.append((EVAL_REFERENCE, 0, parts["eval"]["prompt_ids"]))
+    found = total = 0
+    with tqdm(total=sum(len(rows) for _, _, rows in work), desc="Filling", disable=args.disable_tqdm) as bar:
+        for stream, number, rows in work:
+            order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+            for start in range(0, len(order), batch):
+                chunk = [rows[i] for i in order[start : start + batch]]
+                fresh = fill_batch(draws, forward, chunk, stream, number, args)
+                found, total = found + len(chunk) - fresh, total + len(chunk)
+                bar.update(len(chunk))
+    print(f"{total - found} of {total} draws computed, {found} were there: {store.path}")
+
+
+@torch.no_grad()
+def fill_batch(
+    draws: ReferenceDraws, forward: Forward, rows: list[list[int]], stream: int, number: int, args: XPOConfig
+) -> int:
+    """Draws what is missing of some prompts, with log-probabilities if training will need them; how many that were."""
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
+        draw = draws.draw(rows, args.seed, stream, number, args.device, stream == EVAL_REFERENCE and args.eval_greedy)
+        logps = torch.full((len(rows),), torch.nan)
+        if stream == REFERENCE and draw.fresh:
+            ids, mask = draws.sampler.pad_prompts(rows, args.device)
+            with draws.reference.model() as model:
+                for part in token_batches(mask.sum(dim=1), draw.fresh, args.tokens_per_micro_batch or 16_384):
+                    completions = draw.completions
+                    batch = {
+                        "prompt_ids": ids[part],
+                        "prompt_mask": mask[part],
+                        "completion_ids": completions.ids[None, part],
+                        "completion_mask": completions.mask[None, part],
+                    }
+                    logps[part] = forward(model, batch)[0].cpu()
+    draws.keep(draw, logps)
+    return len(draw.fresh)
+
+
+if __name__ == "__main__":
+    main()
