@@ -24,6 +24,7 @@ ORDER = [
     "losses",
     "logprobs",
     "forward",
+    "packed",
     "metrics",
     "config",
     "models",

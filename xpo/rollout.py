@@ -29,6 +29,7 @@ from transformers.generation import (
 
 from xpo.errors import ConfigError, nearest
 from xpo.logprobs import completion_lengths, length_mask, positions
+from xpo.packed import packed_linears
 
 # The random streams: y, y~ and sampled labels never share their noise, nor training and evaluation.
 POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL = range(5)
@@ -276,7 +277,8 @@ class Sampler:
         if not greedy and self.sampling.temperature > 0:
             processors = self.sampling.warpers()
             processors.append(InverseTransformSampler(noise, prompt_ids.shape[1]))
-        with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config):
+        decoding = packed_linears(model, len(prompt_ids))
+        with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config), decoding:
             sequences = model.generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask.long(),
