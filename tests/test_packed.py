@@ -43,9 +43,9 @@ def test_the_layers_come_back_after_an_error_and_see_new_weights():
 @pytest.mark.parametrize("reason", ["bfloat16", "rows", "autocast"])
 def test_where_it_is_not_for_nothing_happens(reason: str):
     model = layers().bfloat16() if reason == "bfloat16" else layers()
-    with torch.autocast("cpu", enabled=reason == "autocast"):
-        with packed_linears(model, packed.MOST_ROWS + 1 if reason == "rows" else 8):
-            assert not any("forward" in vars(layer) for layer in model)
+    rows = packed.MOST_ROWS + 1 if reason == "rows" else 8
+    with torch.autocast("cpu", enabled=reason == "autocast"), packed_linears(model, rows):
+        assert not any("forward" in vars(layer) for layer in model)
 
 
 def test_a_rollout_draws_the_same_tokens(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ import torch
 from conftest import gpt2
 from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from xpo import rollout
 from xpo.errors import ConfigError
 from xpo.rollout import (
     Completions,
@@ -56,6 +57,23 @@ def test_a_row_is_the_same_in_any_batch(tokenizer, model):
     backwards = draw(sampler(tokenizer), model, PROMPTS[::-1], [3, 2, 1, 0])
     assert whole.texts == chunked.texts == [a.texts[0] for a in alone] == backwards.texts[::-1]
     assert len(set(whole.texts)) > 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_prompts_of_different_lengths_are_prefilled_apart(tokenizer, model, kind, monkeypatch: pytest.MonkeyPatch):
+    """The same completions; the model reads no more padding than within a group."""
+    network = model if kind == "llama" else gpt2()
+    prompts = [[5] * 3, [6, 7] * 12, [8, 9, 10], [11] * 20, [12]]
+    expected = draw(sampler(tokenizer), network, prompts)
+    monkeypatch.setattr(rollout, "tokens_at_once", lambda device: 48)
+    widths = []
+    hook = network.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    grouped = draw(sampler(tokenizer), network, prompts)
+    hook.remove()
+    assert torch.equal(grouped.ids, expected.ids)
+    assert widths[:3] == [(2, 23), (3, 2), (5, 1)]  # all but the last tokens, then the last tokens together
 
 
 def test_no_global_random_state_is_consumed(tokenizer, model):
@@ -157,8 +175,8 @@ def test_micro_batches_lose_only_shared_padding():
         mask = torch.arange(4) < torch.tensor(lengths)[:, None]
         return Completions(torch.full((2, 4), 9).where(mask, 0), mask, torch.ones(2).bool(), ["", ""])
 
-    rollout = Rollout(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
-    batch = rollout.pairs([1])
+    pairs = Rollout(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
+    batch = pairs.pairs([1])
     assert batch["prompt_ids"].tolist() == [[4]]
     assert batch["prompt_mask"].tolist() == [[True]]
     assert batch["completion_ids"].tolist() == [[[9, 0]], [[9, 9]]]

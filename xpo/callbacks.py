@@ -1,6 +1,7 @@
-"""What happens beside training: stopping on a signal, keeping the completions of evaluations."""
+"""What happens beside training: stopping on a signal, keeping completions, a profile, progress."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,10 +11,13 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import profile, supported_activities
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.evaluation import Evaluator
 from xpo.tracking import TABLE_NAME, TABLE_TAG, TABLE_TAG_VALUE, MLflowRun, completion_rows, write_table
+
+logger = logging.getLogger(__name__)
 
 _ECHO_S = 2.0
 
@@ -84,6 +88,40 @@ class KeepCompletions(TrainerCallback):
         self.run.log_file(path, "completions")
         self.run.log_file(table)
         self.run.set_tag(TABLE_TAG, TABLE_TAG_VALUE)
+
+
+class Profile(TrainerCallback):
+    """Records the second optimizer step of this process with torch's profiler: rollout, preference, reference, update.
+
+    Args:
+        path: of the trace, which chrome://tracing and https://ui.perfetto.dev open; it ends in .json.gz.
+        run: where the trace is an artifact too.
+    """
+
+    def __init__(self, path: Path, run: MLflowRun | None):
+        self.path = path
+        self.run = run
+        self._steps = 0
+        self._profiler = profile(activities=supported_activities(), record_shapes=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps == 1:
+            self._profiler.start()
+        elif self._steps == 2:
+            self._profiler.stop()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.path))
+            if self.run is not None:
+                self.run.log_file(self.path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._steps == 1:
+            self._profiler.stop()
+        if self._steps < 2:
+            logger.warning("xpo: training.profile records the second step, and there was none")
 
 
 class Progress(ProgressCallback):

@@ -52,7 +52,8 @@ class XPOConfig(TrainingArguments):
         pair_forward: "shared", one row [prompt | y | y~] for each pair; "separate", one for each completion; "auto",
             shared where the architecture allows it. The results are the same up to rounding.
         tokens_per_micro_batch: pairs of a micro-batch go through forward and backward in parts of at most so many
-            tokens with padding, sorted by length, to bound memory; None: all at once.
+            tokens with padding, sorted by length, which bounds memory and saves padding; None: 1,024 on a CPU,
+            16,384 elsewhere.
         reference_store: an SQLite file that keeps the reference's completions and their log-probabilities for all
             runs that need the same ones; None or "off" computes them afresh.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**24  # of the vocabulary projection: 64 MiB in float32
+LOGITS_AT_ONCE = 2**26  # of the vocabulary projection: 256 MiB in float32
 
 
 def completion_lengths(completion_ids: Tensor, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,10 +53,12 @@ OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
 
 
 def job_key(config: dict[str, Any]) -> str:
-    """Names what a run computes: a hash of its configuration but for tracking, operation and `training.resume`."""
+    """Names what a run computes: a hash of its configuration but for tracking, how it is operated, and `training.resume`."""
     relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference")}
     relevant["judge"] = _without_operation(config["judge"])
-    relevant["training"] = {key: value for key, value in relevant["training"].items() if key != "resume"}
+    relevant["training"] = {
+        key: value for key, value in relevant["training"].items() if key not in ("resume", "profile")
+    }
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -134,6 +134,7 @@ _HARMLESS = (
     "tracking.",
     "reference.store",
     "training.resume",
+    "training.profile",
     "training.max_steps",
     "training.save_",
     "training.disable_tqdm",

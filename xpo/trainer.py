@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import record_function
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -50,13 +51,12 @@ from xpo.rollout import (
     sampling_noise,
     take_pairs,
     token_batches,
+    tokens_at_once,
 )
 from xpo.runs import is_complete
 from xpo.store import Store
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
-
-_TOKENS_WITHOUT_GRADIENT = 16_384  # of one forward pass that keeps no activations
 
 
 class XPOTrainer(Trainer):
@@ -213,13 +213,16 @@ class XPOTrainer(Trainer):
         if not batches:
             return [], None
         started = time.perf_counter()
-        rollout, draw = self._rollout(batches)
+        with record_function("rollout"):
+            rollout, draw = self._rollout(batches)
         sampled = time.perf_counter()
         prompts = [prompt for batch in batches for prompt in batch["prompt"]]
         sizes = [len(batch["prompt"]) for batch in batches]
-        preference = self._preference(prompts, rollout, self._global_rows(sizes))
+        with record_function("preference"):
+            preference = self._preference(prompts, rollout, self._global_rows(sizes))
         judged = time.perf_counter()
-        reference_logps = self._reference_logps(rollout, draw)
+        with record_function("reference"):
+            reference_logps = self._reference_logps(rollout, draw)
         micro_batches = self._micro_batches(rollout, preference, reference_logps, sizes)
         referred = time.perf_counter()
         self._tracker.add(self._rollout_metrics(rollout, preference))
@@ -291,6 +294,10 @@ class XPOTrainer(Trainer):
         world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
         return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]
 
+    @property
+    def _tokens_at_once(self) -> int:
+        return self.args.tokens_per_micro_batch or tokens_at_once(self.args.device)
+
     @torch.no_grad()
     def _reference_logps(self, rollout: Rollout, draw: Draw) -> Tensor:
         """log pi_ref(y) and log pi_ref(y~), (2, B); what the store knows of the latter is not computed again."""
@@ -298,9 +305,9 @@ class XPOTrainer(Trainer):
         known = [i for i, logp in enumerate(draw.logps.tolist()) if logp == logp]
         unknown = [i for i, logp in enumerate(draw.logps.tolist()) if logp != logp]
         with self.reference.model() as model, eval_mode(model), self.accelerator.autocast():
-            for rows in token_batches(rollout.tokens, unknown, _TOKENS_WITHOUT_GRADIENT):
+            for rows in token_batches(rollout.tokens, unknown, self._tokens_at_once):
                 logps[:, rows] = self.reference_forward(model, rollout.pairs(rows))
-            for rows in token_batches(rollout.tokens, known, _TOKENS_WITHOUT_GRADIENT):
+            for rows in token_batches(rollout.tokens, known, self._tokens_at_once):
                 batch = rollout.pairs(rows)
                 only_y = {name: batch[name][:1] for name in ("completion_ids", "completion_mask")}
                 logps[0, rows] = self.reference_forward(model, batch | only_y)[0]
@@ -360,7 +367,7 @@ class XPOTrainer(Trainer):
         """
         started = time.perf_counter()
         lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=(0, 2))
-        *first, last = token_batches(lengths, range(len(lengths)), self.args.tokens_per_micro_batch)
+        *first, last = token_batches(lengths, range(len(lengths)), self._tokens_at_once)
         loss = torch.zeros((), device=self.args.device)
         for rows in first:
             with self.accelerator.no_sync(model):

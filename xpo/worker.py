@@ -22,7 +22,7 @@ from transformers import ProgressCallback
 
 from xpo import report
 from xpo.build import build, build_preference, check_target
-from xpo.callbacks import KeepCompletions, Progress, StopOnSignal
+from xpo.callbacks import KeepCompletions, Profile, Progress, StopOnSignal
 from xpo.card import evaluations
 from xpo.config import XPOConfig
 from xpo.data import load_prompts
@@ -143,6 +143,9 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if mlflow_run is not None:
         trainer.add_callback(MLflowCallback(mlflow_run))
 
+    if config.training.profile:
+        trainer.add_callback(Profile(run_dir / "profile" / f"rank_{args.process_index}.json.gz", mlflow_run))
+
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
@@ -177,7 +180,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
     training = {
         key: value
         for key, value in vars(config.training).items()
-        if key not in ("kwargs", "resume") and value is not None
+        if key not in ("kwargs", "profile", "resume") and value is not None
     }
     valid = inspect.signature(XPOConfig).parameters
     for key in config.training.kwargs:

@@ -19,7 +19,7 @@ from xpo.forward import Forward
 from xpo.models import load_model, load_tokenizer, policy_directory
 from xpo.overrides import CONF, explain
 from xpo.reference import Reference, ReferenceDraws
-from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler, token_batches
+from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler, token_batches, tokens_at_once
 from xpo.schema import TrainSchema
 from xpo.train import check_keys, choose_preset, compose
 from xpo.trainer import end_tokens, precision, prompt_tokenizer, reference_store, sampling_options
@@ -95,7 +95,9 @@ def fill_batch(
         if stream == REFERENCE and draw.fresh:
             ids, mask = draws.sampler.pad_prompts(rows, args.device)
             with draws.reference.model() as model:
-                for part in token_batches(mask.sum(dim=1), draw.fresh, args.tokens_per_micro_batch or 16_384):
+                for part in token_batches(
+                    mask.sum(dim=1), draw.fresh, args.tokens_per_micro_batch or tokens_at_once(args.device)
+                ):
                     completions = draw.completions
                     batch = {
                         "prompt_ids": ids[part],
