@@ -53,7 +53,7 @@ OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
 
 
 def job_key(config: dict[str, Any]) -> str:
-    """Names what a run computes: a hash of its configuration but for tracking, how it is operated, and `training.resume`."""
+    """Names what a run computes: a hash of its configuration but for what leaves its numbers as they are."""
     relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference")}
     relevant["judge"] = _without_operation(config["judge"])
     relevant["training"] = {
