@@ -51,6 +51,7 @@ OWN_METRICS = {
     "perf/rollout_s",
     "perf/preference_s",
     "perf/reference_s",
+    "perf/reference_hit_rate",
     "perf/update_s",
     "perf/tokens_per_s",
 }

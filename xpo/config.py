@@ -54,8 +54,8 @@ class XPOConfig(TrainingArguments):
         tokens_per_micro_batch: pairs of a micro-batch go through forward and backward in parts of at most so many
             tokens with padding, sorted by length, which bounds memory and saves padding; None: 1,024 on a CPU,
             16,384 elsewhere.
-        reference_store: an SQLite file that keeps the reference's completions and their log-probabilities for all
-            runs that need the same ones; None or "off" computes them afresh.
+        reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
+            None or "off" draws them afresh.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` when the model is given by name.
         trust_remote_code: allow models that bring their own code.

@@ -124,9 +124,7 @@ class Evaluator:
 
     def _reference_answer(self, prompts: Sequence[Record], args: XPOConfig) -> Completions:
         ids = [prompt["prompt_ids"] for prompt in prompts]
-        draw = self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, args.eval_greedy)
-        self.draws.keep(draw, torch.full((len(ids),), torch.nan))
-        return draw.completions
+        return self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, args.eval_greedy).completions
 
     def _compare(
         self,

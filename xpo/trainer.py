@@ -222,7 +222,7 @@ class XPOTrainer(Trainer):
             preference = self._preference(prompts, rollout, self._global_rows(sizes))
         judged = time.perf_counter()
         with record_function("reference"):
-            reference_logps = self._reference_logps(rollout, draw)
+            reference_logps = self._reference_logps(rollout)
         micro_batches = self._micro_batches(rollout, preference, reference_logps, sizes)
         referred = time.perf_counter()
         self._tracker.add(self._rollout_metrics(rollout, preference))
@@ -235,7 +235,7 @@ class XPOTrainer(Trainer):
             }
         )
         if self.draws.store is not None:
-            self._tracker.add({"perf/reference_hit_rate": mean_of(~draw.logps.isnan())})
+            self._tracker.add({"perf/reference_hit_rate": mean_of((~draw.fresh).float())})
         pairs = torch.tensor(sum(sizes), device=device)
         return micro_batches, self.accelerator.reduce(pairs, "sum")
 
@@ -299,19 +299,12 @@ class XPOTrainer(Trainer):
         return self.args.tokens_per_micro_batch or tokens_at_once(self.args.device)
 
     @torch.no_grad()
-    def _reference_logps(self, rollout: Rollout, draw: Draw) -> Tensor:
-        """log pi_ref(y) and log pi_ref(y~), (2, B); what the store knows of the latter is not computed again."""
-        logps = torch.stack([torch.full_like(draw.logps, torch.nan), draw.logps]).to(self.args.device)
-        known = [i for i, logp in enumerate(draw.logps.tolist()) if logp == logp]
-        unknown = [i for i, logp in enumerate(draw.logps.tolist()) if logp != logp]
+    def _reference_logps(self, rollout: Rollout) -> Tensor:
+        """log pi_ref(y) and log pi_ref(y~), (2, B)."""
+        logps = torch.empty(2, len(rollout.tokens), device=self.args.device)
         with self.reference.model() as model, eval_mode(model), self.accelerator.autocast():
-            for rows in token_batches(rollout.tokens, unknown, self._tokens_at_once):
+            for rows in token_batches(rollout.tokens, range(len(rollout.tokens)), self._tokens_at_once):
                 logps[:, rows] = self.reference_forward(model, rollout.pairs(rows))
-            for rows in token_batches(rollout.tokens, known, self._tokens_at_once):
-                batch = rollout.pairs(rows)
-                only_y = {name: batch[name][:1] for name in ("completion_ids", "completion_mask")}
-                logps[0, rows] = self.reference_forward(model, batch | only_y)[0]
-        self.draws.keep(draw, logps[1])
         return logps
 
     def _micro_batches(

@@ -13,13 +13,11 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from xpo import report
-from xpo.config import XPOConfig
 from xpo.errors import ConfigError
-from xpo.forward import Forward
 from xpo.models import load_model, load_tokenizer, policy_directory
 from xpo.overrides import CONF, explain
 from xpo.reference import Reference, ReferenceDraws
-from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler, token_batches, tokens_at_once
+from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler
 from xpo.schema import TrainSchema
 from xpo.train import check_keys, choose_preset, compose
 from xpo.trainer import end_tokens, precision, prompt_tokenizer, reference_store, sampling_options
@@ -67,47 +65,22 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     model = loaded(key or "model.name", name, load_model, directory, config.model).to(args.device)
     sampler = Sampler(tokenizer, sampling_options(args), end_tokens(model, tokenizer))
     draws = ReferenceDraws(Reference(model, model, args.device), sampler, store, precision(args))
-    forward = Forward(model, args.pair_forward, args.max_length)
+    half = torch.bfloat16 if args.bf16 else torch.float16
     work = [(REFERENCE, epoch, parts["train"]["prompt_ids"]) for epoch in range(epochs)]
     if "eval" in parts:
         work.append((EVAL_REFERENCE, 0, parts["eval"]["prompt_ids"]))
-    found = total = 0
+    computed = total = 0
     with tqdm(total=sum(len(rows) for _, _, rows in work), desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:
             order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
             for start in range(0, len(order), batch):
                 chunk = [rows[i] for i in order[start : start + batch]]
-                fresh = fill_batch(draws, forward, chunk, stream, number, args)
-                found, total = found + len(chunk) - fresh, total + len(chunk)
+                greedy = stream == EVAL_REFERENCE and args.eval_greedy
+                with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
+                    draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy)
+                computed, total = computed + int(draw.fresh.sum()), total + len(chunk)
                 bar.update(len(chunk))
-    print(f"{total - found} of {total} draws computed, {found} were there: {store.path}")
-
-
-@torch.no_grad()
-def fill_batch(
-    draws: ReferenceDraws, forward: Forward, rows: list[list[int]], stream: int, number: int, args: XPOConfig
-) -> int:
-    """Draws what is missing of some prompts, with log-probabilities if training will need them; how many that were."""
-    half = torch.bfloat16 if args.bf16 else torch.float16
-    with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
-        draw = draws.draw(rows, args.seed, stream, number, args.device, stream == EVAL_REFERENCE and args.eval_greedy)
-        logps = torch.full((len(rows),), torch.nan)
-        if stream == REFERENCE and draw.fresh:
-            ids, mask = draws.sampler.pad_prompts(rows, args.device)
-            with draws.reference.model() as model:
-                for part in token_batches(
-                    mask.sum(dim=1), draw.fresh, args.tokens_per_micro_batch or tokens_at_once(args.device)
-                ):
-                    completions = draw.completions
-                    batch = {
-                        "prompt_ids": ids[part],
-                        "prompt_mask": mask[part],
-                        "completion_ids": completions.ids[None, part],
-                        "completion_mask": completions.mask[None, part],
-                    }
-                    logps[part] = forward(model, batch)[0].cpu()
-    draws.keep(draw, logps)
-    return len(draw.fresh)
+    print(f"{computed} of {total} draws computed, {total - computed} were there: {store.path}")
 
 
 if __name__ == "__main__":

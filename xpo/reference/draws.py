@@ -1,11 +1,12 @@
 """The reference's completions: drawn once, and found again by every run that needs the same ones.
 
-y~ and log pi_ref(y~) depend on the reference, the prompt, the sampling options, the seed and how often the
-prompt was drawn before, but not on alpha, beta, the judge or the policy. A store keeps them: the jobs of a sweep
-share them, which also pairs their comparison, and a resumed or repeated run computes none of them again.
+y~ depends on the reference, the prompt, the sampling options, the seed and how often the prompt was drawn
+before, but not on alpha, beta, the judge or the policy. A store keeps it: the jobs of a sweep share their draws, which
+also pairs their comparison, and a resumed or repeated run samples none of them again. log pi_ref(y~) is computed
+along with log pi_ref(y) each time, in a pass like the policy's: so a policy that equals the reference has a
+ratio of exactly 0, and a run that finds its draws has the numbers of the one that drew them to the last bit.
 """
 
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -20,23 +21,12 @@ from xpo.reference.model import Reference
 from xpo.rollout import Completions, Sampler, sampling_noise
 from xpo.store import Store
 
-_LOGP = struct.Struct("<f")
-
 
 class Draw(NamedTuple):
-    """The reference's completions of B prompts.
-
-    Attributes:
-        completions: y~.
-        logps: log pi_ref(y~), float32 (B,); NaN where it is not known yet, see `ReferenceDraws.keep`.
-        keys: names of the draws, B strings.
-        fresh: the rows that were not in the store.
-    """
+    """The reference's completions of B prompts, and which of them were not in the store, bool (B,)."""
 
     completions: Completions
-    logps: Tensor
-    keys: list[str]
-    fresh: list[int]
+    fresh: Tensor
 
 
 class ReferenceDraws:
@@ -82,35 +72,25 @@ class ReferenceDraws:
         """
         names = [digest(list(prompt)) for prompt in prompts]
         keys = [digest("reference", self._source, seed, stream, number, greedy, name) for name in names]
-        found = self.store.get(keys) if self.store is not None else {}
-        missing = [i for i, key in enumerate(keys) if key not in found]
-        tokens: list[Tensor] = [torch.empty(0)] * len(keys)
-        logps = torch.full((len(keys),), torch.nan)
-        for i, key in enumerate(keys):
-            if key in found:
-                logps[i], tokens[i] = _unpack(found[key])
+        tokens = {key: _unpack(value) for key, value in (self.store.get(keys) if self.store else {}).items()}
+        fresh = torch.tensor([key not in tokens for key in keys])
+        missing = fresh.nonzero().flatten().tolist()
         if missing:
             rows = [int(names[i], 16) for i in missing]
-            noise = sampling_noise((seed, stream, number), rows, self.sampler.sampling.max_new_tokens)
+            noise = sampling_noise((seed, stream, number), rows, self.sampler.max_new_tokens)
             with self.reference.model() as model:
-                fresh = self.sampler.sample(model, [prompts[i] for i in missing], noise, device, greedy)
-            for i, ids, mask in zip(missing, fresh.ids.cpu(), fresh.mask.cpu(), strict=True):
-                tokens[i] = ids[mask]
-        ids = pad_sequence(tokens, batch_first=True, padding_value=self.sampler.pad_token_id)
-        return Draw(self.sampler.completions(ids.long().to(device)), logps, keys, missing)
-
-    def keep(self, draw: Draw, logps: Tensor) -> None:
-        """Puts what was drawn afresh into the store, with its log-probabilities, (B,); NaN if nobody needs them."""
-        if self.store is None or not draw.fresh:
-            return
-        ids, mask = draw.completions.ids.cpu(), draw.completions.mask.cpu()
-        self.store.put({draw.keys[i]: _pack(logps[i].item(), ids[i][mask[i]]) for i in draw.fresh})
+                drawn = self.sampler.sample(model, [prompts[i] for i in missing], noise, device, greedy)
+            new = {keys[i]: ids[mask] for i, ids, mask in zip(missing, drawn.ids.cpu(), drawn.mask.cpu(), strict=True)}
+            tokens |= new
+            if self.store is not None:
+                self.store.put({key: _pack(ids) for key, ids in new.items()})
+        ids = pad_sequence([tokens[key] for key in keys], batch_first=True, padding_value=self.sampler.pad_token_id)
+        return Draw(self.sampler.completions(ids.to(device)), fresh)
 
 
-def _pack(logp: float, tokens: Tensor) -> bytes:
-    return _LOGP.pack(logp) + tokens.numpy().astype("<i4").tobytes()
+def _pack(tokens: Tensor) -> bytes:
+    return tokens.numpy().astype("<i4").tobytes()
 
 
-def _unpack(value: bytes) -> tuple[float, Tensor]:
-    tokens = np.frombuffer(value, dtype="<i4", offset=_LOGP.size).astype(np.int64)
-    return _LOGP.unpack_from(value)[0], torch.from_numpy(tokens)
+def _unpack(value: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(value, dtype="<i4").astype(np.int64))
