@@ -16,6 +16,8 @@ ORDER = [
     "runs",
     "schema",
     "overrides",
+    "jobs",
+    "launch",
     "hub",
     "store",
     "fingerprints",
@@ -26,6 +28,7 @@ ORDER = [
     "forward",
     "packed",
     "metrics",
+    "zero",
     "config",
     "models",
     "rewards.base",
@@ -52,6 +55,8 @@ ORDER = [
     "data",
     "pairs",
     "tracking",
+    "track",
+    "sweep",
     "card",
     "rollout",
     "reference.model",
@@ -66,6 +71,13 @@ ORDER = [
     "train",
     "judges.__main__",
     "reference.__main__",
+    "compare",
+    "compare.read",
+    "compare.statistics",
+    "compare.plots",
+    "compare.report",
+    "compare.log",
+    "compare.__main__",
 ]
 
 
@@ -96,7 +108,9 @@ def test_imports_go_one_way(name: str):
     assert imports(MODULES[name]) <= set(ORDER[: ORDER.index(name)])
 
 
-@pytest.mark.parametrize("name", ["errors", "prompts", "checks", "runs", "schema", "overrides"])
+@pytest.mark.parametrize(
+    "name", ["errors", "prompts", "checks", "runs", "schema", "overrides", "jobs", "launch", "sweep"]
+)
 def test_what_the_parent_needs_imports_no_torch(name: str):
     text = MODULES[name].read_text()
     assert not re.search(r"^\s*(import|from) (torch|transformers|datasets|mlflow)", text, re.MULTILINE)

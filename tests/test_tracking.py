@@ -18,19 +18,22 @@ from conftest import TrainerFactory, prompts
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from xpo import tracking
-from xpo.callbacks import KeepCompletions
+from xpo.callbacks import KeepCompletions, MLflowCallback
 from xpo.errors import ConfigError
 from xpo.tracking import (
     TABLE_NAME,
     TABLE_TAG,
     TABLE_TAG_VALUE,
-    MLflowCallback,
     MLflowRun,
+    chart_link,
     completion_rows,
+    mark_ended,
     metric_name,
+    set_tags,
     write_table,
 )
 
@@ -73,7 +76,7 @@ def uri(raced_database: tuple[Path, Any], tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_RETRY_AFTER_S", (0.0, 0.01, 0.01))
+    monkeypatch.setattr(tracking, "_RETRY_S", 0.0)
     monkeypatch.setattr(tracking, "_LAST_RETRY_AFTER_S", (0.0, 0.01, 0.01, 0.01, 0.01))
     monkeypatch.setattr(tracking, "_FLUSH_SECONDS", math.inf)  # tests flush when they mean to
 
@@ -182,28 +185,51 @@ def test_a_name_that_mlflow_refuses_does_not_hold_back_the_other_points(start: S
 # ---- an unavailable database -------------------------------------------------------------------
 
 
-def test_a_database_that_is_locked_for_a_moment_loses_no_point(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = start()
-    calls = refuse(monkeypatch, run, times=2)
-    run.log_metrics({"loss": 0.5, "kl": 1.0}, step=1)
-    run.flush()
-    assert len(calls) == 3
-    assert points(run, "loss") == [(1, 0.5)]
-    assert points(run, "kl") == [(1, 1.0)]
-
-
-def test_points_of_a_longer_outage_are_kept_for_later(
+def test_points_of_an_outage_are_sent_first_when_it_is_over(
     start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = start()
-    refuse(monkeypatch, run, times=4)
-    run.log_metrics({"loss": 0.5}, step=1)
+    calls = refuse(monkeypatch, run, times=2)
+    for step, loss in ((1, 0.5), (2, 0.25)):
+        run.log_metrics({"loss": loss}, step)
+        run.flush()
+        assert points(run, "loss") == []
+    run.log_metrics({"loss": 0.125}, step=3)
     run.flush()
-    assert "MLflow did not take 1 points yet" in caplog.text
-    assert points(run, "loss") == []
-    run.log_metrics({"loss": 0.25}, step=2)
-    run.flush()
-    assert points(run, "loss") == [(1, 0.5), (2, 0.25)]
+    assert [[point.step for point in call] for call in calls] == [[1], [1, 2], [1, 2, 3]]
+    assert points(run, "loss") == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    run.finish()
+    assert [record.getMessage() for record in caplog.records] == [
+        "xpo: MLflow does not take what the run logs (database is locked); it waits in memory",
+        "xpo: MLflow is back and has what waited",
+    ]
+
+
+def test_training_does_not_wait_for_the_next_attempt(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is 5 seconds away, later ones 10, 20, 40, 60, 60."""
+    monkeypatch.setattr(tracking, "_RETRY_S", 5.0)
+    now = [1000.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tracking.time, "sleep", pytest.fail)
+    run = start()
+    calls, attempts = refuse(monkeypatch, run, times=math.inf), []
+    for second in range(200):
+        now[0] = 1000.0 + second
+        run.log_metrics({"loss": 0.5}, step=second)
+        run.flush()
+        attempts += [second] * (len(calls) - len(attempts))
+    assert attempts == [0, 5, 15, 35, 75, 135, 195]
+
+
+def test_a_training_step_sends_only_some_of_what_has_piled_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start()
+    calls = refuse(monkeypatch, run, times=1)
+    run.log_metrics({f"m{i}": float(i) for i in range(1200)}, step=1)
+    monkeypatch.setattr(tracking, "_DRAIN_S", -1.0)
+    for _ in range(5):
+        run.flush()
+    assert [len(call) for call in calls] == [500, 500, 500, 200]
+    assert len(stored(run).data.metrics) == 1200
 
 
 def test_the_end_of_a_run_waits_longer_for_the_database(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,23 +238,58 @@ def test_the_end_of_a_run_waits_longer_for_the_database(start: Start, monkeypatc
     refuse(monkeypatch, run, times=4)
     run.finish()
     assert points(run, "loss") == [(1, 0.5)]
+    assert stored(run).info.status == "FINISHED"
 
 
-def test_training_goes_on_when_nothing_can_be_stored(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_its_store_refuses_holds_nothing_else_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when artifacts lie in a bucket and the credentials are missing: its client raises what it likes."""
+
+    def refuse_file(*args: Any) -> None:
+        raise RuntimeError("no credentials")
+
+    path = tmp_path / "note.txt"
+    path.write_text("hello")
+    run = start(backlog=tmp_path / "backlog.jsonl")
+    original = run.client.log_artifact
+    monkeypatch.setattr(run.client, "log_artifact", refuse_file)
+    run.log_file(path)
+    run.log_metrics({"loss": 0.5}, step=1)
+    run.finish()
+    assert points(run, "loss") == [(1, 0.5)]
+    assert stored(run).info.status == "FINISHED"
+    monkeypatch.setattr(run.client, "log_artifact", original)
+    run.flush()
+    assert [file.path for file in run.client.list_artifacts(run.run_id)] == ["note.txt"]
+    assert not (tmp_path / "backlog.jsonl").exists()
+
+
+def test_training_goes_on_when_nothing_can_be_stored(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """And no file either: what is lost is said."""
+
     def unavailable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to host")
 
-    run = start()
+    run = start(backlog=tmp_path / "no such directory" / "backlog.jsonl")
     for method in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
         monkeypatch.setattr(run.client, method, unavailable)
     run.log_metrics({"loss": 0.5}, step=1)
-    run.log_file(Path("nothing"))
+    run.log_file(Path(__file__))
     run.set_tag("a", "b")
     run.finish()
+    path = tmp_path / "no such directory" / "backlog.jsonl"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"xpo: MLflow does not take what the run logs (no route to host); it waits in {path}",
+        f"xpo: {path} cannot be written (No such file or directory); what it lacks waits in memory",
+        "xpo: the end of this run is lost (1 point, 1 file, 1 tag): neither MLflow nor a file has taken it",
+    ]
 
 
 def test_a_real_lock_is_waited_for(start: Start, uri: str) -> None:
-    """Another process writes while the run flushes: sqlite itself waits, up to MLflow's 20 seconds."""
+    """Another process writes for a moment while the run flushes."""
     run = start()
     run.log_metrics({"loss": 0.5}, step=1)
     other = sqlite3.connect(uri.removeprefix("sqlite:///"), check_same_thread=False, isolation_level=None)
@@ -276,6 +337,17 @@ def test_a_run_that_no_longer_exists_is_started_anew(start: Start, gone: str) ->
     again = start(run_id=run.run_id if gone == "deleted" else "0" * 32)
     assert again.run_id not in (run.run_id, "0" * 32)
     assert again.experiment_id == run.experiment_id
+
+
+def test_a_run_that_cannot_be_looked_up_is_not_started_anew(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(self: MlflowClient, run_id: str) -> None:
+        raise MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)
+
+    run = start()
+    monkeypatch.setattr(MlflowClient, "get_run", locked)
+    monkeypatch.setattr(MlflowClient, "create_run", pytest.fail)
+    with pytest.raises(ConfigError, match="database is locked"):
+        start(run_id=run.run_id)
 
 
 def trainer_event(callback: MLflowCallback, event: str, state: TrainerState, tmp_path: Path, **more: Any) -> None:
@@ -451,6 +523,54 @@ def test_a_store_that_does_not_answer_is_one_line_with_the_remedy(
     uri = {"a file": f"sqlite:///{tmp_path}/file", "below a file": f"sqlite:///{tmp_path}/file/x.db"}.get(bad, bad)
     with pytest.raises(ConfigError, match=r"tracking.uri='.*' does not answer \(.*\); correct it, or set"):
         MLflowRun(uri, "xpo", "r", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("uri", "sweep", "link"),
+    [
+        (
+            "http://host:8080/",
+            None,
+            "http://host:8080/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART",
+        ),
+        (
+            "sqlite:////a/b.db",
+            "alpha & beta",
+            "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
+            "&searchFilter=tags.%22xpo.sweep%22%20%3D%20%22alpha%20%26%20beta%22",
+        ),
+    ],
+)
+def test_a_link_opens_the_charts_of_an_experiment_or_a_sweep(uri: str, sweep: str | None, link: str) -> None:
+    assert chart_link(uri, "7", sweep) == link
+
+
+def test_a_parent_ends_and_tags_the_runs_of_its_workers(start: Start, uri: str) -> None:
+    killed, finished = start(), start()
+    finished.finish()
+    for run in (killed, finished):
+        assert mark_ended(uri, run.run_id, "KILLED")
+    assert (stored(killed).info.status, stored(finished).info.status) == ("KILLED", "FINISHED")
+    assert set_tags(uri, [killed.run_id, finished.run_id], {"xpo.best": "no"})
+    assert [stored(run).data.tags["xpo.best"] for run in (killed, finished)] == ["no", "no"]
+
+
+def test_a_parent_that_cannot_reach_mlflow_goes_on(tmp_path: Path) -> None:
+    for uri in ("http://127.0.0.1:9", f"sqlite:///{tmp_path}/no.db"):
+        assert not mark_ended(uri, "0" * 32, "KILLED")
+        assert not set_tags(uri, ["0" * 32], {"a": "b"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_imports_neither_torch_nor_mlflow() -> None:
+    code = "import sys, xpo.tracking; sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_color_is_given_once(start: Start) -> None:
+    run = start(color="#ff0000")
+    assert stored(run).data.tags["mlflow.runColor"] == "#ff0000"
+    assert stored(start(run_id=run.run_id, color="#00ff00")).data.tags["mlflow.runColor"] == "#ff0000"
 
 
 # ---- completions -------------------------------------------------------------------------------

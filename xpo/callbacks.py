@@ -1,4 +1,4 @@
-"""What happens beside training: stopping on a signal, keeping completions, a profile, progress."""
+"""What happens beside training: stopping on a signal, logging, keeping completions, a profile, progress."""
 
 import json
 import logging
@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from numbers import Real
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,11 +16,21 @@ from torch.profiler import profile, supported_activities
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.evaluation import Evaluator
-from xpo.tracking import TABLE_NAME, TABLE_TAG, TABLE_TAG_VALUE, MLflowRun, completion_rows, write_table
+from xpo.tracking import (
+    TABLE_NAME,
+    TABLE_TAG,
+    TABLE_TAG_VALUE,
+    MLflowRun,
+    completion_rows,
+    metric_name,
+    write_table,
+)
 
 logger = logging.getLogger(__name__)
 
 _ECHO_S = 2.0
+# The Trainer's summary of a call of train(): about this process, not about the run.
+_SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
 class StopOnSignal(TrainerCallback):
@@ -65,6 +76,39 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.in_training = False
+
+
+class MLflowCallback(TrainerCallback):
+    """Sends every logged metric to a run. On a resumed run, first what its checkpoint knows of."""
+
+    def __init__(self, run: MLflowRun):
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            for entry in state.log_history:
+                self._log(entry, entry["step"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self._log(logs or {}, state.global_step)
+
+    def _log(self, logs: dict[str, Any], step: int) -> None:
+        metrics = {  # Real: NumPy's numbers too
+            metric_name(name): float(value)
+            for name, value in logs.items()
+            if isinstance(value, Real) and name != "step" and name not in _SUMMARY
+        }
+        self.run.log_metrics(metrics, step)
 
 
 class KeepCompletions(TrainerCallback):

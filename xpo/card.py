@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from xpo.config import XPOConfig
+from xpo.runs import evaluations
 
 _SHOWN = ("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2")
 _SETTINGS = (
@@ -20,11 +21,6 @@ _SETTINGS = (
     "temperature",
     "seed",
 )
-
-
-def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
-    """The evaluations in a Trainer's log history, in order, with their step."""
-    return [entry for entry in history if f"{prefix}_runtime" in entry]
 
 
 def measures(evaluation: dict[str, float], prefix: str = "eval") -> list[str]:

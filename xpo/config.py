@@ -1,5 +1,6 @@
 """XPOConfig: transformers' TrainingArguments and what XPO adds to them. Layer 0."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +9,10 @@ import torch
 from transformers import TrainingArguments
 
 from xpo import checks
+from xpo.errors import ConfigError
 from xpo.forward import PairForward
 from xpo.losses import LabelType, LossType
+from xpo.zero import connect, prepare_environment
 
 LOSS_TYPES = ("sigmoid", "ipo")
 PAIR_FORWARDS = ("auto", "shared", "separate")
@@ -56,6 +59,9 @@ class XPOConfig(TrainingArguments):
             16,384 elsewhere.
         reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
             None or "off" draws them afresh.
+        ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
+            from it; False fetches it layer by layer, token after token, which is slower and needs less memory.
+        shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` when the model is given by name.
         trust_remote_code: allow models that bring their own code.
@@ -66,6 +72,7 @@ class XPOConfig(TrainingArguments):
     logging_steps: float = 10
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
+    use_cpu: bool = False
     dataloader_pin_memory: bool = True
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
@@ -98,6 +105,8 @@ class XPOConfig(TrainingArguments):
     pair_forward: PairForward = "auto"
     tokens_per_micro_batch: int | None = None
     reference_store: str | None = None
+    ds3_gather_for_generation: bool = True
+    shard_reference: bool = False
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
@@ -127,12 +136,29 @@ class XPOConfig(TrainingArguments):
             checks.number("clip_scores", self.clip_scores, above=0)
         if self.generation_batch_size is not None:
             checks.number("generation_batch_size", self.generation_batch_size, minimum=1)
+        # Without this, several processes without a GPU would each believe to be alone.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, imported by others, warns that it found none
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        zero = bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if zero and self.tokens_per_micro_batch is not None:
+            raise ConfigError(
+                f"tokens_per_micro_batch={self.tokens_per_micro_batch} does not go with DeepSpeed, whose processes "
+                "do equally many passes; lower per_device_train_batch_size and raise gradient_accumulation_steps"
+            )
+        if self.shard_reference and not zero:
+            raise ConfigError("shard_reference=True needs DeepSpeed; choose a deepspeed configuration")
+        if zero:
+            prepare_environment(self.use_cpu)
         super().__post_init__()
+        if zero:
+            connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
         self._n_gpu = min(self.n_gpu, 1)
         if self.accelerator_config.dispatch_batches is None:

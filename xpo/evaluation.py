@@ -1,5 +1,6 @@
 """Evaluation on held-out prompts: the policy beside the reference, on the same prompts and noise each time."""
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -22,6 +23,7 @@ from xpo.prompts import plain_text
 from xpo.reference import ReferenceDraws, base_model
 from xpo.rewards import RewardModel
 from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler, eval_mode, sampling_noise
+from xpo.zero import sampling
 
 Record = dict[str, Any]
 
@@ -71,6 +73,7 @@ class Evaluator:
         accelerator: Accelerator,
         args: XPOConfig,
         prefix: str = "eval",
+        engine: nn.Module | None = None,
     ) -> dict[str, float]:
         """Metrics named `{prefix}_...`, the same on every rank; leaves the completions in `records`.
 
@@ -81,13 +84,20 @@ class Evaluator:
         eos_rate, length (tokens), distinct_2: of the policy's completions; ref_* of the reference's.
         One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models.
 
+        Args:
+            policy: unwrapped.
+            dataset: tokenized prompts.
+            accelerator: of the trainer.
+            args: of the trainer.
+            prefix: of the metrics' names.
+            engine: the ZeRO-3 engine around the policy, if there is one.
+
         Raises:
             JudgeStopped: the judge of some rank could not go on; raised on every rank.
         """
         started = time.perf_counter()
         rows = list(dataset)
-        mine = range(args.process_index, len(rows), args.world_size)
-        chunks = [mine[i : i + args.eval_batch_size] for i in range(0, len(mine), args.eval_batch_size)]
+        mine, chunks = shares(len(rows), args.eval_batch_size, args.process_index, args.world_size)
         question = ([rows[i]["prompt_ids"] for i in mine], args.eval_batch_size, args.eval_greedy, args.seed)
         answered, answers = self._answers.get(prefix, (None, []))
         if answered != question:
@@ -101,13 +111,21 @@ class Evaluator:
                 with accelerator.autocast():
                     answers.append(self._reference_answer(prompts, args))
             with accelerator.autocast():  # as in training; judge and reward model keep their own precision
-                completions = self._policy_answer(policy, prompts, chunk, args)
-                ratio = self._log_ratio(policy, prompts, completions, args)
+                with sampling(policy, engine, args.ds3_gather_for_generation) as synced:
+                    completions = self._policy_answer(policy, prompts, chunk, args, synced)
+                    policy_logps = self._logps(policy, self.forwards[0], prompts, completions, args)
+                with self.draws.reference.model() as reference:
+                    ratio = policy_logps - self._logps(reference, self.forwards[1], prompts, completions, args)
+            if stopped or number * args.eval_batch_size >= len(
+                mine
+            ):  # this rank has no more; the others needed its company
+                continue
             try:
                 records += self._compare(prompts, chunk, completions, answers[number], ratio, args)
             except JudgeStopped as error:  # the other ranks wait for this one below
                 stopped.append(str(error))
-                break
+                if engine is None:
+                    break
         self._answers[prefix] = (question, answers)
         for reason in gather_object(stopped):
             raise JudgeStopped(reason)
@@ -116,11 +134,11 @@ class Evaluator:
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _policy_answer(
-        self, policy: PreTrainedModel, prompts: Sequence[Record], indices: Sequence[int], args: XPOConfig
+        self, policy: PreTrainedModel, prompts: Sequence[Record], indices: Sequence[int], args: XPOConfig, synced: bool
     ) -> Completions:
         noise = sampling_noise((args.seed, 0, EVAL_POLICY), list(indices), self.sampler.max_new_tokens)
         ids = [prompt["prompt_ids"] for prompt in prompts]
-        return self.sampler.sample(base_model(policy), ids, noise, args.device, args.eval_greedy)
+        return self.sampler.sample(base_model(policy), ids, noise, args.device, args.eval_greedy, synced)
 
     def _reference_answer(self, prompts: Sequence[Record], args: XPOConfig) -> Completions:
         ids = [prompt["prompt_ids"] for prompt in prompts]
@@ -169,10 +187,15 @@ class Evaluator:
         return records
 
     @torch.no_grad()
-    def _log_ratio(
-        self, policy: PreTrainedModel, rows: Sequence[Record], completions: Completions, args: XPOConfig
+    def _logps(
+        self,
+        model: PreTrainedModel,
+        forward: Forward,
+        rows: Sequence[Record],
+        completions: Completions,
+        args: XPOConfig,
     ) -> Tensor:
-        """log pi(y) - log pi_ref(y) of each completion, (b,)."""
+        """The log-probability of each completion, (b,)."""
         ids, mask = self.sampler.pad_prompts([row["prompt_ids"] for row in rows], args.device)
         batch = {
             "prompt_ids": ids,
@@ -180,10 +203,19 @@ class Evaluator:
             "completion_ids": completions.ids[None],
             "completion_mask": completions.mask[None],
         }
-        with eval_mode(policy):
-            policy_logps = self.forwards[0](policy, batch)
-        with self.draws.reference.model() as model, eval_mode(model):
-            return (policy_logps - self.forwards[1](model, batch))[0]
+        with eval_mode(model):
+            return forward(model, batch)[0]
+
+
+def shares(count: int, batch: int, rank: int, world: int) -> tuple[range, list[Sequence[int]]]:
+    """The rows of a data set that a rank answers, and these in batches: equally many on every rank.
+
+    Ranks with fewer rows end with the first row of the data set, for company: under ZeRO-3 no rank can work alone.
+    """
+    mine = range(rank, count, world)
+    batches: list[Sequence[int]] = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+    of_rank_0 = math.ceil(math.ceil(count / world) / batch)
+    return mine, batches + [[0]] * (of_rank_0 - len(batches))
 
 
 def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:

@@ -24,6 +24,8 @@ def quiet() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
         logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    # Under DeepSpeed it compares the accumulation steps with its own, which the Trainer does not use.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)

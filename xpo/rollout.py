@@ -246,6 +246,7 @@ class Sampler:
         noise: Tensor,
         device: torch.device,
         greedy: bool = False,
+        synced: bool = False,
     ) -> Completions:
         """Completions of prompts, with the model in eval mode and its KV cache on.
 
@@ -257,6 +258,8 @@ class Sampler:
             noise: see `sampling_noise`, (B, max_new_tokens).
             device: where the model is.
             greedy: take the likeliest token instead of drawing one.
+            synced: the model's parameters are divided among processes (ZeRO-3), which all sample equally many
+                prompts and go on until the last of them is done.
 
         Returns:
             B completions of at most `max_new_tokens` tokens.
@@ -267,13 +270,19 @@ class Sampler:
         for start in range(0, len(prompts), chunk):
             part = order[start : start + chunk]
             ids, mask = self.pad_prompts([prompts[i] for i in part], device)
-            generated = self._generate(model, ids, mask, noise[part].to(device), greedy)
+            generated = self._generate(model, ids, mask, noise[part].to(device), greedy, synced)
             for i, row in zip(part, generated, strict=True):
                 rows[i] = row
         return self.completions(pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id))
 
     def _generate(
-        self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, noise: Tensor, greedy: bool
+        self,
+        model: PreTrainedModel,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        noise: Tensor,
+        greedy: bool,
+        synced: bool,
     ) -> Tensor:
         processors = LogitsProcessorList()
         if not greedy and self.sampling.temperature > 0:
@@ -281,13 +290,14 @@ class Sampler:
             processors.append(InverseTransformSampler(noise, prompt_ids.shape[1]))
         decoding = packed_linears(model, len(prompt_ids))
         with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config), decoding:
-            cache = prefilled_cache(model, prompt_ids, prompt_mask)
+            cache = None if synced else prefilled_cache(model, prompt_ids, prompt_mask)
             sequences = model.generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask.long(),
                 position_ids=positions(prompt_mask),
                 generation_config=self.config,
                 logits_processor=processors,
+                synced_gpus=synced,
                 **({} if cache is None else {"past_key_values": cache}),
             )
         return sequences[:, prompt_ids.shape[1] :]

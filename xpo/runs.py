@@ -7,6 +7,8 @@ RUN_DIR/
   completions/           one file per evaluation
   model/                 the final model with its card, and checkpoint-N/ beside it
   metrics.json           everything that was logged
+  output.log             what the job of a sweep printed, if several ran at once
+  failure.json           why it failed
 """
 
 import hashlib
@@ -29,8 +31,10 @@ class RunRecord:
     choices: dict[str, str] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     mlflow_run_id: str | None = None
+    mlflow_experiment_id: str | None = None
     resume_from: str | None = None
     finished: bool = False
+    tags: dict[str, str] = field(default_factory=dict)  # for MLflow
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
@@ -54,7 +58,8 @@ OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
 
 def job_key(config: dict[str, Any]) -> str:
     """Names what a run computes: a hash of its configuration but for what leaves its numbers as they are."""
-    relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference")}
+    relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference", "sweep")}
+    relevant["launch"] = config["launch"]["num_processes"]
     relevant["judge"] = _without_operation(config["judge"])
     relevant["training"] = {
         key: value for key, value in relevant["training"].items() if key not in ("resume", "profile")
@@ -65,6 +70,11 @@ def job_key(config: dict[str, Any]) -> str:
 def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
     inner = {key: _without_operation(value) if isinstance(value, dict) else value for key, value in judge.items()}
     return {key: value for key, value in inner.items() if key not in OPERATION}
+
+
+def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
+    """The evaluations in a Trainer's log history, in order, with their step."""
+    return [entry for entry in history if f"{prefix}_runtime" in entry]
 
 
 def last_complete_checkpoint(model_dir: Path) -> Path | None:
@@ -86,6 +96,17 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint, or only a model lies there."""
+    return any((checkpoint / state).exists() for state in ("optimizer.pt", "optimizer.bin", "latest"))
+
+
+def resumable_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run from which it can go on."""
+    checkpoint = last_complete_checkpoint(run_dir / "model")
+    return checkpoint if checkpoint is not None and has_optimizer(checkpoint) else None
 
 
 def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path | None] | None:
@@ -110,7 +131,7 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
             (path for root in roots for path in root.rglob("run.json")), key=lambda path: path.stat().st_mtime
         )
         unfinished = [
-            (path.parent, last_complete_checkpoint(path.parent / "model"))
+            (path.parent, resumable_checkpoint(path.parent))
             for path in reversed(records)
             if (record := RunRecord.read(path.parent)).job_key == key and not record.finished
         ]
@@ -124,7 +145,7 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
             f"training.resume={resume!r} holds no complete checkpoint; "
             "give a run directory (outputs/DATE/TIME), a checkpoint in its model/, or auto"
         )
-    if not any((checkpoint / state).exists() for state in ("optimizer.pt", "optimizer.bin", "latest")):
+    if not has_optimizer(checkpoint):
         raise ConfigError(
             f"training.resume={resume!r} has no optimizer state (training.save_only_model=true); "
             "start a new run with model.name set to the checkpoint"

@@ -219,6 +219,47 @@ class ReferenceSchema:
 
 
 @dataclass
+class DeepspeedSchema:
+    config: dict[str, Any] = field(default_factory=dict)
+    gather_for_generation: bool = True
+    shard_reference: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shard_reference and not self.config:
+            raise ConfigError("deepspeed.shard_reference=True needs DeepSpeed; choose deepspeed=zero1, zero2 or zero3")
+
+
+@dataclass
+class LaunchSchema:
+    num_processes: int = 1
+    command: str | None = None
+    jobs: int = 1
+    devices: list[int] | None = None
+    timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        checks.number("launch.num_processes", self.num_processes, minimum=1)
+        checks.number("launch.jobs", self.jobs, minimum=1)
+        if self.timeout is not None:
+            checks.number("launch.timeout", self.timeout, above=0)
+        if self.devices is not None and len(self.devices) < self.jobs * self.num_processes:
+            raise ConfigError(
+                f"launch.devices={self.devices} is too few for launch.jobs={self.jobs} with "
+                f"launch.num_processes={self.num_processes} each; give {self.jobs * self.num_processes} devices"
+            )
+
+
+@dataclass
+class SweepSchema:
+    name: str | None = None
+    seeds: int = 1
+    rerun: bool = False
+
+    def __post_init__(self) -> None:
+        checks.number("sweep.seeds", self.seeds, minimum=1)
+
+
+@dataclass
 class TrackingSchema:
     enabled: bool = True
     uri: str | None = None
@@ -240,6 +281,9 @@ class TrainSchema:
     evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
     reference: ReferenceSchema = field(default_factory=ReferenceSchema)
     training: TrainingSchema = field(default_factory=TrainingSchema)
+    deepspeed: DeepspeedSchema = field(default_factory=DeepspeedSchema)
+    launch: LaunchSchema = field(default_factory=LaunchSchema)
+    sweep: SweepSchema = field(default_factory=SweepSchema)
     tracking: TrackingSchema = field(default_factory=TrackingSchema)
 
     def __post_init__(self) -> None:
@@ -261,6 +305,12 @@ class TrainSchema:
             raise ConfigError(
                 f"training.eval_steps={self.training.eval_steps} has no effect with training.eval_strategy=no; "
                 "set training.eval_strategy=steps"
+            )
+        if self.training.tokens_per_micro_batch is not None and self.deepspeed.config:
+            raise ConfigError(
+                f"training.tokens_per_micro_batch={self.training.tokens_per_micro_batch} does not go with deepspeed, "
+                "whose processes do equally many passes; lower training.per_device_train_batch_size and raise "
+                "training.gradient_accumulation_steps"
             )
         if self.training.push_to_hub and not self.training.hub_model_id:
             raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")

@@ -1,4 +1,7 @@
-"""MLflow: one run per training run, whose points are neither lost nor logged twice."""
+"""MLflow: one run per training run. What it logs is neither lost nor logged twice, also when MLflow is out of reach.
+
+Imports neither torch nor, before a run is tracked, MLflow: a parent process starts at once.
+"""
 
 import contextlib
 import json
@@ -6,46 +9,342 @@ import logging
 import math
 import os
 import re
+import shlex
+import sqlite3
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Real
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from filelock import FileLock
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 logger = logging.getLogger(__name__)
 
 _MAX_PARAM = 6000  # characters of a value that MLflow keeps
 _MAX_KEY = 250  # characters of the name of a param or metric
 _FLUSH_POINTS, _FLUSH_SECONDS = 500, 2.0
-_RETRY_AFTER_S = (0.0, 1.0, 3.0)
-_LAST_RETRY_AFTER_S = (0.0, 1.0, 3.0, 10.0, 30.0)  # at the end of a run: what is not sent by then is lost
-_UNAVAILABLE = (MlflowException, SQLAlchemyError, OSError)
+_KNOCK_S = 3.0  # how long a server or a lock may keep a training step waiting
+_DRAIN_S = 3.0  # how long a training step sends what has piled up
+_RETRY_S, _MAX_RETRY_S = 5.0, 60.0  # between attempts in training
+_LAST_RETRY_AFTER_S = (0.0, 1.0, 3.0, 10.0, 30.0)  # at the end of a run
+
+# MLflow's client would try for minutes; the backlog does not lose anything by giving up early.
+_SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+Entry = dict[str, Any]
 
 
-def _knock(uri: str) -> None:
-    """OSError within seconds if no server listens, where MLflow's client would retry for minutes."""
-    with contextlib.suppress(urllib.error.HTTPError):  # a refusal is an answer: MLflow's client can log in
-        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3).close()
+# ---- MLflow within seconds ---------------------------------------------------------------------
 
 
 def tracking_uri(uri: str | None) -> str:
     """The tracking server or database: `uri`, $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return f"sqlite:///{_database(uri)}" if uri.startswith("sqlite:///") else uri
+
+
+def _database(uri: str) -> Path:
+    return Path(uri.removeprefix("sqlite:///")).absolute()
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def _knock(uri: str) -> None:
+    """Finds out within seconds what MLflow's client would wait for: a server that is gone or hangs, a locked database.
+
+    Raises:
+        OSError, sqlite3.Error: nobody answers.
+    """
+    if _is_server(uri):
+        try:
+            # Not /health, which answers while the server's database is locked.
+            path = "api/2.0/mlflow/experiments/get?experiment_id=0"
+            urllib.request.urlopen(f"{uri.rstrip('/')}/{path}", timeout=_KNOCK_S).close()
+        except urllib.error.HTTPError:
+            pass  # a refusal is an answer: MLflow's client can log in
+        except urllib.error.URLError as error:
+            raise ConnectionError(error.reason) from error
+    elif uri.startswith("sqlite:///"):
+        file = f"file:{quote(str(_database(uri)))}?mode=rw"
+        with contextlib.closing(sqlite3.connect(file, timeout=_KNOCK_S, isolation_level=None, uri=True)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def _short_calls() -> Iterator[None]:
+    """Within it, MLflow's HTTP client gives up after seconds, unless the environment says otherwise."""
+    added = {name: value for name, value in _SHORT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _client(uri: str) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    # mlflow.store.db logs tracebacks of what it raises, which is reported here in one line.
+    for name, level in (("alembic", "WARNING"), ("mlflow", "WARNING"), ("mlflow.store.db", "CRITICAL")):
+        logging.getLogger(name).setLevel(level)
+    return MlflowClient(uri)
+
+
+def reach(uri: str) -> "MlflowClient":
+    """A client of a server or database that exists and answers.
+
+    Raises:
+        Exception: whatever its driver raises if it does not.
+    """
+    _knock(uri)
+    return _client(uri)
+
+
+def mark_ended(uri: str | None, run_id: str, status: str) -> bool:
+    """Sets a run that MLflow still calls running to KILLED or FAILED.
+
+    Returns:
+        Whether MLflow was reached.
+    """
+    try:
+        with _short_calls():
+            client = reach(tracking_uri(uri))
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, status)
+    except Exception:  # see Backlog.drain
+        return False
+    return True
+
+
+def set_tags(uri: str | None, run_ids: Iterable[str], tags: dict[str, str]) -> bool:
+    """Sets tags of runs.
+
+    Returns:
+        Whether MLflow took all of them.
+    """
+    from mlflow.entities import RunTag
+
+    try:
+        with _short_calls():
+            client = reach(tracking_uri(uri))
+            for run_id in run_ids:
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    except Exception:  # see Backlog.drain
+        return False
+    return True
+
+
+def chart_link(uri: str | None, experiment_id: str, sweep: str | None = None) -> str:
+    """The UI's charts of an experiment, or of one sweep (tag xpo.sweep). A database needs `mlflow ui` running."""
+    uri = tracking_uri(uri)
+    base = uri.rstrip("/") if _is_server(uri) else "http://127.0.0.1:5000"
+    chosen = "" if sweep is None else "&searchFilter=" + quote(f'tags."xpo.sweep" = "{sweep}"', safe="")
+    return f"{base}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&compareRunsMode=CHART{chosen}"
+
+
+# ---- what MLflow has not taken -----------------------------------------------------------------
+
+
+class Backlog:
+    """What MLflow has not taken yet, in order, in a file that outlives the process.
+
+    A line of it is JSON: where the rest belongs, {"uri", "experiment", "run_id"}, of which the last one counts, or
+    {"metrics": [[key, value, time in ms, step], ...]}, {"file": path, "folder": name or null}, {"tag": [key, value]},
+    {"status": name, "time": ms}. The file only grows, until all of it was sent; then it is removed. All of it can be
+    sent again: a point with its time is stored once, and of files, tags and status the last one counts.
+
+    Args:
+        path: the file; what it holds already is read. None keeps everything in memory.
+
+    Raises:
+        ConfigError: a line of the file is no JSON.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self.where: dict[str, str] = {}
+        self.entries: list[Entry] = []
+        self._unsaved: list[Entry] = []
+        self._size = 0  # bytes of whole lines
+        self._warned = False
+        if path is not None and path.exists():
+            text = path.read_bytes()
+            self._size = text.rfind(b"\n") + 1  # a kill may have torn the last line
+            for number, line in enumerate(text[: self._size].splitlines(), 1):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    raise ConfigError(f"{path}, line {number} is no JSON; mend the line or delete it") from None
+                if "run_id" in entry:
+                    self.where = entry
+                else:
+                    self._queue(entry)
+
+    @property
+    def directory(self) -> Path:
+        """What the paths of files are relative to."""
+        return self.path.parent if self.path is not None else Path()
+
+    @property
+    def saved(self) -> bool:
+        """Whether anything is in the file."""
+        return self._size > 0
+
+    @property
+    def unsaved(self) -> list[Entry]:
+        """What is in memory only."""
+        return [entry for entry in self._unsaved if "run_id" not in entry]
+
+    def belongs(self, where: dict[str, str]) -> None:
+        """Says whose entries these are: uri, experiment and run_id."""
+        if where != self.where:
+            self.where = where
+            self._unsaved.append(where)
+
+    def append(self, entry: Entry) -> None:
+        """Queues an entry, in memory for now."""
+        self._queue(entry)
+        self._unsaved.append(entry)
+
+    def _queue(self, entry: Entry) -> None:
+        last = self.entries[-1].get("metrics") if self.entries else None
+        if "metrics" not in entry:
+            self.entries = [other for other in self.entries if other != entry] + [entry]  # a file's newest content
+        elif last is not None and len(last) + len(entry["metrics"]) <= _FLUSH_POINTS:
+            self.entries[-1] = {"metrics": last + entry["metrics"]}
+        else:
+            self.entries.append(entry)
+
+    def forget(self, held: set[tuple[str, int]]) -> int:
+        """Drops points that MLflow holds at their step, and adds the others to `held`. Returns how many it dropped."""
+        kept, dropped = [], 0
+        for entry in self.entries:
+            if "metrics" in entry:
+                new = [point for point in entry["metrics"] if (point[0], point[3]) not in held]
+                dropped += len(entry["metrics"]) - len(new)
+                held |= {(point[0], point[3]) for point in new}
+                entry = {"metrics": new}
+            if entry != {"metrics": []}:
+                kept.append(entry)
+        self.entries = kept
+        return dropped
+
+    def save(self) -> None:
+        """Brings the file up to date, line by line. While that cannot be done, memory keeps the rest: one warning."""
+        if self.path is None or not self.entries:
+            return
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(self._size)  # what a kill or a full disk has torn
+                while self._unsaved:
+                    line = json.dumps(self._unsaved[0]).encode() + b"\n"
+                    file.write(line)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._size += len(line)
+                    del self._unsaved[0]
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "xpo: %s cannot be written (%s); what it lacks waits in memory", self.path, error.strerror
+                )
+            self._warned = True
+
+    def drain(self, send: Callable[[Entry], object], seconds: float = math.inf) -> Exception | None:
+        """Sends entries in order, for so long, and removes the file when that was all.
+
+        The first failure ends it. Only files are passed over after one, as their store may be another server.
+
+        Returns:
+            The first failure, of any type: drivers of databases and artifact stores raise their own.
+        """
+        until = time.monotonic() + seconds
+        waiting, failure = 0, None  # files that are passed over come first
+        while waiting < len(self.entries):
+            entry = self.entries[waiting]
+            if failure is not None and "file" in entry:
+                waiting += 1
+                continue
+            try:
+                send(entry)
+            except Exception as error:
+                failure = failure or error
+                if "file" not in entry:
+                    break
+                waiting += 1
+                continue
+            del self.entries[waiting]
+            if time.monotonic() > until:
+                break
+        if not self.entries:
+            self._unsaved, self._size = [self.where], 0
+            if self.path is not None:
+                self.path.unlink(missing_ok=True)
+        return failure
+
+
+def send(client: "MlflowClient", run_id: str, entry: Entry, directory: Path) -> bool:
+    """Sends one entry of a backlog in `directory`. Returns False, with a warning, for a file that no longer exists."""
+    from mlflow.entities import Metric
+
+    match entry:
+        case {"metrics": points}:
+            client.log_batch(run_id, metrics=[Metric(*point) for point in points])
+        case {"tag": [key, value]}:
+            client.set_tag(run_id, key, value)
+        case {"status": status, "time": ended}:
+            client.set_terminated(run_id, status, ended)
+        case {"file": path, "folder": folder}:
+            if not (directory / path).is_file():
+                logger.warning("xpo: %s is gone: MLflow will not have it", directory / path)
+                return False
+            client.log_artifact(run_id, str(directory / path), folder)
+    return True
+
+
+def held_points(client: "MlflowClient", run: "Run", keys: Iterable[str]) -> set[tuple[str, int]]:
+    """(key, step) of every point that MLflow holds of these metrics."""
+    known = set(keys) & run.data.metrics.keys()
+    return {(key, point.step) for key in known for point in client.get_metric_history(run.info.run_id, key)}
+
+
+def count(entries: Iterable[Entry]) -> Counter[str]:
+    """How many points, files and tags there are."""
+    counts = Counter({"point": 0, "file": 0, "tag": 0})
+    for entry in entries:
+        counts["point"] += len(entry.get("metrics", ()))
+        counts["file"] += "file" in entry
+        counts["tag"] += "tag" in entry
+    return counts
+
+
+def in_words(counts: Counter[str]) -> str:
+    """Counts as text: "2 points, 1 file, 0 tags"."""
+    return ", ".join(f"{number} {kind}{'' if number == 1 else 's'}" for kind, number in counts.items())
+
+
+# ---- a run -------------------------------------------------------------------------------------
 
 
 class MLflowRun:
     """A run in MLflow. Points are buffered and sent together; a resumed run knows what it holds.
+
+    When MLflow is out of reach, training goes on: what the run logs waits in a Backlog, and is sent in order as soon
+    as MLflow is back, by this process, by a resumed one, or by `python -m xpo.track replay`.
 
     Args:
         uri: tracking server or database; None for a database in the working directory.
@@ -54,6 +353,8 @@ class MLflowRun:
         params: configuration values by dotted key. Those that the run already has stay as they are.
         tags: texts by name.
         run_id: the run to go on with; None starts a new one.
+        backlog: the file that keeps what MLflow does not take. What an earlier process left there is sent first.
+        color: of a new run in the UI's charts, "#rrggbb".
 
     Raises:
         ConfigError: the tracking server or database does not answer.
@@ -67,38 +368,48 @@ class MLflowRun:
         params: dict[str, Any],
         tags: dict[str, str],
         run_id: str | None = None,
+        backlog: Path | None = None,
+        color: str | None = None,
     ):
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+
         self.uri = tracking_uri(uri)
-        self._logged: set[tuple[str, int]] = set()
-        self._points: list[Metric] = []
+        self._sweep = tags.get("xpo.sweep")
+        self._points: list[list[Any]] = []  # key, value, time, step
+        self._backlog = Backlog(backlog)
+        self._wait = _RETRY_S
+        self._retry_at = -math.inf
+        self._reachable = True
         try:
             self.client, self.experiment_id = self._connect(experiment)
-            self.run_id = run_id if run_id and self._exists(run_id) else self._create(run_name)
-            self._describe(params, tags)
-        except (*_UNAVAILABLE, ImportError) as error:  # ImportError: the database's driver
+            self.run_id = run_id if run_id and self._exists(run_id) else self._create(run_name, color)
+            run = self.client.get_run(self.run_id)
+            self._logged = held_points(self.client, run, run.data.metrics)
+            self._take_up(experiment)
+            self._describe(run, params, tags)
+        except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: the database's driver
             raise ConfigError(
-                f"tracking.uri={self.uri!r} does not answer ({_first_line(error)}); correct it, or set tracking=none"
+                f"tracking.uri={self.uri!r} does not answer ({first_line(error)}); correct it, or set tracking=none"
             ) from error
         self._flushed_at = time.monotonic()
 
-    def _connect(self, experiment: str) -> tuple[MlflowClient, str]:
+    def _connect(self, experiment: str) -> tuple["MlflowClient", str]:
         """A client, and the experiment's id. Concurrent first starts on an empty database must not race."""
-        if self.uri.startswith(("http://", "https://")):
-            _knock(self.uri)
         if not self.uri.startswith("sqlite:///"):
-            client = MlflowClient(self.uri)
+            client = reach(self.uri)
             return client, self._experiment(client, experiment, None)
-        database = Path(self.uri.removeprefix("sqlite:///")).absolute()
+        database = _database(self.uri)
         database.parent.mkdir(parents=True, exist_ok=True)
         artifacts = database.parent / "mlruns" / experiment
         with FileLock(f"{database}.lock"):  # the client itself makes the tables
-            client = MlflowClient(self.uri)
+            client = _client(self.uri)
             return client, self._experiment(client, experiment, artifacts.as_uri())
 
     @staticmethod
-    def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
+    def _experiment(client: "MlflowClient", name: str, artifacts: str | None) -> str:
+        from mlflow.exceptions import MlflowException
+
         found = client.get_experiment_by_name(name)
         if found is None:
             try:
@@ -109,24 +420,37 @@ class MLflowRun:
                     raise
         return found.experiment_id
 
-    def _describe(self, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Logs params and tags, and reads which points the run holds."""
-        run = self.client.get_run(self.run_id)
+    def _exists(self, run_id: str) -> bool:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # trouble of the moment must not begin a second run
+                raise
+            return False
+
+    def _create(self, run_name: str, color: str | None) -> str:
+        tags = {} if color is None else {"mlflow.runColor": color}
+        return self.client.create_run(self.experiment_id, run_name=run_name, tags=tags).info.run_id
+
+    def _take_up(self, experiment: str) -> None:
+        """Sends the backlog of an earlier process. If its run is gone from MLflow, this one has it all."""
+        left_behind = bool(self._backlog.where)
+        self._backlog.belongs({"uri": self.uri, "experiment": experiment, "run_id": self.run_id})
+        if left_behind:
+            self._backlog.forget(self._logged)
+            self._backlog.entries = [entry for entry in self._backlog.entries if "status" not in entry]  # it goes on
+            self._drain()
+
+    def _describe(self, run: "Run", params: dict[str, Any], tags: dict[str, str]) -> None:
+        """Logs params and tags."""
+        from mlflow.entities import Param, RunTag
+
         texts = {_key(key): str(value)[:_MAX_PARAM] for key, value in params.items() if value is not None}
         new = [Param(key, text) for key, text in texts.items() if key not in run.data.params]
         self.client.log_batch(self.run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()])
         self.client.update_run(self.run_id, status="RUNNING")
-        for key in run.data.metrics:
-            self._logged |= {(key, point.step) for point in self.client.get_metric_history(self.run_id, key)}
-
-    def _exists(self, run_id: str) -> bool:
-        try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
-        except MlflowException:
-            return False
-
-    def _create(self, run_name: str) -> str:
-        return self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Adds points to the buffer, except those that the run already has at this step."""
@@ -135,58 +459,81 @@ class MLflowRun:
             key = _key(name)
             if (key, step) not in self._logged:
                 self._logged.add((key, step))
-                self._points.append(Metric(key, float(value), now, step))
+                self._points.append([key, float(value), now, step])
         if len(self._points) >= _FLUSH_POINTS or time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()
 
-    def flush(self, last: bool = False) -> None:
-        """Sends the buffer. What cannot be sent stays in it, with a warning, for the next time.
-
-        Args:
-            last: there is no next time: try for longer.
-        """
-        waits = _LAST_RETRY_AFTER_S if last else _RETRY_AFTER_S
-        while self._points:
-            chunk = self._points[:_FLUSH_POINTS]
-            if not self._retried(lambda chunk=chunk: self.client.log_batch(self.run_id, metrics=chunk), waits):  # type: ignore[misc]
-                logger.warning("MLflow did not take %d points%s", len(self._points), "" if last else " yet")
-                break
-            del self._points[: len(chunk)]
+    def flush(self) -> None:
+        """Sends the buffer, behind what waits already; it never waits for long."""
+        points, self._points = self._points, []
+        chunks = range(0, len(points), _FLUSH_POINTS)
+        self._log(*({"metrics": points[start : start + _FLUSH_POINTS]} for start in chunks))
         self._flushed_at = time.monotonic()
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
-        """Stores a file among the run's artifacts."""
-        self._retried(lambda: self.client.log_artifact(self.run_id, str(path), folder), _RETRY_AFTER_S)
+        """Stores a file among the run's artifacts: as it is when MLflow takes it."""
+        path, directory = path.absolute(), self._backlog.directory.absolute()
+        inside = path.relative_to(directory) if path.is_relative_to(directory) else path  # the directory may move
+        self._log({"file": str(inside), "folder": folder})
 
     def set_tag(self, key: str, value: str) -> None:
         """Sets one tag."""
-        self._retried(lambda: self.client.set_tag(self.run_id, key, value), _RETRY_AFTER_S)
+        self._log({"tag": [key, value]})
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Sends what is left and ends the run as FINISHED, FAILED or KILLED."""
-        self.flush(last=True)
-        self._retried(lambda: self.client.set_terminated(self.run_id, status), _RETRY_AFTER_S)
+        """Sends what is left, trying for a minute or so, and ends the run as FINISHED, FAILED or KILLED."""
+        self.flush()
+        self._log({"status": status, "time": int(time.time() * 1000)})
+        for wait in _LAST_RETRY_AFTER_S:
+            if not self._backlog.entries:
+                return
+            time.sleep(wait)
+            self._drain()
+        if self._backlog.unsaved:
+            lost = in_words(count(self._backlog.unsaved))
+            logger.warning("xpo: the end of this run is lost (%s): neither MLflow nor a file has taken it", lost)
+        if self._backlog.saved:
+            left = in_words(count(self._backlog.entries))
+            command = shlex.join(["python", "-m", "xpo.track", "replay", str(self._backlog.directory)])
+            logger.warning("xpo: MLflow lacks the end of this run (%s); send it with: %s", left, command)
 
     def ui_command(self) -> str:
-        """What opens the UI on this run's experiment."""
-        if self.uri.startswith("http"):
-            return f"{self.uri}/#/experiments/{self.experiment_id}/runs?compareRunsMode=CHART"
+        """What opens the UI: a server's charts of this run's sweep or experiment, or the command that starts one."""
+        if _is_server(self.uri):
+            return chart_link(self.uri, self.experiment_id, self._sweep)
         return f"mlflow ui --backend-store-uri {self.uri}"
 
-    @staticmethod
-    def _retried(call: Callable[[], Any], waits: Sequence[float]) -> bool:
-        for wait in waits:
-            time.sleep(wait)
-            try:
-                call()
-                return True
-            except _UNAVAILABLE as error:
-                reason = _first_line(error)
-        logger.warning("MLflow: %s", reason)
-        return False
+    def _log(self, *entries: Entry) -> None:
+        for entry in entries:
+            self._backlog.append(entry)
+        if not self._reachable:
+            self._backlog.save()  # before the next attempt, which may take seconds
+        if self._backlog.entries and time.monotonic() >= self._retry_at:
+            self._drain(_DRAIN_S)
+
+    def _drain(self, seconds: float = math.inf) -> None:
+        """Sends what waits; after a failure the next attempt is a while away."""
+        failure = self._backlog.drain(self._send, seconds)
+        if failure is not None:
+            if self._reachable:
+                reason, place = first_line(failure), self._backlog.path or "memory"
+                logger.warning("xpo: MLflow does not take what the run logs (%s); it waits in %s", reason, place)
+            self._wait = _RETRY_S if self._reachable else min(2 * self._wait, _MAX_RETRY_S)
+            self._retry_at = time.monotonic() + self._wait
+            self._reachable = False
+        elif not self._reachable and not self._backlog.entries:
+            logger.warning("xpo: MLflow is back and has what waited")
+            self._reachable = True
+        self._backlog.save()
+
+    def _send(self, entry: Entry) -> None:
+        with _short_calls():
+            _knock(self.uri)
+            send(self.client, self.run_id, entry, self._backlog.directory)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
@@ -198,43 +545,6 @@ def _key(name: str) -> str:
 def metric_name(name: str) -> str:
     """MLflow's name of a Trainer log: "eval_win_rate" is eval/win_rate; the UI groups by the prefix."""
     return name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name
-
-
-# The Trainer's summary of a call of train(): about this process, not about the run.
-_SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
-
-
-class MLflowCallback(TrainerCallback):
-    """Sends every logged metric to a run. On a resumed run, first what its checkpoint knows of."""
-
-    def __init__(self, run: MLflowRun):
-        self.run = run
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            for entry in state.log_history:
-                self._log(entry, entry["step"])
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero:
-            self._log(logs or {}, state.global_step)
-
-    def _log(self, logs: dict[str, Any], step: int) -> None:
-        metrics = {  # Real: NumPy's numbers too
-            metric_name(name): float(value)
-            for name, value in logs.items()
-            if isinstance(value, Real) and name != "step" and name not in _SUMMARY
-        }
-        self.run.log_metrics(metrics, step)
 
 
 COMPLETION_COLUMNS = ("prompt", "completion", "reference", "verdict", "score", "ref_score", "step")

@@ -6,15 +6,9 @@ parent never trains and never imports torch: jobs of a sweep cannot disturb each
 process is a worker itself.
 """
 
-import importlib.metadata
 import os
-import signal
-import subprocess
 import sys
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -22,13 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from xpo.errors import ConfigError
-from xpo.overrides import CONF, explain, unknown_key
-from xpo.runs import OPERATION, RunRecord, job_key, resolve_resume
-from xpo.schema import TrainSchema, flatten, to_dict
+from xpo.jobs import prepare
+from xpo.launch import JobProcess, exit_statuses, explanation, passing_on_signals, signals
+from xpo.overrides import CONF, explain
+from xpo.schema import TrainSchema
 
 ConfigStore.instance().store(name="schema", node=TrainSchema)
-_exit_statuses: list[int] = []
-_signals: list[int] = []  # that reached this process; what is left of a sweep does not start then
 
 
 def main() -> None:
@@ -41,7 +34,7 @@ def main() -> None:
         _parent()
     except Exception as error:
         sys.exit(_bad_input(error))
-    sys.exit(max(_exit_statuses, default=0))
+    sys.exit(max(exit_statuses, default=0))
 
 
 def choose_preset(arguments: list[str]) -> list[str]:
@@ -55,8 +48,8 @@ def choose_preset(arguments: list[str]) -> list[str]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _parent(config: DictConfig) -> None:
-    """One job: a worker process, to which signals are passed on."""
-    if _signals:
+    """One job, which is not part of a sweep, or which another launcher than ours has started."""
+    if signals:
         return
     hydra_config = HydraConfig.get()
     try:
@@ -67,9 +60,9 @@ def _parent(config: DictConfig) -> None:
             list(hydra_config.overrides.task),
         )
     except Exception as error:  # Hydra would print a line of its own
-        _exit_statuses.append(_bad_input(error))
+        exit_statuses.append(_bad_input(error))
         return
-    _exit_statuses.append(start_worker(run_dir))
+    exit_statuses.append(start_worker(run_dir))
 
 
 def _bad_input(error: Exception) -> int:
@@ -81,133 +74,14 @@ def _bad_input(error: Exception) -> int:
     return 2
 
 
-def prepare(config: DictConfig, output_dir: Path, choices: dict[str, str], overrides: list[str]) -> Path:
-    """Checks a composed configuration and writes it to the run directory, which is returned.
-
-    With `training.resume` that is the directory of the run that goes on.
-
-    Raises:
-        ConfigError: a value is out of range, a required one is missing, or there is nothing to resume.
-    """
-    check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        key = sorted(missing)[0]
-        raise ConfigError(f"{key} has no value; give one with {key}=...")
-    schema: TrainSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
-    resolved = to_dict(schema)
-    key = job_key(resolved)
-    record = RunRecord(
-        name=run_name(choices, overrides),
-        job_key=key,
-        version=importlib.metadata.version("xpo"),
-        choices={group: choice for group, choice in choices.items() if "/" not in group},
-        overrides=[override for override in overrides if "training.resume=" not in override],
-    )
-    resume = schema.training.resume
-    resumed: Path | None = None
-    if resume is not None:
-        found = resolve_resume(resume, key, [Path("outputs"), Path("multirun"), output_dir])
-        if found is not None:
-            resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()
-            if not compare_with_run(resolved, resumed):  # other settings are another curve
-                record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
-            record.resume_from = str(checkpoint) if checkpoint else None
-            if output_dir.is_dir() and not any(output_dir.iterdir()):
-                output_dir.rmdir()  # Hydra's directory for this command, of no use
-            output_dir = resumed
-        else:
-            print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
-    if resumed is None and (output_dir / "run.json").exists():
-        raise ConfigError(
-            f"hydra.run.dir={str(output_dir)!r} holds a run already; "
-            f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
-    record.write(output_dir)
-    return output_dir
-
-
-# What may change and leave a run the same experiment; more steps stretch a schedule that depends on them.
-_HARMLESS = (
-    "tracking.",
-    "reference.store",
-    "training.resume",
-    "training.profile",
-    "training.max_steps",
-    "training.save_",
-    "training.disable_tqdm",
-)
-
-
-def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
-    """Whether the configuration changes the numbers of a run that goes on, which it says.
-
-    Raises:
-        ConfigError: it changes the run's model.
-    """
-    changed = False
-    trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
-    for key, value in flatten(config).items():
-        before = trained.get(key)
-        operation = key.startswith("judge.") and key.rpartition(".")[2] in OPERATION
-        if before == value or operation or key.startswith(_HARMLESS):
-            continue
-        if key.startswith(("model.", "lora.")):
-            raise ConfigError(
-                f"training.resume={str(run_dir)!r} is a run with {key}={before!r}, not {value!r}; "
-                f"give that run's command: {RunRecord.read(run_dir).command(run_dir)}"
-            )
-        print(f"xpo: the run goes on with {key}={value!r} instead of {before!r}", file=sys.stderr)
-        changed = True
-    return changed
-
-
-def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
-    """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
-    types = {field.name: field.type for field in fields(schema)}
-    for key, value in config.items():
-        if key not in types:
-            raise ConfigError(unknown_key(f"{prefix}{key}", CONF))
-        if is_dataclass(types[key]):
-            check_keys(value, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
-
-
-def run_name(choices: dict[str, str], overrides: list[str]) -> str:
-    """A short name: the overrides by their last word, or the experiment. The MLflow UI cuts long names."""
-    words = []
-    for override in overrides:
-        key, equals, value = override.lstrip("+").partition("=")
-        if not key.startswith(("experiment", "tracking", "training.resume")):
-            words.append(key.rpartition(".")[2] + equals + value)
-    return " ".join(words) or choices.get("experiment", "run")
-
-
 def start_worker(run_dir: Path) -> int:
-    """Runs one worker to its end and returns its exit status; SIGINT and SIGTERM go to the worker."""
-    # A session of its own: Ctrl-C in a terminal would reach the worker twice otherwise.
-    worker = subprocess.Popen([sys.executable, "-m", "xpo.worker", str(run_dir)], start_new_session=True)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        _signals.append(number)
-        worker.send_signal(number)
-
-    handlers: dict[int, Any] = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        status = worker.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if status >= 0:
-        return status
-    if not _signals:
-        print(
-            f"xpo: error: the worker of {run_dir} was killed by {signal.Signals(-status).name}, for want of memory "
-            f"perhaps; continue with: {RunRecord.read(run_dir).command('auto')}",
-            file=sys.stderr,
-        )
-    return 128 - status
+    """Runs one job to its end and returns its exit status; SIGINT and SIGTERM go to the job."""
+    job = JobProcess(run_dir)
+    with passing_on_signals(job.stop):
+        outcome = job.wait()
+    if outcome.state in ("killed", "timed out"):
+        print(f"xpo: error: {explanation(run_dir, outcome)}", file=sys.stderr)
+    return outcome.status
 
 
 def compose(arguments: list[str]) -> tuple[DictConfig, Path, dict[str, str]]:

@@ -55,6 +55,7 @@ from xpo.rollout import (
 )
 from xpo.runs import is_complete
 from xpo.store import Store
+from xpo.zero import check_engine, divide, gathered, is_divided, loading_whole, sampling
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
 
@@ -137,7 +138,8 @@ class XPOTrainer(Trainer):
             raise ConfigError("train_dataset=None; pass a data set with a column 'prompt'")
         if reward_model is None and isinstance(judge, RewardJudge):
             reward_model = judge.reward_model
-        self.reward_model = as_reward_model(reward_model, reward_processing_class, args.device)
+        with loading_whole():
+            self.reward_model = as_reward_model(reward_model, reward_processing_class, args.device)
         self.judge = as_judge(judge, self.reward_model)
         if (args.normalize_scores or args.clip_scores) and not judged_by(self.judge, self.reward_model):
             key, value = ("normalize_scores", True) if args.normalize_scores else ("clip_scores", args.clip_scores)
@@ -165,7 +167,11 @@ class XPOTrainer(Trainer):
                 _disable_dropout(part)
         if peft_config is not None:
             model = _with_adapters(model, peft_config, args.seed)
-        self.reference = Reference(model, ref_model, args.device)
+        # Under DeepSpeed the policy is trained in half precision, without autocast.
+        half = _half(args) if args.deepspeed_plugin is not None else None
+        self.reference = Reference(model, ref_model, args.device, half, lambda: self.zero3_engine)
+        if args.shard_reference and self.reference.frozen is not None:
+            divide(self.reference.frozen, args.deepspeed_plugin.deepspeed_config)
         self.sampler = Sampler(processing_class, sampling_options(args), eos_token_ids)
 
         super().__init__(
@@ -179,13 +185,13 @@ class XPOTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
-        policy = base_model(self.model)
-        self.policy_forward = Forward(policy, args.pair_forward, args.max_length + args.max_new_tokens)
+        longest = args.max_length + args.max_new_tokens
+        with gathered(self.model):
+            self.policy_forward = Forward(base_model(self.model), args.pair_forward, longest)
         self.reference_forward = self.policy_forward
         if self.reference.frozen is not None:
-            self.reference_forward = Forward(
-                self.reference.frozen, args.pair_forward, args.max_length + args.max_new_tokens
-            )
+            with gathered(self.reference.frozen):
+                self.reference_forward = Forward(self.reference.frozen, args.pair_forward, longest)
         self.draws = ReferenceDraws(self.reference, self.sampler, reference_store(args), precision(args))
         self.evaluator = Evaluator(
             self.sampler,
@@ -212,6 +218,8 @@ class XPOTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return [], None
+        if self.is_deepspeed_enabled:
+            check_engine(self.model_wrapped, self._deepspeed_config, self.args.world_size)
         started = time.perf_counter()
         with record_function("rollout"):
             rollout, draw = self._rollout(batches)
@@ -246,7 +254,8 @@ class XPOTrainer(Trainer):
         noise = sampling_noise((self.args.seed, self.state.global_step, POLICY), rows, self.sampler.max_new_tokens)
         epoch = int(self.state.epoch or 0)
         with self.accelerator.autocast():
-            policy = self.sampler.sample(base_model(self.model), prompts, noise, self.args.device)
+            with sampling(self.model, self.zero3_engine, self.args.ds3_gather_for_generation) as synced:
+                policy = self.sampler.sample(base_model(self.model), prompts, noise, self.args.device, synced=synced)
             draw = self.draws.draw(prompts, self.args.seed, REFERENCE, epoch, self.args.device)
         prompt_ids, prompt_mask = self.sampler.pad_prompts(prompts, self.args.device)
         pairs = same_width(policy, draw.completions, self.sampler.pad_token_id)
@@ -297,6 +306,15 @@ class XPOTrainer(Trainer):
     @property
     def _tokens_at_once(self) -> int:
         return self.args.tokens_per_micro_batch or tokens_at_once(self.args.device)
+
+    @property
+    def _deepspeed_config(self) -> dict[str, Any]:
+        return self.accelerator.state.deepspeed_plugin.deepspeed_config
+
+    @property
+    def zero3_engine(self) -> nn.Module | None:
+        """The DeepSpeed engine that divides the policy's parameters; None before training and below ZeRO-3."""
+        return self.model_wrapped if self.model_wrapped is not self.model and is_divided(self.model) else None
 
     @torch.no_grad()
     def _reference_logps(self, rollout: Rollout) -> Tensor:
@@ -360,7 +378,9 @@ class XPOTrainer(Trainer):
         """
         started = time.perf_counter()
         lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=(0, 2))
-        *first, last = token_batches(lengths, range(len(lengths)), self._tokens_at_once)
+        # Under DeepSpeed, every process must do equally many passes.
+        budget = None if self.is_deepspeed_enabled else self._tokens_at_once
+        *first, last = token_batches(lengths, range(len(lengths)), budget)
         loss = torch.zeros((), device=self.args.device)
         for rows in first:
             with self.accelerator.no_sync(model):
@@ -370,6 +390,10 @@ class XPOTrainer(Trainer):
             raise self._diverged(f"the loss is {loss.item()}")
         self._tracker.add({"perf/update_s": Mean(time.perf_counter() - started, 0)})
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # They are on the device. Under DeepSpeed in bf16 the Trainer would round the reference's log-probabilities.
+        return inputs
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         # The last look before the optimizer step: a bad gradient must not reach weights or checkpoints.
@@ -467,7 +491,9 @@ class XPOTrainer(Trainer):
             raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
         dataset = self.tokenize(dataset, key="eval_dataset")
         try:
-            result = self.evaluator(self.model, dataset, self.accelerator, self.args, metric_key_prefix)
+            result = self.evaluator(
+                self.model, dataset, self.accelerator, self.args, metric_key_prefix, self.zero3_engine
+            )
         except JudgeStopped:
             self._keep_checkpoint()
             raise
@@ -489,7 +515,13 @@ class XPOTrainer(Trainer):
         # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
         # checkpoint is complete, so no rank may lag behind.
         super()._save_rng_state(output_dir)
-        state = {"metrics": self._tracker.sums, "scale": self.scale.moments, "judge": self.judge.state()}
+        state = {
+            "metrics": self._tracker.sums,
+            "scale": self.scale.moments,
+            "judge": self.judge.state(),
+            "zero_stage": _zero_stage(self.args),
+            "processes": self.args.world_size,
+        }
         self._state_file(output_dir).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
 
@@ -501,8 +533,43 @@ class XPOTrainer(Trainer):
             self.scale.moments = state["scale"]
             self.judge.load_state(state["judge"])
 
-    def _state_file(self, checkpoint: str) -> Path:
-        return Path(checkpoint) / f"xpo_state_{self.args.process_index}.json"
+    def _state_file(self, checkpoint: str | Path) -> Path:
+        return _state_file(checkpoint, self.args.process_index)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            ConfigError: a checkpoint of other DeepSpeed processes.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            check_same_zero(Path(resume_from_checkpoint), self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def _state_file(checkpoint: str | Path, rank: int) -> Path:
+    return Path(checkpoint) / f"xpo_state_{rank}.json"
+
+
+def _zero_stage(args: XPOConfig) -> int | None:
+    """The stage of DeepSpeed ZeRO; None without DeepSpeed."""
+    return None if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+
+
+def check_same_zero(checkpoint: Path, args: XPOConfig) -> None:
+    """ConfigError unless DeepSpeed can read the optimizer state in a checkpoint: each process has its own part."""
+    if not _state_file(checkpoint, 0).is_file():
+        return
+    state = json.loads(_state_file(checkpoint, 0).read_text())
+    then, now = (state["zero_stage"], state["processes"]), (_zero_stage(args), args.world_size)
+    if then != now and (then[0] is not None or now[0] is not None):
+
+        def say(stage: int | None, processes: int) -> str:
+            return f"{'no DeepSpeed' if stage is None else f'ZeRO-{stage}'} and {processes} processes"
+
+        raise ConfigError(
+            f"resume: {str(checkpoint)!r} was written with {say(*then)}, not {say(*now)}; go on with these"
+        )
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -602,6 +669,10 @@ def reference_store(args: XPOConfig) -> Store | None:
         raise ConfigError(
             f"reference_store={args.reference_store!r} cannot be written ({error}); choose another file, or off"
         ) from error
+
+
+def _half(args: XPOConfig) -> torch.dtype | None:
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def precision(args: XPOConfig) -> str:

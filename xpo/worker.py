@@ -6,6 +6,8 @@ of Hydra's command line, so that any number of workers can be one run's process 
 
 import inspect
 import json
+import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from transformers import ProgressCallback
 
 from xpo import report
 from xpo.build import build, build_preference, check_target
-from xpo.callbacks import KeepCompletions, Profile, Progress, StopOnSignal
+from xpo.callbacks import KeepCompletions, MLflowCallback, Profile, Progress, StopOnSignal
 from xpo.card import evaluations
 from xpo.config import XPOConfig
 from xpo.data import load_prompts
@@ -30,8 +32,9 @@ from xpo.errors import ConfigError, JudgeStopped, nearest
 from xpo.models import load_model, load_tokenizer, lora_config, policy_directory
 from xpo.runs import RunRecord
 from xpo.schema import TrainSchema, flatten, to_dict
-from xpo.tracking import MLflowCallback, MLflowRun
-from xpo.trainer import XPOTrainer, prompt_tokenizer, sampling_options
+from xpo.tracking import MLflowRun
+from xpo.trainer import XPOTrainer, check_same_zero, prompt_tokenizer, sampling_options
+from xpo.zero import loading_whole
 
 T = TypeVar("T")
 
@@ -52,6 +55,8 @@ def run(config: TrainSchema, run_dir: Path) -> int:
     """
     report.quiet()
     stop = StopOnSignal()
+    if os.environ.get("RANK", "0") == "0":
+        (run_dir / "worker.pid").write_text(str(os.getpid()))  # signals go to this rank, which tells the others
     tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
     try:
         return _run(config, run_dir, stop, tracked)
@@ -62,15 +67,30 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         return 128 + (stop.signal or 2)
     except (ConfigError, FloatingPointError, JudgeStopped) as error:
         _failed(tracked, f"{type(error).__name__}: {error}")
-        end_of_bar = "\n" if stop.in_training and not config.training.disable_tqdm else ""
-        print(f"{end_of_bar}xpo: error: {error}", file=sys.stderr)
-        if isinstance(error, JudgeStopped):
-            print(f"xpo: continue with: {RunRecord.read(run_dir).command('auto')}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except Exception:
+        status = 2 if isinstance(error, ConfigError) else 1
+        if _first_to_fail(run_dir, status, str(error)):
+            end_of_bar = "\n" if stop.in_training and not config.training.disable_tqdm else ""
+            print(f"{end_of_bar}xpo: error: {error}", file=sys.stderr)
+            if isinstance(error, JudgeStopped):
+                print(f"xpo: continue with: {RunRecord.read(run_dir).command('auto')}", file=sys.stderr)
+        return status
+    except Exception as error:
         _failed(tracked, traceback.format_exc())
+        _first_to_fail(run_dir, 1, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
         traceback.print_exc()
         return 1
+
+
+def _first_to_fail(run_dir: Path, status: int, reason: str) -> bool:
+    """Leaves the reason in RUN_DIR/failure.json; False if another rank has done so."""
+    try:
+        with (run_dir / "failure.json").open("x") as file:
+            json.dump({"status": status, "reason": reason}, file)
+    except FileExistsError:
+        return False
+    except OSError:  # another machine's directory, or a full disk: say it, at least
+        return True
+    return True
 
 
 def _failed(tracked: list[MLflowRun], reason: str) -> None:
@@ -96,6 +116,12 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
                 f"hydra.run.dir={str(run_dir)!r} is in use by a run; wait for its end or stop it"
             ) from None
     record = RunRecord.read(run_dir)
+    asked = os.environ.get("XPO_PROCESSES")
+    if asked is not None and int(asked) != args.world_size:
+        raise ConfigError(
+            f"launch.command={config.launch.command!r} has started groups of {args.world_size} processes instead of "
+            f"launch.num_processes={asked}; give {{num_processes}} to the command, or null for torchrun"
+        )
 
     # What can be known to be wrong is found before any model loads.
     check_target("judge", config.judge)
@@ -103,6 +129,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     for name, scorer in config.evaluation.scorers.items():
         check_target(f"evaluation.scorers.{name}", scorer)
     checkpoint = record.resume_from
+    if checkpoint is not None:
+        check_same_zero(Path(checkpoint), args)
     args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
     sampling_options(args)
     raw = {part: prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
@@ -120,12 +148,13 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         tracked.append(mlflow_run)
 
     report.say(args, f"Loading {config.model.name}")
-    reward_model, judge = build_preference(config.judge, config.reward_model)
-    scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
-    model = loaded("model.name", config.model.name, load_model, directory, config.model)
     ref_model = None
-    if config.model.reference:
-        ref_model = loaded("model.reference", config.model.reference, load_model, reference, config.model)
+    with loading_whole():
+        reward_model, judge = build_preference(config.judge, config.reward_model)
+        scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
+        if config.model.reference:
+            ref_model = loaded("model.reference", config.model.reference, load_model, reference, config.model)
+    model = loaded("model.name", config.model.name, load_model, directory, config.model)
     trainer = XPOTrainer(
         model=model,
         ref_model=ref_model,
@@ -155,6 +184,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         if mlflow_run is not None:
             mlflow_run.finish("KILLED")
         report.say(args, report.how_to_continue(trainer.state.global_step, run_dir))
+        _leave_together(trainer)
         return 128 + stop.signal
 
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
@@ -165,10 +195,15 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         trainer.evaluate()
     if main_process:
         _finish(config, trainer, run_dir, record, mlflow_run)
-    if args.world_size > 1:  # together: gloo may abort a rank whose peer has gone
+    _leave_together(trainer)
+    return 0
+
+
+def _leave_together(trainer: XPOTrainer) -> None:
+    """gloo may abort a rank whose peer has gone."""
+    if trainer.args.world_size > 1:
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
-    return 0
 
 
 def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
@@ -203,6 +238,9 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
             generation_batch_size=config.generation.batch_size,
             generation_kwargs=config.generation.kwargs or None,
             eval_greedy=config.evaluation.greedy,
+            deepspeed=config.deepspeed.config or None,
+            ds3_gather_for_generation=config.deepspeed.gather_for_generation,
+            shard_reference=config.deepspeed.shard_reference,
             **generation,
             **training,
             **{"log_level": "error"} | config.training.kwargs,
@@ -236,21 +274,29 @@ def _tracking(config: TrainSchema, run_dir: Path, record: RunRecord) -> MLflowRu
         config.tracking.uri,
         config.tracking.experiment,
         config.tracking.run_name or record.name,
-        params=record.choices | flatten(to_dict(config)),
+        params=record.choices | flatten(to_dict(config)) | _log10(config),
         tags={
             "xpo.run_dir": str(run_dir.resolve()),
             "xpo.job_key": record.job_key,
             "xpo.version": record.version,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **record.tags,
             **config.tracking.tags,
         },
         run_id=record.mlflow_run_id,
+        backlog=run_dir / "backlog.jsonl",
     )
-    record.mlflow_run_id = run.run_id
+    record.mlflow_run_id, record.mlflow_experiment_id = run.run_id, run.experiment_id
     record.write(run_dir)
     run.log_file(run_dir / "config.yaml")
     return run
+
+
+def _log10(config: TrainSchema) -> dict[str, float]:
+    """The exponent of alpha, which the MLflow UI itself would round to 0.00000."""
+    alpha = config.loss.alpha
+    return {"loss.log10_alpha": math.log10(alpha)} if isinstance(alpha, float) and alpha > 0 else {}
 
 
 def _evaluated_last_step(trainer: XPOTrainer) -> bool:
@@ -269,6 +315,7 @@ def _finish(
     if mlflow_run is not None:
         last = evaluations(history)[-1:]
         final = {f"final/{name.removeprefix('eval_')}": value for entry in last for name, value in entry.items()}
+        final |= {f"final/{key.removeprefix('loss.')}": value for key, value in _log10(config).items()}
         mlflow_run.log_metrics({name: value for name, value in final.items() if name != "final/step"}, step=0)
         mlflow_run.finish()
     if trainer.args.push_to_hub:

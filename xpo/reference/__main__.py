@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 
 from xpo import report
 from xpo.errors import ConfigError
+from xpo.jobs import check_keys
 from xpo.models import load_model, load_tokenizer, policy_directory
 from xpo.overrides import CONF, explain
 from xpo.reference import Reference, ReferenceDraws
 from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler
 from xpo.schema import TrainSchema
-from xpo.train import check_keys, choose_preset, compose
+from xpo.train import choose_preset, compose
 from xpo.trainer import end_tokens, precision, prompt_tokenizer, reference_store, sampling_options
 from xpo.worker import loaded, prompts, training_arguments
 

@@ -72,18 +72,20 @@ class ReferenceDraws:
         """
         names = [digest(list(prompt)) for prompt in prompts]
         keys = [digest("reference", self._source, seed, stream, number, greedy, name) for name in names]
-        tokens = {key: _unpack(value) for key, value in (self.store.get(keys) if self.store else {}).items()}
+        tokens = {key: _unpack(value) for key, value in ({} if self.store is None else self.store.get(keys)).items()}
         fresh = torch.tensor([key not in tokens for key in keys])
         missing = fresh.nonzero().flatten().tolist()
-        if missing:
-            rows = [int(names[i], 16) for i in missing]
-            noise = sampling_noise((seed, stream, number), rows, self.sampler.max_new_tokens)
-            with self.reference.model() as model:
+        with self.reference.model() as model:  # even if nothing is missing here: it may be at another process
+            new = {}
+            if missing:
+                rows = [int(names[i], 16) for i in missing]
+                noise = sampling_noise((seed, stream, number), rows, self.sampler.max_new_tokens)
                 drawn = self.sampler.sample(model, [prompts[i] for i in missing], noise, device, greedy)
-            new = {keys[i]: ids[mask] for i, ids, mask in zip(missing, drawn.ids.cpu(), drawn.mask.cpu(), strict=True)}
-            tokens |= new
-            if self.store is not None:
-                self.store.put({key: _pack(ids) for key, ids in new.items()})
+                ids, masks = drawn.ids.cpu(), drawn.mask.cpu()
+                new = {keys[i]: row[mask] for i, row, mask in zip(missing, ids, masks, strict=True)}
+        tokens |= new
+        if new and self.store is not None:
+            self.store.put({key: _pack(ids) for key, ids in new.items()})
         ids = pad_sequence([tokens[key] for key in keys], batch_first=True, padding_value=self.sampler.pad_token_id)
         return Draw(self.sampler.completions(ids.to(device)), fresh)
 

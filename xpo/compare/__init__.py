@@ -1,0 +1,1 @@
+"""What a sweep says: statistics, plots and a report of its runs. `python -m xpo.compare SWEEP`."""

@@ -1,0 +1,368 @@
+"""A sweep: its jobs, in processes of their own, some at the same time; what has been done is not done again.
+
+Every job is composed and checked before the first one starts. Jobs are told apart by what they compute
+(`xpo.runs.job_key`), so a repeated command skips those that have finished, wherever they lie, and goes on with
+those that were interrupted. A job that fails costs itself only. SWEEP_DIR/sweep.json says what became of each.
+Layer 0: no torch.
+"""
+
+import json
+import os
+import queue
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, open_dict
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from xpo.errors import ConfigError
+from xpo.jobs import checked, prepare
+from xpo.launch import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
+from xpo.runs import RunRecord, evaluations, job_key, resumable_checkpoint
+from xpo.schema import TrainSchema, to_dict
+from xpo.tracking import chart_link, mark_ended, set_tags, tracking_uri
+
+ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
+COLORS = (  # of Okabe and Ito, then darker ones: told apart by the colour-blind too
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#004C7A", "#8F3E00", "#00604A", "#8A4A6E", "#9A6A00", "#2C6F96"),
+)
+DONE = "finished"
+STATES = {"finished": "green", "stopped": "yellow", "running elsewhere": "yellow", "not started": "yellow"}
+
+
+@dataclass
+class Job:
+    """One job of a sweep, as sweep.json has it."""
+
+    name: str
+    point: dict[str, Any]  # the swept keys, and the seed
+    run_dir: str
+    job_key: str
+    state: str = "not started"
+    reason: str | None = None
+    before: bool = False  # it had finished before this command
+    seconds: float = 0.0
+    mlflow_run_id: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, without "eval_"
+
+
+@dataclass
+class Sweep:
+    """The content of sweep.json."""
+
+    name: str
+    command: str
+    keys: list[str]
+    jobs: list[Job]
+    tracking_uri: str | None
+    experiment: str
+
+    def write(self, directory: Path) -> None:
+        """Puts it into `directory`, whole or not at all."""
+        unfinished = directory / "sweep.json.part"
+        unfinished.write_text(json.dumps(asdict(self), indent=1))
+        unfinished.replace(directory / "sweep.json")
+
+
+Composed = tuple[DictConfig, list[str]]  # a job's configuration, Hydra's part included, and its overrides
+
+
+def run(compose: Callable[[list[str], int], DictConfig], batch: Sequence[Sequence[str]], first: int) -> list[Job]:
+    """Runs jobs and reports on them; the sweeper may call this several times, once per batch.
+
+    Args:
+        compose: from overrides and the number of a job to its configuration.
+        batch: the overrides of each point.
+        first: the number of the first point.
+
+    Returns:
+        The jobs, those of the first point first.
+
+    Raises:
+        ConfigError: what is wrong with any of the jobs, before one has started.
+    """
+    seeded = [overrides for point in batch for overrides in with_seeds(list(point), _schema(compose(list(point), 0)))]
+    configs = [compose(overrides, first + i) for i, overrides in enumerate(seeded)]
+    schemas = [_schema(config) for config in configs]
+    resume = schemas[0].training.resume
+    if resume is not None:
+        raise ConfigError(f"training.resume={resume!r} names one run, and a sweep goes on by itself; remove it")
+    directory = Path(configs[0].hydra.sweep.dir).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    given = [dict(override.lstrip("+").partition("=")[::2] for override in overrides) for overrides in seeded]
+    keys = [key for key in given[0] if len({point.get(key) for point in given}) > 1]
+    jobs = [
+        Job(
+            name=short_name({key: point[key] for key in keys}) or "run",
+            point={key: point[key] for key in keys},
+            run_dir=str(directory / str(config.hydra.sweep.subdir)),
+            job_key=job_key(to_dict(schema)),
+        )
+        for config, schema, point in zip(configs, schemas, given, strict=True)
+    ]
+    sweep = _continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
+    Runner(sweep, directory, schemas[0]).run(jobs, configs)
+    return jobs
+
+
+def _schema(config: DictConfig) -> TrainSchema:
+    return checked(_without_hydra(config))
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    plain = config.copy()
+    with open_dict(plain):
+        plain.pop("hydra")
+    return plain
+
+
+def with_seeds(overrides: list[str], config: TrainSchema) -> list[list[str]]:
+    """The overrides of a point, once for each of `sweep.seeds` seeds."""
+    if config.sweep.seeds == 1:
+        return [overrides]
+    others = [override for override in overrides if override.partition("=")[0] != "training.seed"]
+    seeds = range(config.training.seed, config.training.seed + config.sweep.seeds)
+    return [[*others, f"training.seed={seed}"] for seed in seeds]
+
+
+def short_name(point: dict[str, str]) -> str:
+    """A name that fits into the MLflow UI: "a1e-5 b0.1"."""
+    words = {key: key.rpartition(".")[2] for key in point}
+    letters = {
+        key: ABBREVIATIONS.get(word) or "".join(part[0] for part in word.split("_")) for key, word in words.items()
+    }
+    common = [letter for letter in letters.values() if list(letters.values()).count(letter) > 1]
+    return " ".join(
+        (words[key] if letters[key] in common else letters[key]) + re.sub(r"e-0(\d)$", r"e-\1", value)
+        for key, value in point.items()
+    )
+
+
+def _continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSchema) -> Sweep:
+    """The sweep that the jobs belong to: the one in the directory, or one with the same jobs, or a new one."""
+    tracked = config.tracking
+    sweep = Sweep(
+        name=config.sweep.name or f"{directory.parent.name} {directory.name}",
+        command=shlex.join(["python", "-m", "xpo.train", *sys.argv[1:]]),
+        keys=keys,
+        jobs=jobs,
+        tracking_uri=tracking_uri(tracked.uri) if tracked.enabled else None,
+        experiment=tracked.experiment,
+    )
+    here = directory / "sweep.json"
+    if here.exists():  # an earlier batch, or the same command in the same directory
+        before = json.loads(here.read_text())
+        ours = {job.job_key for job in jobs}
+        sweep.jobs = [Job(**job) for job in before["jobs"] if job["job_key"] not in ours] + jobs
+        sweep.keys = list(dict.fromkeys([*before["keys"], *keys]))
+        sweep.name = config.sweep.name or before["name"]
+    elif config.sweep.name is None:
+        ours = {job.job_key for job in jobs}
+        for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+            before = json.loads(file.read_text())
+            if {job["job_key"] for job in before["jobs"]} == ours:
+                sweep.name = before["name"]
+                break
+    return sweep
+
+
+class Runner:
+    """Runs the jobs of a batch.
+
+    Args:
+        sweep: what sweep.json says.
+        directory: where it lies.
+        config: of any of the jobs: launch and sweep are the same in all.
+    """
+
+    def __init__(self, sweep: Sweep, directory: Path, config: TrainSchema):
+        self.sweep = sweep
+        self.directory = directory
+        self.launch = config.launch
+        self.rerun = config.sweep.rerun
+        self.console = Console(highlight=False)
+        self.slots: queue.Queue[list[int] | None] = queue.Queue()
+        devices = self.launch.devices or _visible_devices()
+        for slot in range(self.launch.jobs):
+            share = slice(slot * self.launch.num_processes, (slot + 1) * self.launch.num_processes)
+            self.slots.put(devices[share] if devices is not None and self.launch.jobs > 1 else self.launch.devices)
+        self._running: list[JobProcess] = []
+
+    def run(self, jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
+        """All jobs that have not finished before, to their end or to a signal."""
+        runs = _runs_by_key([Path("outputs"), Path("multirun"), self.directory])
+        to_do: list[tuple[Job, Path]] = []
+        for job, config in zip(jobs, configs, strict=True):
+            try:
+                if not self._finished_before(job, runs):
+                    to_do.append((job, self._prepare(job, config, runs)))
+            except Timeout:
+                job.state, job.reason = "running elsewhere", f"{job.run_dir} is in use"
+        self._announce(jobs, to_do)
+        self.sweep.write(self.directory)
+        try:
+            with passing_on_signals(self._stop), ThreadPoolExecutor(self.launch.jobs) as pool:
+                for future in [pool.submit(self._work, *item, n, len(to_do)) for n, item in enumerate(to_do, start=1)]:
+                    future.result()
+        finally:
+            self._collect()
+        failed = any(job.state not in (DONE, "running elsewhere") for job in jobs)
+        exit_statuses.append(128 + signals[0] if signals else int(failed))
+        self.report()
+
+    # ---- one job -----------------------------------------------------------------------------
+
+    def _finished_before(self, job: Job, runs: dict[str, list[Path]]) -> bool:
+        """Whether there is nothing to do for a job; if it was interrupted, its directory is that of its run."""
+        if self.rerun:
+            return False
+        for run_dir in runs.get(job.job_key, []):
+            if RunRecord.read(run_dir).finished:
+                job.state, job.before, job.run_dir = DONE, True, str(run_dir)
+                return True
+        for run_dir in runs.get(job.job_key, [])[:1]:
+            job.run_dir = str(run_dir)
+            with FileLock(run_dir / "run.lock", timeout=0):  # Timeout: another process is at it
+                pass
+        return False
+
+    def _prepare(self, job: Job, config: DictConfig, runs: dict[str, list[Path]]) -> Path:
+        run_dir = Path(job.run_dir)
+        begun = not self.rerun and run_dir in runs.get(job.job_key, [])
+        tags = _tags(self.sweep) | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]}
+        return prepare(
+            _without_hydra(config),
+            run_dir,
+            dict(config.hydra.runtime.choices),
+            list(config.hydra.overrides.task),
+            name=job.name,
+            tags=tags,
+            found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,
+        )
+
+    def _work(self, job: Job, run_dir: Path, number: int, count: int) -> None:
+        """One job in a thread: waits for a slot, and for the end of its processes."""
+        devices = self.slots.get()
+        started = time.monotonic()
+        try:
+            if signals:
+                return
+            alone = self.launch.jobs == 1
+            output = None if alone else run_dir / "output.log"
+            self._say(number, count, job, "starts" + ("" if alone else f", its output in {output}"))
+            process = JobProcess(run_dir, devices, self.launch.jobs, output)
+            self._running.append(process)
+            outcome = process.wait()
+            self._running.remove(process)
+        except ConfigError as error:
+            outcome = Outcome("failed", 2, str(error))
+        finally:
+            self.slots.put(devices)
+        job.state, job.reason, job.seconds = outcome.state, outcome.reason, time.monotonic() - started
+        self._say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
+        self.sweep.write(self.directory)
+
+    def _stop(self, number: int) -> None:
+        for process in list(self._running):
+            process.stop(number)
+
+    # ---- what is said ------------------------------------------------------------------------
+
+    def _say(self, number: int, count: int, job: Job, what: str) -> None:
+        self.console.print(f"[bold]Job {number} of {count}[/]  {escape(job.name)}  {escape(what)}", soft_wrap=True)
+
+    def _announce(self, jobs: Sequence[Job], to_do: Sequence[tuple[Job, Path]]) -> None:
+        resumed = sum(RunRecord.read(run_dir).resume_from is not None for _, run_dir in to_do)
+        parts = [f"{len(jobs)} jobs"]
+        parts += [f"{sum(job.before for job in jobs)} finished before"] * any(job.before for job in jobs)
+        parts += [f"{resumed} go on from a checkpoint"] * bool(resumed)
+        elsewhere = sum(job.state == "running elsewhere" for job in jobs)
+        parts += [f"{elsewhere} running elsewhere"] * bool(elsewhere)
+        self.console.print(f"Sweep {self.sweep.name!r}: {', '.join(parts)}", soft_wrap=True)
+
+    def _collect(self) -> None:
+        """What the runs left: their metrics and their place in MLflow, where none may seem to run that does not."""
+        for job in self.sweep.jobs:
+            run_dir = Path(job.run_dir)
+            if not (run_dir / "run.json").exists():
+                continue
+            job.mlflow_run_id = RunRecord.read(run_dir).mlflow_run_id
+            job.metrics = _last_evaluation(run_dir)
+            if job.mlflow_run_id and self.sweep.tracking_uri and job.state in ("failed", "killed", "timed out"):
+                mark_ended(self.sweep.tracking_uri, job.mlflow_run_id, "FAILED" if job.state == "failed" else "KILLED")
+        before = [job.mlflow_run_id for job in self.sweep.jobs if job.before and job.mlflow_run_id]
+        if before and self.sweep.tracking_uri:
+            set_tags(self.sweep.tracking_uri, before, _tags(self.sweep))
+        self.sweep.write(self.directory)
+
+    def report(self) -> None:
+        """A table of all jobs, and how to compare them."""
+        names = [name for name in ("win_rate", "score", "kl") if any(name in job.metrics for job in self.sweep.jobs)]
+        table = Table(title=f"Sweep {self.sweep.name}", title_justify="left")
+        for title in ("job", "state", *(name.replace("_", " ") for name in names), "minutes"):
+            table.add_column(title, justify="left" if title in ("job", "state") else "right")
+        for job in self.sweep.jobs:
+            values = [f"{job.metrics[name]:.3f}" if name in job.metrics else "" for name in names]
+            state = f"[{STATES.get(job.state, 'red')}]{job.state}[/]" + (" before" if job.before else "")
+            table.add_row(escape(job.name), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
+        self.console.print(table)
+        for job in self.sweep.jobs:
+            if job.reason:
+                self.console.print(f"{escape(job.name)}: {job.state}: {escape(job.reason)}", soft_wrap=True)
+        self.console.print(f"Compare: python -m xpo.compare {shlex.quote(_short(self.directory))}", soft_wrap=True)
+        records = [RunRecord.read(Path(job.run_dir)) for job in self.sweep.jobs if job.mlflow_run_id]
+        experiments = [record.mlflow_experiment_id for record in records if record.mlflow_experiment_id]
+        if self.sweep.tracking_uri and experiments:
+            if not self.sweep.tracking_uri.startswith("http"):
+                self.console.print(
+                    f"MLflow:  mlflow ui --backend-store-uri {self.sweep.tracking_uri}, then", soft_wrap=True
+                )
+            link = chart_link(self.sweep.tracking_uri, experiments[0], self.sweep.name)
+            self.console.print(f"         {link}", soft_wrap=True)
+        if any(job.state != DONE for job in self.sweep.jobs):
+            self.console.print("Repeat the command to finish the rest.", soft_wrap=True)
+
+
+def _tags(sweep: Sweep) -> dict[str, str]:
+    """What tells the runs of a sweep apart in MLflow."""
+    return {"xpo.sweep": sweep.name, "xpo.sweep_keys": ",".join(sweep.keys)}
+
+
+def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
+    """Run directories by the job key of their runs, the newest first."""
+    files = {file.resolve() for root in roots for file in root.rglob("run.json")}
+    runs: dict[str, list[Path]] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        runs.setdefault(RunRecord.read(file.parent).job_key, []).append(file.parent)
+    return runs
+
+
+def _last_evaluation(run_dir: Path) -> dict[str, float]:
+    """The metrics of a finished run's last evaluation."""
+    if not RunRecord.read(run_dir).finished:
+        return {}
+    evaluated = evaluations(json.loads((run_dir / "metrics.json").read_text()))
+    entries = evaluated[-1].items() if evaluated else []
+    return {name.removeprefix("eval_"): value for name, value in entries if name.startswith("eval_")}
+
+
+def _visible_devices() -> list[int] | None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    numbers = visible.split(",")
+    return [int(number) for number in numbers] if all(number.isdigit() for number in numbers) else None
+
+
+def _short(directory: Path) -> str:
+    """The path as one would type it here."""
+    return str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)
