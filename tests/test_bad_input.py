@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from xpo import train, worker
+from xpo import launch, train, worker
 from xpo.models import load_model, tiny_model, tiny_tokenizer
 from xpo.prompts import Prompt
 from xpo.rewards import RewardModel
@@ -104,7 +104,7 @@ def run(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "start_worker", start_worker)
-    monkeypatch.setattr(train, "_exit_statuses", [])
+    launch.exit_statuses.clear()
     monkeypatch.setattr(worker, "load_model", loads)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `main` sets it too: this one is taken back
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -245,7 +245,7 @@ class Runner:
             _without_hydra(config),
             run_dir,
             dict(config.hydra.runtime.choices),
-            list(config.hydra.overrides.task),
+            [*config.hydra.overrides.task, "hydra.mode=RUN"],  # for whoever goes on with this job alone
             name=job.name,
             tags=tags,
             found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,
