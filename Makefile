@@ -33,7 +33,7 @@ check: setup ## lint, formatting, types
 	$(BIN)/mypy
 
 test: setup ## all tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 clean: ## remove .venv and what runs left behind
 	rm -rf .venv outputs multirun/2* mlruns mlflow.db*

@@ -54,6 +54,7 @@ ORDER = [
     "build",
     "data",
     "pairs",
+    "backlog",
     "tracking",
     "track",
     "sweep",

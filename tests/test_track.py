@@ -22,7 +22,8 @@ from filelock import FileLock
 from mlflow import MlflowClient
 
 from xpo import track, tracking
-from xpo.tracking import Backlog, MLflowRun
+from xpo.backlog import Backlog
+from xpo.tracking import MLflowRun
 
 BIN = Path(sys.executable).parent
 

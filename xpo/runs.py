@@ -3,12 +3,13 @@
 RUN_DIR/
   config.yaml            the resolved configuration
   run.json               a RunRecord
-  run.lock               held by the worker while it runs
+  run.lock, worker.pid   held by the worker while it runs
   completions/           one file per evaluation
   model/                 the final model with its card, and checkpoint-N/ beside it
   metrics.json           everything that was logged
   output.log             what the job of a sweep printed, if several ran at once
   failure.json           why it failed
+  backlog.jsonl          what MLflow has not taken yet: python -m xpo.track replay
 """
 
 import hashlib

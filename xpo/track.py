@@ -14,8 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from xpo.backlog import Backlog, Entry, count, in_words, send
 from xpo.errors import ConfigError
-from xpo.tracking import Backlog, Entry, count, first_line, held_points, in_words, reach, send
+from xpo.tracking import first_line, held_points, reach
 
 ROOTS = (Path("outputs"), Path("multirun"))
 

@@ -55,8 +55,10 @@ def run(config: TrainSchema, run_dir: Path) -> int:
     """
     report.quiet()
     stop = StopOnSignal()
-    if os.environ.get("RANK", "0") == "0":
-        (run_dir / "worker.pid").write_text(str(os.getpid()))  # signals go to this rank, which tells the others
+    main_process = os.environ.get("RANK", "0") == "0"
+    pid = run_dir / "worker.pid"
+    if main_process:
+        pid.write_text(str(os.getpid()))  # signals go to this rank, which tells the others
     tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
     try:
         return _run(config, run_dir, stop, tracked)
@@ -76,9 +78,15 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         return status
     except Exception as error:
         _failed(tracked, traceback.format_exc())
-        _first_to_fail(run_dir, 1, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}")
+        reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+        if "by peer" in reason:  # gloo's words for the death of another rank
+            reason = "another process of the job has died, for want of memory perhaps"
+        _first_to_fail(run_dir, 1, reason)
         traceback.print_exc()
         return 1
+    finally:
+        if main_process:
+            pid.unlink(missing_ok=True)
 
 
 def _first_to_fail(run_dir: Path, status: int, reason: str) -> bool:
