@@ -57,10 +57,10 @@ def kill_at(run: XPOTrainer, moment: str) -> None:
     if moment == "mid_rollout":
         sample = Sampler.sample
 
-        def sample_and_die(self: Sampler, model: Any, *rest: Any) -> Any:
+        def sample_and_die(self: Sampler, model: Any, *rest: Any, **options: Any) -> Any:
             if run.state.global_step == 5 and model is run.reference.frozen:
                 die()
-            return sample(self, model, *rest)
+            return sample(self, model, *rest, **options)
 
         Sampler.sample = sample_and_die  # type: ignore[method-assign]
     elif moment == "mid_update":

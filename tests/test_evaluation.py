@@ -47,9 +47,9 @@ class CountedSampler:
         self.drawn: Counter[int] = Counter()
         original = Sampler.sample
 
-        def sample(this: Sampler, model: Any, prompts: Sequence[Any], *args: Any) -> Completions:
+        def sample(this: Sampler, model: Any, prompts: Sequence[Any], *args: Any, **options: Any) -> Completions:
             self.drawn[id(model)] += len(prompts)
-            return original(this, model, prompts, *args)
+            return original(this, model, prompts, *args, **options)
 
         monkeypatch.setattr(Sampler, "sample", sample)
 

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from xpo import launch
 from xpo.errors import ConfigError
 from xpo.launch import JobProcess, Outcome, command, environment
+from xpo.runs import RunRecord
 from xpo.schema import LaunchSchema
 
 # Stands for the worker: its arguments are "xpo.worker" and the run directory.
@@ -22,6 +23,8 @@ WORKER = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 run_dir = Path(sys.argv[2])
+def finish():
+    (run_dir / "run.json").write_text(json.dumps({"finished": True}))
 def ready():
     (run_dir / "worker.pid").write_text(str(os.getpid()))
 """
@@ -31,6 +34,7 @@ def job(run_dir: Path, code: str, **options: object) -> JobProcess:
     """A job whose process runs `code`."""
     script = run_dir / "script.py"
     script.write_text(WORKER + code)
+    RunRecord().write(run_dir)
     config = {"launch": {"command": f"{sys.executable} {script}"} | options, "deepspeed": {"config": {}}}
     OmegaConf.save(OmegaConf.create(config), run_dir / "config.yaml")
     return JobProcess(run_dir, output=run_dir / "output.log")
@@ -47,7 +51,8 @@ def wait_for(path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "outcome"),
     [
-        ("", Outcome("finished", 0)),
+        ("finish()", Outcome("finished", 0)),
+        ("", Outcome("stopped", 143, "SIGTERM")),  # a group of processes in good order, which had not finished
         ("sys.exit(3)", Outcome("failed", 3, "exit status 3; one of its processes was killed perhaps")),
         (
             "(run_dir / 'failure.json').write_text(json.dumps({'status': 2, 'reason': 'a=1 is bad'})); sys.exit(1)",
@@ -104,9 +109,10 @@ signal.signal(signal.SIGTERM, stop)
 ready()
 time.sleep(60)
 """
-    running = job(tmp_path, code, timeout=5.0)
+    running = job(tmp_path, code, timeout=1000.0)
     wait_for(tmp_path / "worker.pid")
-    assert running.wait() == Outcome("timed out", 1, "launch.timeout=5 seconds have passed")
+    running._deadline = time.monotonic()
+    assert running.wait() == Outcome("timed out", 1, "launch.timeout=1000 seconds have passed")
     assert (tmp_path / "checkpoint").read_text() == "written"
 
 
@@ -120,8 +126,9 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], 
 ready()
 time.sleep(60)
 """
-    running = job(tmp_path, code, timeout=3.0)
-    wait_for(tmp_path / "child")
+    running = job(tmp_path, code, timeout=1000.0)
+    wait_for(tmp_path / "worker.pid")
+    running._deadline = time.monotonic()
     assert running.wait().state == "timed out"
     child = int((tmp_path / "child").read_text())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE

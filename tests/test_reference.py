@@ -111,9 +111,9 @@ def test_a_second_run_computes_no_reference_again(
     drawn: list[int] = []
     original = Sampler.sample
 
-    def sample(this: Sampler, model: Any, rows: list[list[int]], *arguments: Any) -> Any:
+    def sample(this: Sampler, model: Any, rows: list[list[int]], *arguments: Any, **options: Any) -> Any:
         drawn.append(id(model))
-        return original(this, model, rows, *arguments)
+        return original(this, model, rows, *arguments, **options)
 
     monkeypatch.setattr(Sampler, "sample", sample)
     for trainer, rate in ((without, None), (cold, 0.0), (warm, 1.0), (other, 1.0)):

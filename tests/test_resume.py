@@ -1,5 +1,6 @@
 """A run killed at any moment and resumed ends as the uninterrupted one."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -7,7 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TrainerFactory, step_logs
 from kill_and_resume import MOMENTS
+
+from xpo.runs import drop_training_state, last_complete_checkpoint, resumable_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -32,3 +36,52 @@ def test_a_killed_run_resumes_to_the_same_end(runs: Path, moment: str):
     assert len(whole["logs"]) == 4
     for name, weights in whole["weights"].items():
         assert torch.equal(weights, resumed["weights"][name]), name
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """One line says so; nothing half-written is left; the steps, and the next checkpoint, are as ever."""
+    whole = make_trainer(max_steps=3)
+    whole.train()
+    save, full = torch.save, []
+
+    def save_or_not(*args: object, **kwargs: object) -> None:
+        if not full:
+            full.append(True)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args, **kwargs)
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(torch, "save", save_or_not)
+    trainer.train()
+    assert step_logs(trainer) == step_logs(whole)
+    left = {path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
+    assert left == {"checkpoint-2", "checkpoint-3"}
+    assert "no room for" in caplog.text
+    assert "training goes on without it" in caplog.text
+
+
+def test_other_errors_of_a_checkpoint_are_errors(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch):
+    """Only a full disk is waited out."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="Read-only"):
+        trainer.train()
+
+
+def test_a_finished_run_can_drop_what_only_training_needs(make_trainer: TrainerFactory, tmp_path: Path):
+    """The weights of its checkpoints stay."""
+    trainer = make_trainer(output_dir=str(tmp_path / "model"), save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert resumable_checkpoint(tmp_path) == tmp_path / "model" / "checkpoint-2"
+    drop_training_state(tmp_path)
+    assert resumable_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "model") == tmp_path / "model" / "checkpoint-2"
+    left = {path.name for path in (tmp_path / "model" / "checkpoint-2").iterdir()}
+    assert "model.safetensors" in left
+    assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}

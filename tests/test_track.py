@@ -178,7 +178,7 @@ def replay(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == tracking.logger.name]
+    return [record.getMessage() for record in caplog.records if record.name.startswith("xpo.")]
 
 
 # ---- outages -----------------------------------------------------------------------------------

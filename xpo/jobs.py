@@ -98,6 +98,7 @@ _HARMLESS = (
     "launch.timeout",
     "sweep.",
     "reference.store",
+    "training.keep_training_state",
     "training.resume",
     "training.profile",
     "training.max_steps",
@@ -144,6 +145,6 @@ def run_name(choices: dict[str, str], overrides: list[str]) -> str:
     words = []
     for override in overrides:
         key, equals, value = override.lstrip("+").partition("=")
-        if not key.startswith(("experiment", "tracking", "training.resume")):
+        if not key.startswith(("experiment", "tracking", "launch", "hydra", "training.resume")):
             words.append(key.rpartition(".")[2] + equals + value)
     return " ".join(words) or choices.get("experiment", "run")

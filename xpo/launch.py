@@ -121,10 +121,11 @@ class JobProcess:
         self._process.wait()
 
     def _outcome(self, status: int) -> Outcome:
-        if status == 0:
+        if status == 0 and RunRecord.read(self.run_dir).finished:
             return Outcome("finished", 0)
-        if self._signal is not None:
-            return Outcome("stopped", 128 + self._signal, signal.Signals(self._signal).name)
+        if status == 0 or self._signal is not None:
+            number = self._signal or signal.SIGTERM
+            return Outcome("stopped", 128 + number, signal.Signals(number).name)
         if status < 0:
             return Outcome("killed", 128 - status, f"{signal.Signals(-status).name}, for want of memory perhaps")
         failure = self.run_dir / "failure.json"

@@ -15,6 +15,7 @@ RUN_DIR/
 import hashlib
 import json
 import shlex
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def job_key(config: dict[str, Any]) -> str:
     relevant["launch"] = config["launch"]["num_processes"]
     relevant["judge"] = _without_operation(config["judge"])
     relevant["training"] = {
-        key: value for key, value in relevant["training"].items() if key not in ("resume", "profile")
+        key: value
+        for key, value in relevant["training"].items()
+        if key not in ("resume", "profile", "keep_training_state")
     }
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -108,6 +111,16 @@ def resumable_checkpoint(run_dir: Path) -> Path | None:
     """The newest checkpoint of a run from which it can go on."""
     checkpoint = last_complete_checkpoint(run_dir / "model")
     return checkpoint if checkpoint is not None and has_optimizer(checkpoint) else None
+
+
+def drop_training_state(run_dir: Path) -> None:
+    """Leaves the checkpoints of a finished run their weights: what only training needs is two thirds of their size."""
+    for checkpoint in (run_dir / "model").glob("checkpoint-*"):
+        for pattern in ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "latest", "zero_to_*.py"):
+            for file in checkpoint.glob(pattern):
+                file.unlink()
+        for parts in checkpoint.glob("global_step*"):
+            shutil.rmtree(parts)
 
 
 def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path | None] | None:

@@ -187,6 +187,7 @@ class TrainingSchema:
     hub_strategy: str = "every_save"
     hub_private_repo: bool | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
+    keep_training_state: bool = True
     profile: bool = False
     resume: str | None = None
 

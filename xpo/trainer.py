@@ -1,7 +1,10 @@
 """XPOTrainer: Exploratory Preference Optimization as a transformers Trainer."""
 
+import errno
 import json
+import logging
 import math
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +59,8 @@ from xpo.rollout import (
 from xpo.runs import is_complete
 from xpo.store import Store
 from xpo.zero import check_engine, divide, gathered, is_divided, loading_whole, sampling
+
+logger = logging.getLogger(__name__)
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
 
@@ -511,6 +516,17 @@ class XPOTrainer(Trainer):
 
     # ---- checkpoints -------------------------------------------------------------------------
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """On a full disk, training goes on without this checkpoint. Several processes stop: one of them may have it."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # safetensors and torch have errors of their own
+            if self.args.world_size > 1 or not _is_full_disk(error):
+                raise
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            logger.warning("xpo: no room for %s; training goes on without it (%s)", checkpoint, str(error)[:100])
+
     def _save_rng_state(self, output_dir: str) -> None:
         # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
         # checkpoint is complete, so no rank may lag behind.
@@ -549,6 +565,11 @@ class XPOTrainer(Trainer):
 
 def _state_file(checkpoint: str | Path, rank: int) -> Path:
     return Path(checkpoint) / f"xpo_state_{rank}.json"
+
+
+def _is_full_disk(error: Exception) -> bool:
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return no_room or any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed writing"))
 
 
 def _zero_stage(args: XPOConfig) -> int | None:

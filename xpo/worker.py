@@ -30,7 +30,7 @@ from xpo.config import XPOConfig
 from xpo.data import load_prompts
 from xpo.errors import ConfigError, JudgeStopped, nearest
 from xpo.models import load_model, load_tokenizer, lora_config, policy_directory
-from xpo.runs import RunRecord
+from xpo.runs import RunRecord, drop_training_state
 from xpo.schema import TrainSchema, flatten, to_dict
 from xpo.tracking import MLflowRun
 from xpo.trainer import XPOTrainer, check_same_zero, prompt_tokenizer, sampling_options
@@ -193,7 +193,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
             mlflow_run.finish("KILLED")
         report.say(args, report.how_to_continue(trainer.state.global_step, run_dir))
         _leave_together(trainer)
-        return 128 + stop.signal
+        # To torchrun any other status is a crash, and the parent sees that the run is not finished.
+        return 0 if args.world_size > 1 and "XPO_PROCESSES" in os.environ else 128 + stop.signal
 
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
     # With the best model loaded, the last evaluation may be another model's.
@@ -223,7 +224,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
     training = {
         key: value
         for key, value in vars(config.training).items()
-        if key not in ("kwargs", "profile", "resume") and value is not None
+        if key not in ("kwargs", "profile", "keep_training_state", "resume") and value is not None
     }
     valid = inspect.signature(XPOConfig).parameters
     for key in config.training.kwargs:
@@ -330,6 +331,8 @@ def _finish(
         trainer.push_to_hub()
     record.finished = True
     record.write(run_dir)
+    if not config.training.keep_training_state:
+        drop_training_state(run_dir)
     report.show_completions(trainer.evaluator.records, config.evaluation.show)
     report.show_table(history)
     report.show_where(run_dir, mlflow_run.ui_command() if mlflow_run else None)

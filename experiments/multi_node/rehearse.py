@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,14 @@ TOLERANCE = 1e-5
 WAIT_S = 240.0  # for the end of a run of seconds
 NOT_COMPARED = ("perf/", "eval_runtime", "eval_samples", "eval_steps", "train_", "total_flos")  # clocks
 LAUNCHERS = ("static", "c10d", "accelerate", "deepspeed")
+# The launcher's part only: deepspeed=zero2 says how to train, and its configuration is the one in force. With
+# distributed_type: MULTI_CPU, or --cpu, each node would train alone; with mixed_precision here, Accelerate refuses.
+ACCELERATE = """distributed_type: DEEPSPEED
+deepspeed_config: {deepspeed_multinode_launcher: standard, deepspeed_config_file: zero.json}
+"""
+ACCELERATE_ZERO = '{"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}'
 # Beside ordinary checkpoints, each node needs what rank 0 alone would write.
-OWN_DISK = ("training.kwargs.save_on_each_node=true",)
+OWN_DISK = ("+training.kwargs.save_on_each_node=true",)
 
 
 def main() -> None:
@@ -72,7 +78,21 @@ def network() -> Iterator[tuple[str, str]]:
         yield names
     finally:
         for name in names:
+            end(name)
             subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL)
+
+
+def processes(name: str) -> list[int]:
+    """Those in a namespace."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def end(name: str) -> None:
+    """Ends at once what is left in a namespace: torchrun's workers have sessions of their own."""
+    for number in processes(name):
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
 
 
 def ip(*words: str) -> None:
@@ -84,8 +104,7 @@ def launch_words(launcher: str, node: int) -> list[str]:
     python = [sys.executable, "-m"]
     if launcher == "accelerate":
         multi = ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(node)]
-        multi += ["--main_process_ip", ADDRESSES[0], "--main_process_port", PORT]
-        # Without a file it takes the user's own answers to `accelerate config`.
+        multi += ["--main_process_ip", ADDRESSES[0], "--main_process_port", PORT, "--mixed_precision", "no"]
         return [*python, "accelerate.commands.launch", "--config_file", "accelerate.yaml", *multi, "-m"]
     if launcher == "deepspeed":
         hosts = ["--hostfile", "hostfile", "--master_addr", ADDRESSES[0], "--master_port", PORT]
@@ -94,7 +113,7 @@ def launch_words(launcher: str, node: int) -> list[str]:
             *("deepspeed.launcher.runner", *hosts, "--no_ssh", "--node_rank", str(node)),
             *("--no_local_rank", "--module"),
         ]
-    words = [*python, "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    words = [*python, "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--shutdown_timeout", "120"]
     if launcher == "static":
         return [*words, "--node_rank", str(node), "--master_addr", ADDRESSES[0], "--master_port", PORT, "-m"]
     # The names of both machines are the same here, so each is told its address and whether it is the host.
@@ -164,10 +183,8 @@ class Rehearsal:
         disks = (first, first if disk == "shared" else self.root / f"{name}_node1")
         for directory in disks:
             directory.mkdir(exist_ok=True)
-            (directory / "accelerate.yaml").write_text(
-                "distributed_type: MULTI_CPU\nuse_cpu: true\nmixed_precision: 'no'\nsame_network: true\n"
-                "rdzv_backend: static\n"
-            )
+            (directory / "accelerate.yaml").write_text(ACCELERATE)
+            (directory / "zero.json").write_text(ACCELERATE_ZERO)
             (directory / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
         keys += OWN_DISK if disk == "own" else ()
         nodes: list[subprocess.Popen[bytes]] = []
@@ -177,12 +194,12 @@ class Rehearsal:
                 nodes.append(self.start(node, disks[node], words))
             if stop:
                 wait(lambda: (first / "run" / "completions" / "step_000000.json").exists(), nodes)
-                nodes[1].terminate()
-            wait(lambda: all(node.poll() is not None for node in nodes))
+                # As a scheduler does: of deepspeed's processes, the outermost passes no signal on.
+                os.killpg(nodes[1].pid, signal.SIGTERM)
+            wait(lambda: all(node.poll() is not None for node in nodes) and not any(map(processes, self.names)))
         finally:
-            for node in nodes:
-                if node.poll() is None:
-                    os.killpg(node.pid, signal.SIGKILL)
+            for name in self.names:
+                end(name)
         statuses = [node.returncode for node in nodes]
         if (0 in statuses) if stop else any(statuses):
             raise RuntimeError(f"exit statuses {statuses}; {last_error(disks)}")
@@ -205,7 +222,7 @@ def wait(condition: Any, nodes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
     while not condition() and all(node.poll() is None for node in nodes):
         if time.monotonic() > deadline:
             raise RuntimeError(f"not done after {WAIT_S:g} seconds")
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def metrics(disk: Path) -> list[dict[str, float]]:
