@@ -1,10 +1,12 @@
 """Hydra's launcher of sweeps, which hands the jobs to `xpo.sweep`. Hydra finds its plugins in this namespace only."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -30,12 +32,24 @@ class XPOLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from xpo import sweep  # Hydra imports its plugins at every start
+        from xpo.launch import exit_statuses, signals
 
-        jobs = sweep.run(self._compose, job_overrides, initial_job_idx)
+        jobs = sweep.run(self._compose, job_overrides, initial_job_idx, self._swept())
+        if signals:  # a sweeper with more batches would go on
+            sys.exit(max(exit_statuses))
         per_point = len(jobs) // len(job_overrides)
-        rates = [job.metrics.get("win_rate", float("nan")) for job in jobs]
+        rates = [job.metrics.get("win_rate") for job in jobs]
         points = [rates[i : i + per_point] for i in range(0, len(rates), per_point)]
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=sum(point) / per_point) for point in points]
+        # None, not NaN: that is what Optuna's sweeper can note as a trial that failed.
+        values = [None if None in point else sum(point) / per_point for point in points]
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=value) for value in values]
+
+    def _swept(self) -> list[str]:
+        """The keys that the command line or the sweeper's configuration gives ranges or choices."""
+        params = self.config.hydra.sweeper.get("params") or {}
+        words = [*(f"{key}={value}" for key, value in params.items()), *self.config.hydra.overrides.task]
+        given = OverridesParser.create().parse_overrides(words)  # the command line comes last, and wins
+        return [key for key, swept in {one.key_or_group: one.is_sweep_override() for one in given}.items() if swept]
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)

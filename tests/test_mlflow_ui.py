@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from xpo.tracking import MLflowRun, chart_link
+from xpo.tracking import MLflowRun, chart_link, save_view
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASH = shutil.which("bash")
@@ -27,7 +27,7 @@ WAIT_S = 120  # until a page counts as broken; on two busy cores it takes half a
 SWEEP, OTHER = ("a1e-5 b0.1", "a1e-5 b0.2", "a1e-6 b0.1"), ("r16 s1", "r16 s2")
 # A metric of each section: lines over the steps; FINAL has one value, and gets bars.
 CHARTS = {
-    "eval": "eval/win_rate",
+    "eval": "eval/vader",
     "loss": "loss/dpo",
     "objective": "objective/kl",
     "rewards": "rewards/margins",
@@ -161,3 +161,25 @@ def test_the_link_of_a_sweep_shows_the_charts_of_its_runs_and_no_others(server: 
     assert not missing(text), text
     assert f"{len(SWEEP)} matching runs" in text
     assert not [name for name in OTHER if name in text]
+
+
+def test_the_saved_view_of_a_sweep_begins_with_the_charts_that_compare_its_runs(server: str, browser: Browser) -> None:
+    """All of its runs: without a view the UI draws ten. The best one comes first, though it began first."""
+    names = [f"a{i}" for i in range(12, 0, -1)]
+    for i, name in enumerate(names):
+        run = MLflowRun(server, "views", name, {"loss.beta": i}, {"xpo.sweep": "twelve"})
+        run.log_metrics({"eval/win_rate": 0.5, "eval/kl": 1.0, "completions/length": 8.0}, step=1)
+        run.log_metrics({"final/win_rate": 0.9 - i / 100, "final/kl": 1.0 + i}, step=0)
+        run.finish()
+    view = save_view(server, run.experiment_id, "twelve", ["loss.beta"])
+    browser.open(chart_link(server, run.experiment_id, "twelve", view))
+    expected = ["final/kl vs. final/win_rate", "Parallel Coordinates"]
+    expected += [f"{name} ({metric})" for name in names for metric in ("eval/win_rate", "eval/kl")]
+    until = time.monotonic() + WAIT_S
+    while not all(words in (text := browser.text()) for words in expected) and time.monotonic() < until:
+        time.sleep(1)
+    assert [words for words in expected if words not in text] == [], text
+    listed = text[: text.index("12 matching runs")].splitlines()
+    assert [line for line in listed if line in names] == names
+    sections = re.findall(r"^(.+)\s*\(\d+\)\s*Add chart$", text, re.MULTILINE)
+    assert sections[0].strip() == "Sweep"

@@ -537,7 +537,8 @@ def test_a_store_that_does_not_answer_is_one_line_with_the_remedy(
             "sqlite:////a/b.db",
             "alpha & beta",
             "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
-            "&searchFilter=tags.%22xpo.sweep%22%20%3D%20%22alpha%20%26%20beta%22",
+            "&searchFilter=tags.%22xpo.sweep%22%20%3D%20%22alpha%20%26%20beta%22"
+            "&orderByKey=metrics.%60final%2Fwin_rate%60&orderByAsc=false",
         ),
     ],
 )

@@ -16,3 +16,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 class JudgeStopped(RuntimeError):
     """A judge cannot go on: its budget is used up, or its server is gone. Training stops with a checkpoint."""
+
+
+class JobFailed(RuntimeError):
+    """A job of a sweep that another launcher than ours has started came to nothing."""

@@ -81,6 +81,15 @@ def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dic
     return [entry for entry in history if f"{prefix}_runtime" in entry]
 
 
+def last_evaluation(run_dir: Path) -> dict[str, float]:
+    """The metrics of a finished run's last evaluation, without "eval_"."""
+    if not RunRecord.read(run_dir).finished:
+        return {}
+    evaluated = evaluations(json.loads((run_dir / "metrics.json").read_text()))
+    entries = evaluated[-1].items() if evaluated else []
+    return {name.removeprefix("eval_"): value for name, value in entries if name.startswith("eval_")}
+
+
 def last_complete_checkpoint(model_dir: Path) -> Path | None:
     """The newest checkpoint-N that was written to its end.
 

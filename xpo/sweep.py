@@ -28,9 +28,9 @@ from rich.table import Table
 from xpo.errors import ConfigError
 from xpo.jobs import checked, prepare
 from xpo.launch import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.runs import RunRecord, evaluations, job_key, resumable_checkpoint
+from xpo.runs import RunRecord, job_key, last_evaluation, resumable_checkpoint
 from xpo.schema import TrainSchema, to_dict
-from xpo.tracking import chart_link, mark_ended, set_tags, tracking_uri
+from xpo.tracking import chart_link, mark_ended, save_view, set_tags, tracking_uri
 
 ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
 COLORS = (  # of Okabe and Ito, then darker ones: told apart by the colour-blind too
@@ -78,13 +78,19 @@ class Sweep:
 Composed = tuple[DictConfig, list[str]]  # a job's configuration, Hydra's part included, and its overrides
 
 
-def run(compose: Callable[[list[str], int], DictConfig], batch: Sequence[Sequence[str]], first: int) -> list[Job]:
+def run(
+    compose: Callable[[list[str], int], DictConfig],
+    batch: Sequence[Sequence[str]],
+    first: int,
+    swept: Sequence[str] = (),
+) -> list[Job]:
     """Runs jobs and reports on them; the sweeper may call this several times, once per batch.
 
     Args:
         compose: from overrides and the number of a job to its configuration.
         batch: the overrides of each point.
         first: the number of the first point.
+        swept: the keys that the sweeper chooses, as far as they are known: a batch may be a single point.
 
     Returns:
         The jobs, those of the first point first.
@@ -101,7 +107,7 @@ def run(compose: Callable[[list[str], int], DictConfig], batch: Sequence[Sequenc
     directory = Path(configs[0].hydra.sweep.dir).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     given = [dict(override.lstrip("+").partition("=")[::2] for override in overrides) for overrides in seeded]
-    keys = [key for key in given[0] if len({point.get(key) for point in given}) > 1]
+    keys = [key for key in given[0] if key in swept or len({point.get(key) for point in given}) > 1]
     jobs = [
         Job(
             name=short_name({key: point[key] for key in keys}) or "run",
@@ -298,7 +304,7 @@ class Runner:
             if not (run_dir / "run.json").exists():
                 continue
             job.mlflow_run_id = RunRecord.read(run_dir).mlflow_run_id
-            job.metrics = _last_evaluation(run_dir)
+            job.metrics = last_evaluation(run_dir)
             if job.mlflow_run_id and self.sweep.tracking_uri and job.state in ("failed", "killed", "timed out"):
                 mark_ended(self.sweep.tracking_uri, job.mlflow_run_id, "FAILED" if job.state == "failed" else "KILLED")
         before = [job.mlflow_run_id for job in self.sweep.jobs if job.before and job.mlflow_run_id]
@@ -328,7 +334,8 @@ class Runner:
                 self.console.print(
                     f"MLflow:  mlflow ui --backend-store-uri {self.sweep.tracking_uri}, then", soft_wrap=True
                 )
-            link = chart_link(self.sweep.tracking_uri, experiments[0], self.sweep.name)
+            place = (self.sweep.tracking_uri, experiments[0], self.sweep.name)
+            link = chart_link(*place, save_view(*place, self.sweep.keys))
             self.console.print(f"         {link}", soft_wrap=True)
         if any(job.state != DONE for job in self.sweep.jobs):
             self.console.print("Repeat the command to finish the rest.", soft_wrap=True)
@@ -346,15 +353,6 @@ def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         runs.setdefault(RunRecord.read(file.parent).job_key, []).append(file.parent)
     return runs
-
-
-def _last_evaluation(run_dir: Path) -> dict[str, float]:
-    """The metrics of a finished run's last evaluation."""
-    if not RunRecord.read(run_dir).finished:
-        return {}
-    evaluated = evaluations(json.loads((run_dir / "metrics.json").read_text()))
-    entries = evaluated[-1].items() if evaluated else []
-    return {name.removeprefix("eval_"): value for name, value in entries if name.startswith("eval_")}
 
 
 def _visible_devices() -> list[int] | None:

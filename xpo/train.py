@@ -13,12 +13,14 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from xpo.errors import ConfigError
+from xpo.errors import ConfigError, JobFailed
 from xpo.jobs import prepare
 from xpo.launch import JobProcess, exit_statuses, explanation, passing_on_signals, signals
 from xpo.overrides import CONF, explain
+from xpo.runs import last_evaluation, resumable_checkpoint
 from xpo.schema import TrainSchema
 
 ConfigStore.instance().store(name="schema", node=TrainSchema)
@@ -32,6 +34,9 @@ def main() -> None:
         if "RANK" in os.environ:
             sys.exit(_work_as_rank(sys.argv[1:]))
         _parent()
+    except JobFailed as error:
+        print(f"xpo: error: {error}", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         sys.exit(_bad_input(error))
     sys.exit(max(exit_statuses, default=0))
@@ -47,22 +52,40 @@ def choose_preset(arguments: list[str]) -> list[str]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def _parent(config: DictConfig) -> None:
-    """One job, which is not part of a sweep, or which another launcher than ours has started."""
+def _parent(config: DictConfig) -> float | None:
+    """One job, which is not part of a sweep, or which another launcher than ours has started.
+
+    Returns:
+        Its win rate, for a sweeper.
+
+    Raises:
+        ConfigError, JobFailed: it came to nothing, and it is part of a sweep: this process may be
+            another one than the command's, which would not know.
+    """
     if signals:
-        return
+        return None
     hydra_config = HydraConfig.get()
+    in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    output_dir = Path(hydra_config.runtime.output_dir)
+    again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
     try:
         run_dir = prepare(
             config,
-            Path(hydra_config.runtime.output_dir),
+            output_dir,
             dict(hydra_config.runtime.choices),
             list(hydra_config.overrides.task),
+            found=(output_dir, resumable_checkpoint(output_dir)) if again else None,
         )
     except Exception as error:  # Hydra would print a line of its own
+        if in_sweep:
+            raise
         exit_statuses.append(_bad_input(error))
-        return
-    exit_statuses.append(start_worker(run_dir))
+        return None
+    status = start_worker(run_dir)
+    if in_sweep and status:
+        raise JobFailed(f"the job in {run_dir} came to nothing (exit status {status}); the others have run")
+    exit_statuses.append(status)
+    return last_evaluation(run_dir).get("win_rate")
 
 
 def _bad_input(error: Exception) -> int:

@@ -539,6 +539,9 @@ class XPOTrainer(Trainer):
             "processes": self.args.world_size,
         }
         self._state_file(output_dir).write_text(json.dumps(state))
+        if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
+            # DeepSpeed reads this on every machine and writes it on the first one only.
+            (Path(output_dir) / "latest").write_text(f"global_step{self.model_wrapped.global_steps}")
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

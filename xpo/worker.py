@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,12 +110,17 @@ def _failed(tracked: list[MLflowRun], reason: str) -> None:
 
 def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[MLflowRun]) -> int:
     args = training_arguments(config, run_dir)
-    if args.world_size > 1:
-        shared = [str(run_dir)]
-        broadcast_object_list(shared)
-        run_dir = Path(shared[0])
-        args.output_dir = str(run_dir / "model")
     main_process = args.process_index == 0
+    # Nodes may start in other directories, and without a shared disk they have no run.json.
+    shared: list[Any] = [(str(run_dir.absolute()), asdict(RunRecord.read(run_dir))) if main_process else None]
+    if args.world_size > 1:
+        broadcast_object_list(shared)
+    directory, fields = shared[0]
+    record = RunRecord(**fields)
+    if not main_process:
+        run_dir = Path(directory)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        args.output_dir = str(run_dir / "model")
     lock = FileLock(run_dir / "run.lock")
     if main_process:
         try:
@@ -123,7 +129,6 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
             raise ConfigError(
                 f"hydra.run.dir={str(run_dir)!r} is in use by a run; wait for its end or stop it"
             ) from None
-    record = RunRecord.read(run_dir)
     asked = os.environ.get("XPO_PROCESSES")
     if asked is not None and int(asked) != args.world_size:
         raise ConfigError(
