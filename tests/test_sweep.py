@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from xpo import launch, sweep, train
 from xpo.launch import Outcome
 from xpo.runs import RunRecord
+from xpo.schema import LaunchSchema
 from xpo.sweep import short_name
 
 
@@ -186,10 +187,25 @@ def test_jobs_at_once_share_the_devices(command: Command):
     assert all(job.at_once == 2 and job.output == job.run_dir / "output.log" for job in Fake.started)
 
 
-def test_too_few_devices(command: Command, capfd: pytest.CaptureFixture[str]):
-    """Found before anything starts."""
+def test_too_few_devices(command: Command, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Found before anything starts, whoever named them: two jobs never share a GPU unasked."""
     assert command("loss.alpha=1,2", "launch.devices=[0]", "launch.jobs=2") == 2
     assert "launch.devices=[0] is too few for launch.jobs=2" in capfd.readouterr().err
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert command("loss.alpha=1,2", "launch.jobs=2") == 2
+    assert "needs 2 GPUs of its own, and launch.devices=[3]; give it that many" in capfd.readouterr().err
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(sweep.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert command("loss.alpha=1,2", "launch.jobs=2") == 2
+    assert "needs 2 GPUs of its own, and launch.devices=None" in capfd.readouterr().err
+    assert Fake.started == []
+
+
+def test_the_devices_of_the_environment_are_shared(monkeypatch: pytest.MonkeyPatch):
+    """As launch.devices would be."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
+    assert sweep.slots(LaunchSchema(jobs=2, num_processes=2)) == [[2, 3], [5, 7]]
+    assert sweep.slots(LaunchSchema(num_processes=2)) == [None]
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------

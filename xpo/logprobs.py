@@ -91,7 +91,7 @@ def shared_prompt_logps(
 
     The prompt is computed once. A completion sees the prompt and itself, and its positions go on from the
     prompt's. Hidden states are projected to the vocabulary at completion tokens only, and no more of them
-    at a time than `logits_at_once` allows: memory does not grow with the vocabulary.
+    at a time than `logits_at_once` allows: memory hardly grows with the vocabulary.
 
     Args:
         model: takes a mask of four dimensions; its layers attend to whatever that mask allows, and its

