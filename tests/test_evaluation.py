@@ -117,6 +117,7 @@ def test_the_ranks_share_the_prompts_and_answer_as_one_process_would(make_traine
             seed=trainer.args.seed,
             eval_greedy=False,
             tie_threshold=0.0,
+            ds3_gather_for_generation=True,
         )
         forwards = (trainer.policy_forward, trainer.reference_forward)
         evaluator = Evaluator(trainer.sampler, trainer.draws, forwards, trainer.judge, trainer.reward_model, {})
