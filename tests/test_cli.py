@@ -267,7 +267,11 @@ def test_mlflow_holds_every_evaluation_and_the_final_one(finished: Ended, metric
 def test_mlflow_holds_no_other_metrics(finished: Ended):
     """What is logged is documented."""
     of_evaluations = {f"{family}/{metric}" for family in ("eval", "final") for metric in (*EVAL_METRICS, "runtime")}
-    assert finished.points.keys() == TRL_METRICS | OWN_METRICS | of_evaluations | {"epoch", "final/epoch", "final/log10_alpha"}
+    assert finished.points.keys() == TRL_METRICS | OWN_METRICS | of_evaluations | {
+        "epoch",
+        "final/epoch",
+        "final/log10_alpha",
+    }
     assert finished.points["final/log10_alpha"] == {0: [-5.0]}
 
 
@@ -423,8 +427,7 @@ def test_the_default_preset_is_for_the_default_model_and_data(arguments: list[st
 def test_a_run_is_named_after_what_is_special_about_it(arguments: list[str], name: str):
     """Values may hold points."""
     assert (
-        run_name({"experiment": "smoke" if arguments[:1] == ["experiment=smoke"] else "quickstart"}, arguments)
-        == name
+        run_name({"experiment": "smoke" if arguments[:1] == ["experiment=smoke"] else "quickstart"}, arguments) == name
     )
 
 

@@ -154,6 +154,11 @@ class XPOConfig(TrainingArguments):
             )
         if self.shard_reference and not zero:
             raise ConfigError("shard_reference=True needs DeepSpeed; choose a deepspeed configuration")
+        if self.fsdp:
+            raise ConfigError(
+                f"fsdp={self.fsdp!r} is not supported, as rollouts need whole parameters; "
+                "use DeepSpeed ZeRO-3 (deepspeed=zero3)"
+            )
         if zero:
             prepare_environment(self.use_cpu)
         super().__post_init__()

@@ -310,7 +310,7 @@ def _tracking(config: TrainSchema, run_dir: Path, record: RunRecord) -> MLflowRu
 def _log10(config: TrainSchema) -> dict[str, float]:
     """The exponent of alpha, which the MLflow UI itself would round to 0.00000."""
     alpha = config.loss.alpha
-    return {"loss.log10_alpha": math.log10(alpha)} if isinstance(alpha, float) and alpha > 0 else {}
+    return {"loss.log10_alpha": math.log10(alpha)} if isinstance(alpha, int | float) and alpha > 0 else {}
 
 
 def _evaluated_last_step(trainer: XPOTrainer) -> bool:
