@@ -416,14 +416,19 @@ def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.Monk
 
 
 def test_a_run_directory_in_which_a_run_is_at_work(run: Run, tmp_path: Path):
-    """Two commands that resume the same run: the second one must not write over the first one's checkpoints."""
+    """Two commands that resume the same run: the second one must not write over the first one's checkpoints.
+
+    Nor may it take the first one's place in the file that says where signals go.
+    """
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "worker.pid").write_text("12345")
     with FileLock(tmp_path / "run" / "run.lock"):
         result = run(f"{RUN} hydra.run.dir=run")
     assert len(result.stderr) == 1
     assert re.match(r"xpo: error: hydra.run.dir='.*run' is in use by a run; wait for its end or", result.stderr[0])
     assert result.status == 2
     assert MODEL not in result.reached
+    assert (tmp_path / "run" / "worker.pid").read_text() == "12345"
 
 
 def process(arguments: str, inputs: Path, directory: Path) -> subprocess.CompletedProcess[str]:

@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import sys
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
 from xpo.errors import ConfigError
@@ -82,8 +84,9 @@ def prepare(
             f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    for left in ("failure.json", "worker.pid"):  # by the process that the run was before
-        (output_dir / left).unlink(missing_ok=True)
+    with suppress(Timeout), FileLock(output_dir / "run.lock", timeout=0):  # Timeout: a run is at work here
+        for left in ("failure.json", "worker.pid"):  # by the process that the run was before
+            (output_dir / left).unlink(missing_ok=True)
     OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
     record.write(output_dir)
     return output_dir

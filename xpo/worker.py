@@ -56,10 +56,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
     """
     report.quiet()
     stop = StopOnSignal()
-    main_process = os.environ.get("RANK", "0") == "0"
     pid = run_dir / "worker.pid"
-    if main_process:
-        pid.write_text(str(os.getpid()))  # signals go to this rank, which tells the others
     tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
     try:
         return _run(config, run_dir, stop, tracked)
@@ -86,8 +83,8 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         traceback.print_exc()
         return 1
     finally:
-        if main_process:
-            pid.unlink(missing_ok=True)
+        if pid.exists() and pid.read_text() == str(os.getpid()):  # and not that of a run at work here
+            pid.unlink()
 
 
 def _first_to_fail(run_dir: Path, status: int, reason: str) -> bool:
@@ -129,6 +126,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
             raise ConfigError(
                 f"hydra.run.dir={str(run_dir)!r} is in use by a run; wait for its end or stop it"
             ) from None
+        (run_dir / "worker.pid").write_text(str(os.getpid()))  # signals go to this rank, which tells the others
     asked = os.environ.get("XPO_PROCESSES")
     if asked is not None and int(asked) != args.world_size:
         raise ConfigError(
