@@ -102,7 +102,7 @@ def swapped(pairs: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
 def test_ordinary_texts_in_both_orders(native: PairRMJudge, original: PairRMJudge) -> None:
     for pairs in (ORDINARY, swapped(ORDINARY)):
         expected = logits(original, *pairs)
-        assert expected.abs().min() > 0.01  # the checkpoint tells the texts apart
+        assert expected.std() > 0.1  # the checkpoint tells the texts apart
         close(logits(native, *pairs), expected)
 
 
