@@ -35,6 +35,20 @@ def texts(
     return source.draw(rows, seed, stream, number, CPU).completions.texts
 
 
+def batch_sizes(monkeypatch: pytest.MonkeyPatch, of: int | None = None) -> list[int]:
+    """Fills up with the number of prompts of each sampling to come; `of` one model, by its id."""
+    sizes: list[int] = []
+    original = Sampler.sample
+
+    def sample(this: Sampler, model: Any, rows: list[list[int]], *arguments: Any, **options: Any) -> Any:
+        if of in (None, id(model)):
+            sizes.append(len(rows))
+        return original(this, model, rows, *arguments, **options)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    return sizes
+
+
 def test_a_draw_depends_on_prompt_seed_stream_and_number_only(tokenizer: PreTrainedTokenizerFast) -> None:
     source = draws(tokenizer)
     expected = texts(source)
@@ -57,6 +71,34 @@ def test_what_is_kept_is_found_again(tokenizer: PreTrainedTokenizerFast, tmp_pat
     assert torch.equal(again.completions.ended, expected.ended)
     assert torch.equal(again.completions.mask, expected.mask)
     assert torch.equal(again.completions.ids[again.completions.mask], expected.ids[expected.mask])
+
+
+def test_draws_ahead_are_made_in_the_same_batch(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = batch_sizes(monkeypatch)
+    expected = texts(draws(tokenizer))
+    store = Store(tmp_path / "store")
+    source = draws(tokenizer, store)
+    first = source.draw(PROMPTS[:1], 1, REFERENCE, 0, CPU, ahead=PROMPTS[1:3])
+    assert first.completions.texts == expected[:1]
+    # Computed by this run, though not in this call; what is there keeps others from being drawn ahead.
+    second = source.draw(PROMPTS[1:3], 1, REFERENCE, 0, CPU, ahead=PROMPTS[3:])
+    assert second.fresh.tolist() == [True, True]
+    assert second.completions.texts == expected[1:3]
+    assert not source.draw(PROMPTS[1:3], 1, REFERENCE, 0, CPU).fresh.any()
+    assert not draws(tokenizer, store).draw(PROMPTS[:3], 1, REFERENCE, 0, CPU).fresh.any()
+    last = source.draw(PROMPTS[3:], 1, REFERENCE, 0, CPU, ahead=PROMPTS[:3])  # these are there
+    assert last.completions.texts == expected[3:]
+    assert sizes == [4, 3, 1]
+
+
+def test_without_a_store_nothing_is_drawn_ahead(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = batch_sizes(monkeypatch)
+    draws(tokenizer).draw(PROMPTS[:1], 1, REFERENCE, 0, CPU, ahead=PROMPTS[1:])
+    assert sizes == [1]
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"temperature": 0.5}, {"max_new_tokens": 7}, {"top_k": 3}])
@@ -140,6 +182,25 @@ def test_each_epoch_has_draws_of_its_own(make_trainer: TrainerFactory, tmp_path:
     trainer.train()
     assert all(entry["perf/reference_hit_rate"] == 0 for entry in trainer.state.log_history if "loss" in entry)
     assert len(Store(tmp_path / "store")) == 32
+
+
+@pytest.mark.parametrize(
+    ("size", "batches"), [(1, [4] * 6), (8, [8, 8, 8]), (11, [10, 6, 8]), (12, [12, 4, 8]), (99, [16, 8])]
+)
+def test_the_next_steps_are_drawn_ahead_within_the_epoch_and_the_run(
+    make_trainer: TrainerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, batches: list[int]
+) -> None:
+    """Six steps of four prompts, of which an epoch has 16; no number depends on it."""
+    shared = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    alone = make_trainer(**shared)
+    alone.train()
+    trainer = make_trainer(**shared, reference_store=str(tmp_path / "store"), reference_batch_size=size)
+    assert trainer.reference.frozen is not None
+    sizes = batch_sizes(monkeypatch, of=id(trainer.reference.frozen))
+    trainer.train()
+    assert sizes == batches
+    assert step_logs(trainer) == step_logs(alone)
+    assert len(Store(tmp_path / "store")) == 24
 
 
 def test_a_store_that_cannot_be_written_is_one_line(make_trainer: TrainerFactory, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ class XPOConfig(TrainingArguments):
             16,384 elsewhere.
         reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
             None or "off" draws them afresh.
+        reference_batch_size: where the store lacks completions, those of the next steps are drawn along with this
+            step's, up to so many prompts in all; 1 draws each step's own.
         ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
             from it; False fetches it layer by layer, token after token, which is slower and needs less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
@@ -105,6 +107,7 @@ class XPOConfig(TrainingArguments):
     pair_forward: PairForward = "auto"
     tokens_per_micro_batch: int | None = None
     reference_store: str | None = None
+    reference_batch_size: int = 32
     ds3_gather_for_generation: bool = True
     shard_reference: bool = False
     disable_dropout: bool = True
@@ -134,6 +137,7 @@ class XPOConfig(TrainingArguments):
         checks.number("tie_threshold", self.tie_threshold, minimum=0)
         if self.clip_scores is not None:
             checks.number("clip_scores", self.clip_scores, above=0)
+        checks.number("reference_batch_size", self.reference_batch_size, minimum=1)
         if self.generation_batch_size is not None:
             checks.number("generation_batch_size", self.generation_batch_size, minimum=1)
         # Without this, several processes without a GPU would each believe to be alone.

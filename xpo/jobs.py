@@ -101,6 +101,7 @@ _HARMLESS = (
     "launch.timeout",
     "sweep.",
     "reference.store",
+    "reference.batch_size",
     "training.keep_training_state",
     "training.resume",
     "training.profile",

@@ -217,6 +217,7 @@ class TrainingSchema:
 @dataclass
 class ReferenceSchema:
     store: str | None = None
+    batch_size: int = 32
 
 
 @dataclass

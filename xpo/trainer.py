@@ -7,6 +7,7 @@ import math
 import shutil
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -207,6 +208,8 @@ class XPOTrainer(Trainer):
             scorers or {},
         )
         self.scale = ScoreScale(args.normalize_scores, args.clip_scores, self._sum_over_ranks)
+        self._epoch_iterator: Iterator[dict[str, list[Any]]] | None = None
+        self._waiting: deque[dict[str, list[Any]]] = deque()  # batches of this epoch that are read already
         self._tracker = MeanTracker()
         self._step_logs: dict[str, float] = {}
 
@@ -220,14 +223,14 @@ class XPOTrainer(Trainer):
         Returns:
             The labelled micro-batches (see `_micro_batches`), and the number of pairs on all ranks.
         """
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        batches, ahead = self._next_batches(epoch_iterator, num_batches)
         if not batches:
             return [], None
         if self.is_deepspeed_enabled:
             check_engine(self.model_wrapped, self._deepspeed_config, self.args.world_size)
         started = time.perf_counter()
         with record_function("rollout"):
-            rollout, draw = self._rollout(batches)
+            rollout, draw = self._rollout(batches, ahead)
         sampled = time.perf_counter()
         prompts = [prompt for batch in batches for prompt in batch["prompt"]]
         sizes = [len(batch["prompt"]) for batch in batches]
@@ -252,8 +255,29 @@ class XPOTrainer(Trainer):
         pairs = torch.tensor(sum(sizes), device=device)
         return micro_batches, self.accelerator.reduce(pairs, "sum")
 
-    def _rollout(self, batches: Sequence[dict[str, list[Any]]]) -> tuple[Rollout, Draw]:
-        """Completions of the whole step's prompts by the policy and by the reference."""
+    def _next_batches(
+        self, epoch_iterator: Iterator[dict[str, list[Any]]], number: int
+    ) -> tuple[list[dict[str, list[Any]]], list[list[int]]]:
+        """The next batches of an epoch; and the prompts behind them, as far as the reference's draws look ahead."""
+        if epoch_iterator is not self._epoch_iterator:
+            self._epoch_iterator, self._waiting = epoch_iterator, deque()
+        left = (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
+        prompts = sum(len(batch["prompt_ids"]) for batch in self._waiting)
+        while len(self._waiting) < number or (
+            self.draws.store is not None
+            and len(self._waiting) < left
+            and prompts + self.args.per_device_train_batch_size <= self.args.reference_batch_size
+        ):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            self._waiting.append(batch)
+            prompts += len(batch["prompt_ids"])
+        batches = [self._waiting.popleft() for _ in range(min(number, len(self._waiting)))]
+        return batches, [prompt for batch in self._waiting for prompt in batch["prompt_ids"]]
+
+    def _rollout(self, batches: Sequence[dict[str, list[Any]]], ahead: Sequence[Sequence[int]]) -> tuple[Rollout, Draw]:
+        """Completions of the whole step's prompts by the policy and by the reference, which may draw some ahead."""
         prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
         rows = self._global_rows([len(batch["prompt_ids"]) for batch in batches])
         noise = sampling_noise((self.args.seed, self.state.global_step, POLICY), rows, self.sampler.max_new_tokens)
@@ -261,7 +285,7 @@ class XPOTrainer(Trainer):
         with self.accelerator.autocast():
             with sampling(self.model, self.zero3_engine, self.args.ds3_gather_for_generation) as synced:
                 policy = self.sampler.sample(base_model(self.model), prompts, noise, self.args.device, synced=synced)
-            draw = self.draws.draw(prompts, self.args.seed, REFERENCE, epoch, self.args.device)
+            draw = self.draws.draw(prompts, self.args.seed, REFERENCE, epoch, self.args.device, ahead=ahead)
         prompt_ids, prompt_mask = self.sampler.pad_prompts(prompts, self.args.device)
         pairs = same_width(policy, draw.completions, self.sampler.pad_token_id)
         return Rollout(prompt_ids, prompt_mask, *pairs), draw

@@ -246,6 +246,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
             missing_eos_penalty=config.loss.missing_eos_penalty,
             **vars(config.preference),
             reference_store=config.reference.store,
+            reference_batch_size=config.reference.batch_size,
             prompt_overflow=config.data.prompt_overflow,
             generation_batch_size=config.generation.batch_size,
             generation_kwargs=config.generation.kwargs or None,

@@ -127,21 +127,25 @@ def sampling_need(shape: Shape, machine: Machine, prompts: Sequence[int], new_to
     return need
 
 
-def step_needs(shape: Shape, machine: Machine, prompts: Sequence[int], new_tokens: int, warm: bool) -> dict[str, Need]:
+def step_needs(
+    shape: Shape, machine: Machine, prompts: Sequence[int], new_tokens: int, draws: int | None
+) -> dict[str, Need]:
     """The least that each phase of a step takes.
 
-    rollout: y and y~, or y alone if the store has y~.
+    rollout: y; and y~ for `draws` such steps at once, one of which pays its share, or None if the store has y~.
     reference: a forward of the reference over [prompt | y]; it knew log pi_ref(y~) when it drew y~.
     update: a forward over [prompt | y | y~] and a backward of twice that.
     optimizer: AdamW reads weight, gradient and two moments, and writes three of them, in float32.
     """
     sampling = sampling_need(shape, machine, prompts, new_tokens)
-    draws = 1 if warm else 2
+    if draws is not None:
+        together = sampling_need(shape, machine, [*prompts] * draws, new_tokens)
+        sampling = Need(*(policy + reference / draws for policy, reference in zip(sampling, together, strict=True)))
     reference = forward_flops(shape, prompts, 1, new_tokens)
     update = 3 * forward_flops(shape, prompts, 2, new_tokens)
     optimizer = 7 * 4 * shape.parameters
     return {
-        "rollout": Need(*(draws * part for part in sampling)),
+        "rollout": sampling,
         "reference": Need(reference, 0.0, reference / machine.flops),
         "update": Need(update, 0.0, update / machine.flops),
         "optimizer": Need(0.0, optimizer, optimizer / machine.bandwidth),

@@ -1,7 +1,7 @@
 """How fast is xpo, next to TRL 1.13.0, on the same work? See README.md.
 
-    python experiments/throughput/run.py --workloads chat ultrafeedback long --steps 5
-    python experiments/throughput/run.py --model tiny --workloads chat --steps 2     # does it run?
+    python experiments/throughput/run.py --workloads chat ultrafeedback long
+    python experiments/throughput/run.py --model tiny --workloads chat --steps 4     # does it run?
     python experiments/throughput/run.py --search --workloads chat                   # the settings of trl-best
     python experiments/throughput/run.py --device cuda --trl-python python3          # where TRL can be imported
 
@@ -9,7 +9,6 @@ The first use makes TRL's virtual environment.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -26,6 +25,8 @@ import torch
 from contender import PHASES
 from floor import Machine, Shape, better, measure, read_shape, step_needs
 from workloads import MODELS, WORKLOADS, Prompt, draw_prompts, load_tokenizer, model_directory, prompt_ids
+
+from xpo import XPOConfig
 
 HERE = Path(__file__).parent
 TRL = "1.13.0"
@@ -63,8 +64,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    add("--steps", type=int, default=5, help="timed optimizer steps of each contender in each round")
-    add("--warmup", type=int, help="untimed steps before them; default 1 on a CPU, 2 on a GPU")
+    add("--steps", type=int, default=8, help="timed optimizer steps of each contender in each round")
+    add(
+        "--warmup",
+        type=int,
+        help="untimed steps before them, of xpo at least as many as it draws ahead; default 1 on a CPU, 2 on a GPU",
+    )
     add("--rounds", type=int, default=1, help="turns that each contender gets, on new prompts")
     add("--batch", type=int, default=8, help="prompts of an optimizer step")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -81,7 +86,17 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.model = args.model or ("qwen2-0.5b-random" if args.device == "cuda" else "smollm2-135m")
     args.warmup = args.warmup if args.warmup is not None else 2 if args.device == "cuda" else 1
+    if args.steps % cycle(args):
+        parser.error(
+            f"--steps {args.steps}: a multiple of {cycle(args)}, the steps that xpo draws references for at once"
+        )
     return args
+
+
+def cycle(args: argparse.Namespace) -> int:
+    """Steps whose reference completions xpo draws at once: only whole cycles have their share of the drawing."""
+    size = dict(map(parse_option, args.xpo)).get("reference_batch_size", XPOConfig.reference_batch_size)
+    return max(1, size // args.batch)
 
 
 def trl_environment(directory: Path) -> str:
@@ -103,13 +118,6 @@ def trl_environment(directory: Path) -> str:
     return str(python)
 
 
-def has_store() -> bool:
-    """Whether this xpo keeps reference draws."""
-    from xpo import XPOConfig
-
-    return any(field.name == "reference_store" for field in dataclasses.fields(XPOConfig))
-
-
 class Bench:
     """One run of the benchmark: model, tokenizer and machine, and what was measured so far."""
 
@@ -120,7 +128,6 @@ class Bench:
         self.model = model_directory(args.model, scratch)
         self.tokenizer = load_tokenizer(self.model)
         self.shape = read_shape(self.model)
-        self.stored = has_store()
         self.machine = measure(self.shape, args.device) if args.floor else None
         args.results.mkdir(parents=True, exist_ok=True)
         self.file = args.results / f"{device_name(args.device)}-{args.model}.json"
@@ -134,13 +141,17 @@ class Bench:
         """A contender in a process of its own; None if it failed, which is printed."""
         result, log = self.scratch / "result.json", self.scratch / f"{contender}.log"
         result.unlink(missing_ok=True)
+        is_trl = contender.startswith("trl")
+        # xpo's timed steps begin where a draw for the next steps is due.
+        more = 0 if is_trl else -self.args.warmup % cycle(self.args)
+        extra = draw_prompts(WORKLOADS[workload], self.tokenizer, more * self.args.batch, seed=7)
         job = {
             "model": str(self.model),
-            "prompts": prompts,
+            "prompts": extra + prompts,
             "batch": self.args.batch,
             "new_tokens": WORKLOADS[workload].new_tokens,
             "max_prompt": WORKLOADS[workload].max_prompt,
-            "warmup": self.args.warmup,
+            "warmup": more + self.args.warmup,
             "steps": steps,
             "budget_s": self.args.budget,
             "device": self.args.device,
@@ -152,7 +163,6 @@ class Bench:
         }
         job_file = self.scratch / "job.json"
         job_file.write_text(json.dumps(job))
-        is_trl = contender.startswith("trl")
         python, script = (self.trl_python, "with_trl.py") if is_trl else (sys.executable, "with_xpo.py")
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         with log.open("w") as output:
@@ -205,15 +215,12 @@ class Bench:
         xpo = {"args": dict(parse_option(option) for option in self.args.xpo)}
         settings = {"trl-default": DEFAULTS, "trl-best": SEARCH[best], "xpo-cold": xpo, "xpo-warm": xpo}
         contenders = [name for name in CONTENDERS if name in self.args.contenders]
-        if "xpo-warm" in contenders and not self.stored:
-            print("xpo-warm is left out: this XPOConfig has no field reference_store", flush=True)
-            contenders.remove("xpo-warm")
         turns: dict[str, list[Result]] = {name: [] for name in contenders}
         for turn in range(self.args.rounds):
             prompts = self.prompts(workload, self.args.steps, seed=100 + turn)
             if turn == 0:
                 self.describe(workload, prompts)
-            store = str(self.scratch / f"store-{workload}-{turn}.sqlite") if self.stored else ""
+            store = str(self.scratch / f"store-{workload}-{turn}.sqlite")
             if "xpo-warm" in contenders and "xpo-cold" not in contenders:
                 self.run("xpo-cold", workload, prompts, self.args.steps, xpo, store)  # fills the store, untimed
             for name in contenders:
@@ -221,8 +228,8 @@ class Bench:
                 if result:
                     turns[name].append(result)
                     print(
-                        f"{workload}: {name}, round {turn + 1}: {result['median_s']:.3g} s per step, "
-                        f"median of {len(result['seconds'])}{'' if result['warm'] else ', without warm-up'}"
+                        f"{workload}: {name}, round {turn + 1}: {result['mean_s']:.3g} s per step, "
+                        f"mean of {len(result['seconds'])}{'' if result['warm'] else ', without warm-up'}"
                         f"{disturbance(result)}",
                         flush=True,
                     )
@@ -260,14 +267,14 @@ class Bench:
                     print(f"WARNING: {workload}: {name} found {statistics.mean(hits):.0%} of its draws in the store")
 
     def floor(self, workload: str, results: dict[str, Result]) -> dict[str, Any]:
-        """What each phase needs at least, a mean over the steps, cold and warm."""
+        """What each phase needs at least, a mean over the steps, for TRL and for xpo cold and warm."""
         if self.machine is None:
             return {}
         self.machine = better(self.machine, measure(self.shape, self.args.device))  # others were busy the first time?
         steps = max((result["prompt_tokens"] for result in results.values()), key=len)
         return {
-            state: mean_needs(self.shape, self.machine, steps, WORKLOADS[workload].new_tokens, state == "warm")
-            for state in ("cold", "warm")
+            state: mean_needs(self.shape, self.machine, steps, WORKLOADS[workload].new_tokens, draws)
+            for state, draws in {"trl": 1, "cold": cycle(self.args), "warm": None}.items()
         }
 
     def save(self, workload: str, results: dict[str, Result], best: str, needs: dict[str, Any]) -> None:
@@ -295,7 +302,7 @@ class Bench:
             shares = [number(result["phases_mean_s"][phase]) for phase in PHASES]
             label = name + ("" if result["warm"] else " *")
             peak = f"{result['peak_bytes'] / 1e9:.2f}"
-            rows.append([label, number(result["pairs_per_s"]), number(result["median_s"]), *ratios, peak, *shares])
+            rows.append([label, number(result["pairs_per_s"]), number(result["mean_s"]), *ratios, peak, *shares])
         title = f"{workload} on {device_name(self.args.device)}, {self.args.model}; trl-best: {best}"
         show(title, header, rows)
         if not all(result["warm"] for result in results.values()):
@@ -312,12 +319,12 @@ class Bench:
         assert self.machine is not None
         rows = []
         for name, result in results.items():
-            needed = needs["warm" if name == "xpo-warm" else "cold"]
+            needed = needs["trl" if name.startswith("trl") else name.removeprefix("xpo-")]
             for phase, need in needed.items():
                 work = [f"{need['flops'] / 1e9:.4g}", f"{need['bytes'] / 1e9:.4g}"]
                 rows.append([name, phase, *work, *against(need["seconds"], result["phases_mean_s"][phase])])
             total = sum(need["seconds"] for need in needed.values())
-            rows.append([name, "whole step", "", "", *against(total, statistics.mean(result["seconds"]))])
+            rows.append([name, "whole step", "", "", *against(total, result["mean_s"])])
         show(
             f"{workload}: the floor, at {self.machine.flops / 1e9:.4g} GFLOP/s and "
             f"{self.machine.bandwidth / 1e9:.4g} GB/s as measured",
@@ -336,8 +343,9 @@ def pooled(parts: Sequence[Result], batch: int) -> Result:
         "logs": [logs for part in parts for logs in part["logs"]],
         "prompt_tokens": [tokens for part in parts for tokens in part["prompt_tokens"]],
         "warm": all(part["warm"] for part in parts),
+        "mean_s": statistics.mean(seconds),
         "median_s": statistics.median(seconds),
-        "pairs_per_s": batch / statistics.median(seconds),
+        "pairs_per_s": batch / statistics.mean(seconds),
         "phases_mean_s": {name: statistics.mean(phase[name] for phase in phases) for name in PHASES},
         "peak_bytes": max(part["peak_bytes"] for part in parts),
         "others_cores": max(part["others_cores"] for part in parts),
@@ -345,9 +353,9 @@ def pooled(parts: Sequence[Result], batch: int) -> Result:
 
 
 def mean_needs(
-    shape: Shape, machine: Machine, steps: Sequence[Sequence[int]], new_tokens: int, warm: bool
+    shape: Shape, machine: Machine, steps: Sequence[Sequence[int]], new_tokens: int, draws: int | None
 ) -> dict[str, dict[str, float]]:
-    needs = [step_needs(shape, machine, prompts, new_tokens, warm) for prompts in steps]
+    needs = [step_needs(shape, machine, prompts, new_tokens, draws) for prompts in steps]
     return {
         phase: {key: statistics.mean(getattr(need[phase], key) for need in needs) for key in needs[0][phase]._fields}
         for phase in needs[0]

@@ -23,7 +23,7 @@ from xpo.store import Store
 
 
 class Draw(NamedTuple):
-    """The reference's completions of B prompts, and which of them were not in the store, bool (B,)."""
+    """The reference's completions of B prompts, and which of them this run has computed, bool (B,)."""
 
     completions: Completions
     fresh: Tensor
@@ -47,6 +47,7 @@ class ReferenceDraws:
         self.sampler = sampler
         self.store = store
         self._source = ""
+        self._drawn_ahead: set[str] = set()  # keys of what this run has put into the store and not asked for yet
         if store is not None:
             settings = (asdict(sampler.sampling) | {"batch_size": None}, sampler.eos_token_ids, precision)
             self._source = digest(reference.fingerprint, settings)
@@ -59,6 +60,7 @@ class ReferenceDraws:
         number: int,
         device: torch.device,
         greedy: bool = False,
+        ahead: Sequence[Sequence[int]] = (),
     ) -> Draw:
         """The completions of tokenized prompts.
 
@@ -69,25 +71,36 @@ class ReferenceDraws:
             number: how often these prompts were drawn before: the epoch.
             device: where the reference is.
             greedy: take the likeliest token instead of drawing one.
+            ahead: prompts that will be asked for next. Where something must be drawn, these are drawn in the same
+                batch for the store, if there is one: on a CPU 32 rows cost 1.4 times what 8 cost.
         """
-        names = [digest(list(prompt)) for prompt in prompts]
+        every = [*prompts, *(() if self.store is None else ahead)]
+        names = [digest(list(prompt)) for prompt in every]
         keys = [digest("reference", self._source, seed, stream, number, greedy, name) for name in names]
-        tokens = {key: _unpack(value) for key, value in ({} if self.store is None else self.store.get(keys)).items()}
-        fresh = torch.tensor([key not in tokens for key in keys])
-        missing = fresh.nonzero().flatten().tolist()
+        asked = keys[: len(prompts)]
+        tokens = self._find(asked)
+        fresh = torch.tensor([key not in tokens or key in self._drawn_ahead for key in asked])
         with self.reference.model() as model:  # even if nothing is missing here: it may be at another process
-            new = {}
-            if missing:
-                rows = [int(names[i], 16) for i in missing]
+            if any(key not in tokens for key in asked):
+                there = tokens.keys() | self._find(keys[len(prompts) :]).keys()
+                missing = {key: i for i, key in enumerate(keys) if key not in there}
+                rows = [int(names[i], 16) for i in missing.values()]
                 noise = sampling_noise((seed, stream, number), rows, self.sampler.max_new_tokens)
-                drawn = self.sampler.sample(model, [prompts[i] for i in missing], noise, device, greedy)
+                drawn = self.sampler.sample(model, [every[i] for i in missing.values()], noise, device, greedy)
                 ids, masks = drawn.ids.cpu(), drawn.mask.cpu()
-                new = {keys[i]: row[mask] for i, row, mask in zip(missing, ids, masks, strict=True)}
-        tokens |= new
-        if new and self.store is not None:
-            self.store.put({key: _pack(ids) for key, ids in new.items()})
-        ids = pad_sequence([tokens[key] for key in keys], batch_first=True, padding_value=self.sampler.pad_token_id)
+                new = {key: row[mask] for key, row, mask in zip(missing, ids, masks, strict=True)}
+                if self.store is not None:
+                    self.store.put({key: _pack(row) for key, row in new.items()})
+                    self._drawn_ahead |= new.keys()
+                tokens |= new
+        self._drawn_ahead.difference_update(asked)
+        ids = pad_sequence([tokens[key] for key in asked], batch_first=True, padding_value=self.sampler.pad_token_id)
         return Draw(self.sampler.completions(ids.to(device)), fresh)
+
+    def _find(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """The tokens of those draws that the store has."""
+        found = {} if self.store is None else self.store.get(keys)
+        return {key: _unpack(value) for key, value in found.items()}
 
 
 def _pack(tokens: Tensor) -> bytes:
