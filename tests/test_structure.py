@@ -19,6 +19,7 @@ ORDER = [
     "jobs",
     "launch",
     "hub",
+    "memory",
     "store",
     "fingerprints",
     "functions",

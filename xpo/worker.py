@@ -30,6 +30,7 @@ from xpo.card import evaluations
 from xpo.config import XPOConfig
 from xpo.data import load_prompts
 from xpo.errors import ConfigError, JudgeStopped, nearest
+from xpo.memory import keep_freed_memory
 from xpo.models import load_model, load_tokenizer, lora_config, policy_directory
 from xpo.runs import RunRecord, drop_training_state
 from xpo.schema import TrainSchema, flatten, to_dict
@@ -108,6 +109,8 @@ def _failed(tracked: list[MLflowRun], reason: str) -> None:
 def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[MLflowRun]) -> int:
     args = training_arguments(config, run_dir)
     main_process = args.process_index == 0
+    if args.device.type == "cpu":
+        keep_freed_memory()
     # Nodes may start in other directories, and without a shared disk they have no run.json.
     shared: list[Any] = [(str(run_dir.absolute()), asdict(RunRecord.read(run_dir))) if main_process else None]
     if args.world_size > 1:

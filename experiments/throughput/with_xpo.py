@@ -8,6 +8,7 @@ from contender import Clock, load_job, load_model_and_tokenizer, training_argume
 from datasets import Dataset
 
 from xpo import XPOConfig, XPOTrainer
+from xpo.memory import keep_freed_memory
 
 
 def count_letters(prompts: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:
@@ -17,6 +18,8 @@ def count_letters(prompts: Sequence[Any], completions: Sequence[str]) -> torch.T
 
 def main() -> None:
     job = load_job()
+    if job["device"] == "cpu":
+        keep_freed_memory()  # as python -m xpo.train does
     model, tokenizer = load_model_and_tokenizer(job)
     clock = Clock(job)
     options = {"reference_store": job["store"]} if job["store"] else {}
