@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from xpo.errors import ConfigError
 from xpo.runs import RunRecord
 from xpo.schema import LaunchSchema
 
+_END_S = 30.0  # for killed processes to be gone
 GRACE_S = 120.0  # from the request to stop until a job is killed
 
 
@@ -116,9 +117,15 @@ class JobProcess:
 
     def _kill(self) -> None:
         launcher = psutil.Process(self._process.pid)
-        for process in [*launcher.children(recursive=True), launcher]:
-            process.kill()
+        processes = [*launcher.children(recursive=True), launcher]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         self._process.wait()
+        # The kernel takes its time; the next job may need their devices.
+        until = time.monotonic() + _END_S
+        while any(map(_is_alive, processes)) and time.monotonic() < until:
+            time.sleep(0.02)
 
     def _outcome(self, status: int) -> Outcome:
         if status == 0 and RunRecord.read(self.run_dir).finished:
@@ -135,6 +142,14 @@ class JobProcess:
         if status - 128 in (signal.SIGINT, signal.SIGTERM):
             return Outcome("stopped", status, signal.Signals(status - 128).name)
         return Outcome("failed", status, f"exit status {status}; one of its processes was killed perhaps")
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """False also for a zombie, which holds nothing any more."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def command(launch: LaunchSchema, run_dir: Path, with_deepspeed: bool) -> list[str]:
