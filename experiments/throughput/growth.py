@@ -11,18 +11,24 @@ and a plot to results/.
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from run import device_name, machine_facts, markdown, number
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 from with_xpo import count_letters
 from workloads import MODELS, model_directory
 
@@ -81,6 +87,7 @@ def measure(
             train_dataset=Dataset.from_dict({"prompt": [""] * len(prompts), "prompt_ids": prompts}),
             callbacks=[times],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     seconds = [end - start for start, end in zip(times.ends[1:], times.ends[2:], strict=False)]
     logs = [entry for entry in times.logs if "perf/rollout_s" in entry][1:]
@@ -88,10 +95,20 @@ def measure(
     return {"step": statistics.median(seconds), **phases}
 
 
-def exponent(values: Sequence[int], seconds: Sequence[float]) -> float:
-    """The slope of log seconds against log value: 1 where twice as much takes twice as long."""
-    x, y = [math.log(value) for value in values], [math.log(second) for second in seconds]
-    return statistics.linear_regression(x, y).slope
+class Line(NamedTuple):
+    """The straight line through the seconds of a step: what it takes anyhow, what each further one costs."""
+
+    start: float
+    each: float
+    correlation: float
+
+    def __str__(self) -> str:
+        return f"{self.start:.3g} s + {self.each:.3g} s each (r = {self.correlation:.4f})"
+
+
+def line(values: Sequence[int], seconds: Sequence[float]) -> Line:
+    slope, intercept = statistics.linear_regression(values, seconds)
+    return Line(intercept, slope, statistics.correlation(values, seconds))
 
 
 def main() -> None:
@@ -114,43 +131,48 @@ def main() -> None:
             point = MIDDLE | {name: value}
             rows.append({"changes": name, **point, **measure(model, tokenizer, point, args.steps, args.device)})
             print(f"{name} {value}: {rows[-1]['step']:.3g} s per step", flush=True)
-    exponents = {
-        name: exponent(values, [row["step"] for row in rows if row["changes"] == name])
-        for name, values in VALUES.items()
+    lines = {
+        name: line(values, [row["step"] for row in rows if row["changes"] == name]) for name, values in VALUES.items()
     }
     args.results.mkdir(parents=True, exist_ok=True)
     file = args.results / f"growth-{device_name(args.device)}-{args.model}.json"
-    facts = {"machine": machine_facts(args.device), "steps": args.steps, "rows": rows, "exponents": exponents}
+    facts = {
+        "machine": machine_facts(args.device),
+        "steps": args.steps,
+        "rows": rows,
+        "lines": {k: v._asdict() for k, v in lines.items()},
+    }
     file.write_text(json.dumps(facts, indent=1) + "\n")
     header = [*MIDDLE, "s/step", *(f"{phase} s" for phase in SHOWN)]
     cells = [[*(str(row[key]) for key in MIDDLE), *(number(row[key]) for key in ("step", *SHOWN))] for row in rows]
     print(f"\n{markdown(header, cells)}\n")
-    for name, power in exponents.items():
-        print(f"A step takes (number of {name})^{power:.2f}.")
-    plot(rows, exponents, file.with_suffix(".png"))
+    for name, found in lines.items():
+        print(f"{name}: {found}")
+    plot(rows, lines, file.with_suffix(".png"))
     print(f"Written to {file} and {file.with_suffix('.png').name}")
 
 
-def plot(rows: list[dict[str, Any]], exponents: dict[str, float], file: Path) -> None:
+def plot(rows: list[dict[str, Any]], lines: dict[str, Line], file: Path) -> None:
     """Seconds of a step and its phases against each of the three."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(VALUES), figsize=(12, 3.8), sharey=True, layout="constrained")
+    figure, panels = pyplot.subplots(1, len(VALUES), figsize=(12, 3.8), layout="constrained")
     for panel, (name, values) in zip(panels, VALUES.items(), strict=True):
         part = [row for row in rows if row["changes"] == name]
-        for line, width in (("step", 2.5), *((phase, 1.2) for phase in SHOWN)):
-            panel.plot(values, [row[line] for row in part], marker="o", markersize=4, linewidth=width, label=line)
-        first = part[0]["step"]
-        panel.plot(values, [first * value / values[0] for value in values], "k:", linewidth=1, label="proportional")
-        panel.set(xscale="log", yscale="log", xlabel=name, title=f"exponent {exponents[name]:.2f}")
-        panel.set_xticks(values, [str(value) for value in values])
-        panel.minorticks_off()
+        for phase in SHOWN:
+            panel.plot(values, [row[phase] for row in part], marker="o", markersize=4, linewidth=1.2, label=phase)
+        panel.plot(values, [row["step"] for row in part], "ko", markersize=5, label="step")
+        ends = [0, values[-1]]
+        fitted = [lines[name].start + lines[name].each * value for value in ends]
+        panel.plot(ends, fitted, "k:", linewidth=1, label="straight line")
+        panel.set(xlabel=name, title=str(lines[name]), xlim=(0, None), ylim=(0, None))
+        panel.set_xticks(values)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("seconds")
-    panels[-1].legend(frameon=False)
+    panels[0].legend(frameon=False)
     fixed = ", ".join(f"{value} {name}" for name, value in MIDDLE.items())
     figure.suptitle(f"Time of a step, one thing changed at a time (otherwise {fixed})")
     figure.savefig(file, dpi=110)
