@@ -169,6 +169,7 @@ CASES = [
     ),
     case("negative temperature", "generation.temperature=-1", ["generation.temperature=-1", "at least 0"]),
     case("top_p above 1", "generation.top_p=1.5", ["generation.top_p=1.5", "give a value in (0, 1]"]),
+    case("reference batch of none", "reference.batch_size=0", ["reference.batch_size=0", "at least 1"]),
     case("no steps", "training.max_steps=0", ["training.max_steps=0", "at least 1"]),
     case("unknown loss", "loss.loss_type=ippo", ["loss.loss_type='ippo'", "sigmoid, ipo", "did you mean 'ipo'"]),
     case("no LoRA modules", "lora=default lora.target_modules=[]", ["lora.target_modules=[]", "give all-linear"]),

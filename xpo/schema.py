@@ -219,6 +219,9 @@ class ReferenceSchema:
     store: str | None = None
     batch_size: int = 32
 
+    def __post_init__(self) -> None:
+        checks.number("reference.batch_size", self.batch_size, minimum=1)
+
 
 @dataclass
 class DeepspeedSchema:
