@@ -1,6 +1,6 @@
 """How does the time of a step grow with prompts, prompt length and new tokens?
 
-    python experiments/throughput/growth.py                     # ten minutes on two cores
+    python experiments/throughput/growth.py                     # a quarter of an hour on two cores
     python experiments/throughput/growth.py --device cuda
     python experiments/throughput/growth.py --model tiny        # does it run?
 
