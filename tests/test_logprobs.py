@@ -31,13 +31,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from xpo.attention import blocks_of_pairs, packed_attention
 from xpo.errors import ConfigError
-from xpo.forward import Forward, why_separate
+from xpo.forward import Forward, PairForward, why_not
 from xpo.logprobs import (
+    Layout,
     block_mask,
     chunked_logps,
     completion_lengths,
-    completion_logps,
     length_mask,
     positions,
     shared_prompt_logps,
@@ -71,6 +72,15 @@ def test_token_logps_are_log_softmax_in_float32():
     expected = logits.float().log_softmax(-1).gather(2, ids[..., None]).squeeze(2)
     assert token_logps(logits, ids).dtype == torch.float32
     torch.testing.assert_close(token_logps(logits, ids), expected)
+
+
+def test_the_gradient_of_token_logps_is_that_of_log_softmax():
+    logits = torch.randn(3, 5, 11, requires_grad=True)
+    ids, weights = torch.randint(11, (3, 5)), torch.randn(3, 5)
+    expected = logits.log_softmax(-1).gather(2, ids[..., None]).squeeze(2)
+    (wanted,) = torch.autograd.grad((weights * expected).sum(), logits)
+    (got,) = torch.autograd.grad((weights * token_logps(logits, ids)).sum(), logits)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_who_sees_whom():
@@ -107,6 +117,7 @@ def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=512, bos_token_id=0, eos_token_id=0, **sizes))
 
 
+WAYS: tuple[PairForward, ...] = ("packed", "shared", "separate")
 SHARING: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
     "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)),
@@ -129,6 +140,7 @@ SEPARATE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
         "",
     ),
 }
+NOT_PACKED = ("llama, eager",)
 LONGEST = 40
 
 
@@ -150,17 +162,24 @@ def built(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("completions", [1, 2, 3])
+@pytest.mark.parametrize("way", ["packed", "shared"])
 @pytest.mark.parametrize("kind", SHARING)
-def test_sharing_the_prompt_changes_nothing(kind: str, completions: int):
+def test_sharing_the_prompt_changes_nothing(kind: str, way: PairForward, completions: int):
     """Log-probabilities and gradients; the weights of the sum tell the completions apart."""
     model, batch = built(SHARING[kind]), batch_of(completions)
-    forward = Forward(model, "auto", LONGEST)
-    assert forward.shared, forward.reason
+    if way == "packed" and kind in NOT_PACKED:
+        with pytest.raises(ConfigError, match="pair_forward='packed' is wrong for this model: its attention eager"):
+            Forward(model, way, LONGEST)
+        assert Forward(model, "auto", LONGEST).way == "shared"
+        return
+    attention = model.config._attn_implementation
+    forward = Forward(model, way, LONGEST)
+    assert forward.way == way
     weights = torch.randn(completions, 3, generator=torch.Generator().manual_seed(1))
     results, gradients = [], []
-    for way in (forward, Forward(model, "separate", LONGEST)):
+    for one in (forward, Forward(model, "separate", LONGEST)):
         model.zero_grad()
-        logps = way(model, batch)
+        logps = one(model, batch)
         (weights * logps).sum().backward()
         results.append(logps.detach())
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -170,26 +189,72 @@ def test_sharing_the_prompt_changes_nothing(kind: str, completions: int):
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, gradients[1][name], atol=2e-4, rtol=1e-3, msg=name)
-    assert "forward" not in vars(forward.head)
+    assert "forward" not in vars(model.get_output_embeddings())
+    assert model.config._attn_implementation == attention
 
 
 @pytest.mark.parametrize("kind", SEPARATE)
 def test_what_cannot_share_is_found_out(kind: str):
     make, reason = SEPARATE[kind]
     model = built(make)
-    assert reason in (why_separate(model, LONGEST) or "shared")
-    assert not Forward(model, "auto", LONGEST).shared
-    with pytest.raises(ConfigError, match=r"pair_forward='shared' is wrong for this model: .*; set pair_forward=auto"):
-        Forward(model, "shared", LONGEST)
+    assert Forward(model, "auto", LONGEST).way == "separate"
+    assert reason in (why_not("shared", model, LONGEST) or "none")
+    for way in ("packed", "shared"):
+        with pytest.raises(
+            ConfigError, match=f"pair_forward='{way}' is wrong for this model: .*; set pair_forward=auto"
+        ):
+            Forward(model, way, LONGEST)
     assert "forward" not in vars(model.get_output_embeddings())
 
 
-def test_half_precision_shares_too():
+@pytest.mark.parametrize("way", ["packed", "shared"])
+def test_half_precision_shares_too(way: PairForward):
     model = built(SHARING["llama"]).bfloat16()
-    assert why_separate(model, LONGEST) is None
+    assert why_not(way, model, LONGEST) is None
 
 
-@pytest.mark.parametrize("way", ["shared", "separate"])
+def test_packed_pairs_do_not_go_with_gradient_checkpointing():
+    """The layers are computed again during backward, when attention is the model's own again."""
+    model, batch = built(SHARING["llama"]), batch_of()
+    forward = Forward(model, "auto", LONGEST)
+    assert forward.way == "packed"
+    forward(model, batch).sum().backward()
+    expected = model.model.layers[0].mlp.up_proj.weight.grad.clone()
+    model.zero_grad()
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert forward.way == "shared"
+    forward(model, batch).sum().backward()
+    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_packed_row_has_no_padding_and_takes_no_logits_of_prompts():
+    model, batch = built(SHARING["llama"]), batch_of()
+    seen = []
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    forward = Forward(model, "packed", LONGEST)
+    seen.clear()
+    forward(model, batch)
+    tokens = int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())
+    assert seen[0]["input_ids"].shape == (1, tokens)
+    assert seen[0]["attention_mask"].tolist() == [[[[6, 4, 6], [2, 1, 3], [4, 7, 2]]]]
+    assert seen[0]["position_ids"][0, :20].tolist() == [*range(6), *range(6, 10), *range(6, 12), 0, 1, 2, 2]
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma"])
+def test_flex_attention_does_the_same(kind: str):
+    """The kernel of GPUs, not compiled; it has no backward on CPUs."""
+    model, batch = built(SHARING[kind]), batch_of()
+    texts = (batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"])
+    with torch.no_grad():
+        expected = Forward(model, "separate", LONGEST)(model, batch)
+        with packed_attention(model):
+            logps = shared_prompt_logps(model, model.lm_head, Layout(True, blocks_of_pairs), *texts)
+    torch.testing.assert_close(logps, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_padding_changes_nothing(kind: str, way: str):
     """The same pairs one by one, and in a batch with padding on both sides. GPT-2 has absolute positions."""
@@ -215,9 +280,9 @@ def test_only_completion_tokens_count():
     logits = model(torch.tensor([[7, 8, 9, 10, 11]])).logits.log_softmax(-1)
     expected = logits[0, 2, 10] + logits[0, 3, 11]
     prompt_mask, mask = torch.ones_like(prompt).bool(), torch.ones_like(completion).bool()
-    torch.testing.assert_close(completion_logps(model, prompt, prompt_mask, completion, mask)[0, 0], expected)
-    shared = shared_prompt_logps(model, model.lm_head, torch.bool, prompt, prompt_mask, completion, mask)
-    torch.testing.assert_close(shared[0, 0], expected)
+    batch = {"prompt_ids": prompt, "prompt_mask": prompt_mask, "completion_ids": completion, "completion_mask": mask}
+    for way in WAYS:
+        torch.testing.assert_close(Forward(model, way, LONGEST)(model, batch)[0, 0], expected)
 
 
 # ---- the projection to the vocabulary in chunks ---------------------------------------------------------

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from conftest import gpt2
-from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from xpo import rollout
 from xpo.errors import ConfigError
+from xpo.kv_cache import roomy_cache
 from xpo.rollout import (
     Completions,
     InverseTransformSampler,
@@ -15,6 +16,7 @@ from xpo.rollout import (
     Sampling,
     same_width,
     sampling_noise,
+    token_batches,
 )
 
 KEY = (42, 3, 0)
@@ -38,6 +40,21 @@ def test_tokens_are_drawn_from_the_distribution():
     shares = torch.bincount(chosen, minlength=4) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2, 0.0]), atol=4 * 0.0036, rtol=0)
     assert shares[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "packed", "batches"),
+    [
+        (None, False, [[1, 3, 0, 2]]),
+        (12, False, [[1], [3, 0, 2]]),  # 9; 4 x 3
+        (12, True, [[1], [3, 0, 2]]),  # 9 (13 with the next); 4 + 3 + 2
+        (13, True, [[1, 3], [0, 2]]),
+        (1, True, [[1], [3], [0], [2]]),
+    ],
+)
+def test_batches_of_so_many_tokens(budget, packed, batches):
+    """Rows of 3, 9, 2 and 4 tokens, the longest first; with padding all rows of a batch are as long as its longest."""
+    assert token_batches(torch.tensor([3, 9, 2, 4]), range(4), budget, packed) == batches
 
 
 def test_streams_are_independent():
@@ -74,6 +91,31 @@ def test_prompts_of_different_lengths_are_prefilled_apart(tokenizer, model, kind
     hook.remove()
     assert torch.equal(grouped.ids, expected.ids)
     assert widths[:3] == [(2, 23), (3, 2), (5, 1)]  # all but the last tokens, then the last tokens together
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_keys_and_values_are_written_in_place(tokenizer, model, kind):
+    """Into memory for prompt and completion that is taken once; what the model attends to are views of it."""
+    network = model if kind == "llama" else gpt2()
+    cache = roomy_cache(network, 9)
+    network.eval()(torch.tensor([[5, 6, 7], [8, 9, 10]]), past_key_values=cache)
+    memory = cache.layers[0].keys.data_ptr()
+    expected = network(torch.tensor([[5, 6, 7, 11], [8, 9, 10, 12]])).logits[:, 3]
+    got = network(torch.tensor([[11], [12]]), past_key_values=cache).logits[:, 0]
+    assert cache.layers[0].keys.data_ptr() == memory
+    assert cache.get_seq_length() == 4
+    torch.testing.assert_close(got, expected)
+
+
+def test_models_with_other_caches_keep_them():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sliding = MistralForCausalLM(MistralConfig(vocab_size=32, num_hidden_layers=1, **sizes, sliding_window=8))
+    assert roomy_cache(sliding, 9) is None
+
+
+def test_a_cache_of_the_users_choice_is_used(tokenizer, model):
+    expected = draw(sampler(tokenizer), model)
+    assert torch.equal(draw(sampler(tokenizer, extra={"cache_implementation": "static"}), model).ids, expected.ids)
 
 
 def test_no_global_random_state_is_consumed(tokenizer, model):

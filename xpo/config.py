@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -15,7 +15,7 @@ from xpo.losses import LabelType, LossType
 from xpo.zero import connect, prepare_environment
 
 LOSS_TYPES = ("sigmoid", "ipo")
-PAIR_FORWARDS = ("auto", "shared", "separate")
+PAIR_FORWARDS = get_args(PairForward)
 LABELS = ("hard", "soft", "sampled")
 PROMPT_OVERFLOWS = ("drop", "truncate", "error")
 
@@ -52,11 +52,12 @@ class XPOConfig(TrainingArguments):
         generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
         generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
-        pair_forward: "shared", one row [prompt | y | y~] for each pair; "separate", one for each completion; "auto",
-            shared where the architecture allows it. The results are the same up to rounding.
+        pair_forward: "packed", one row [prompt | y | y~ | next prompt | ...] without padding; "shared", one row
+            [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first of them that the
+            architecture allows, but packed on CPUs only (on a GPU it compiles FlexAttention). The results are
+            the same up to rounding. Under gradient checkpointing packed becomes shared.
         tokens_per_micro_batch: pairs of a micro-batch go through forward and backward in parts of at most so many
-            tokens with padding, sorted by length, which bounds memory and saves padding; None: 1,024 on a CPU,
-            16,384 elsewhere.
+            tokens, with padding if they are not packed, which bounds memory; None: 1,536 on a CPU, 16,384 elsewhere.
         reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
             None or "off" draws them afresh.
         reference_batch_size: where the store lacks completions, those of the next steps are drawn along with this

@@ -6,9 +6,11 @@ tokens (padded on the right), V vocabulary, H hidden size, T completion tokens i
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_AT_ONCE = 2**26  # of the vocabulary projection: 256 MiB in float32
@@ -42,8 +44,38 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log softmax(logits)[token] in float32: (...), from logits (..., V) of any float type and ids (...)."""
-    logits = logits.float()
-    return logits.gather(-1, token_ids[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+    return _TokenLogps.apply(logits.float(), token_ids)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Its gradient, (token == v) - softmax(logits)[v], in one tensor as large as the logits; autograd makes three."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token_ids: Tensor) -> Tensor:
+        normalizer = logits.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, token_ids, normalizer)
+        return logits.gather(-1, token_ids[..., None]).squeeze(-1) - normalizer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, token_ids, normalizer = ctx.saved_tensors
+        gradient = gradient[..., None]
+        of_logits = torch.sub(logits, normalizer[..., None]).exp_().mul_(-gradient)
+        return of_logits.scatter_add_(-1, token_ids[..., None], gradient), None
+
+
+class Layout(NamedTuple):
+    """How pairs are put before a model.
+
+    Attributes:
+        packed: all of them one behind the other in one row, without padding; or each in its own row.
+        mask: from which columns are real, (b, L), and which segment they belong to, (L,), what the model's attention
+            takes as its mask.
+    """
+
+    packed: bool
+    mask: Callable[[Tensor, Tensor], Any]
 
 
 def completion_logps(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -80,7 +112,7 @@ def completion_logps(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, 
 def shared_prompt_logps(
     model: nn.Module,
     head: nn.Module,
-    mask_dtype: torch.dtype,
+    layout: Layout,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     ids: Tensor,
@@ -97,7 +129,7 @@ def shared_prompt_logps(
         model: takes a mask of four dimensions; its layers attend to whatever that mask allows, and its
             logits are exactly what `head` returns.
         head: the model's output embedding.
-        mask_dtype: of the mask, see `block_mask`.
+        layout: of the rows; packed only within `xpo.attention.packed_attention`.
         logits_at_once: tokens times V.
 
     Returns:
@@ -124,18 +156,25 @@ def shared_prompt_logps(
     scored = torch.cat([part for _, part in parts], dim=1)  # (b, sum of widths)
     row, place = scored.nonzero(as_tuple=True)  # (T,)
     targets = input_ids[:, prompt_width:][row, place]
+    if layout.packed:
+        place_in_row = real.flatten().cumsum(0).view_as(real) - 1
+        given_ids, given_positions = input_ids[real][None], position_ids[real][None]  # (1, all tokens)
+    else:
+        place_in_row = torch.arange(real.numel(), device=real.device).view_as(real)
+        given_ids, given_positions = input_ids, position_ids
+    before = place_in_row[row, columns[place]]
     project = head.forward
 
     def logps_of_targets(hidden: Tensor) -> Tensor:
-        return chunked_logps(project, hidden[row, columns[place]], targets, logits_at_once)
+        return chunked_logps(project, hidden.flatten(0, 1)[before], targets, logits_at_once)
 
     # The model's own forward runs, with all that wraps it (DistributedDataParallel, autocast, hooks); only what
     # it returns as logits are the log-probabilities of the targets.
     with replaced_forward(head, logps_of_targets):
         logps = model(
-            input_ids=input_ids,
-            attention_mask=block_mask(real, segment, mask_dtype),
-            position_ids=position_ids,
+            input_ids=given_ids,
+            attention_mask=layout.mask(real, segment),
+            position_ids=given_positions,
             use_cache=False,
         ).logits  # (T,)
     completion = (segment[prompt_width:] - 1)[place]

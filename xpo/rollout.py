@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -30,8 +29,9 @@ from transformers.generation import (
 )
 
 from xpo.errors import ConfigError, nearest
+from xpo.kv_cache import prefill, roomy_cache
+from xpo.linears import packed_linears
 from xpo.logprobs import completion_lengths, length_mask, positions
-from xpo.packed import packed_linears
 
 # The random streams: y, y~ and sampled labels never share their noise, nor training and evaluation.
 POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL = range(5)
@@ -192,22 +192,26 @@ def take_pairs(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tenso
     return part
 
 
-def token_batches(lengths: Tensor, rows: Sequence[int], budget: int | None) -> list[list[int]]:
+def token_batches(lengths: Tensor, rows: Sequence[int], budget: int | None, packed: bool = False) -> list[list[int]]:
     """Rows of similar length together, as many as fit: the longest times their number is at most `budget`.
 
     Args:
         lengths: tokens of each row, (B,).
         rows: which of the B rows to batch.
         budget: tokens with padding; a row that is longer has a batch of its own. None: one batch.
+        packed: there is no padding, so the sum of the lengths is at most `budget`.
 
     Returns:
         Batches of rows, the longest first.
     """
+    length = lengths.tolist()
     batches: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: int(lengths[row]), reverse=True):
-        longest = int(lengths[batches[-1][0]]) if batches else 0
-        if batches and (budget is None or longest * (len(batches[-1]) + 1) <= budget):
-            batches[-1].append(row)
+    for row in sorted(rows, key=length.__getitem__, reverse=True):
+        batch = batches[-1] if batches else []
+        more = [*batch, row]
+        tokens = sum(length[i] for i in more) if packed else length[more[0]] * len(more)
+        if batch and (budget is None or tokens <= budget):
+            batch.append(row)
         else:
             batches.append([row])
     return batches
@@ -290,7 +294,7 @@ class Sampler:
             processors.append(InverseTransformSampler(noise, prompt_ids.shape[1]))
         decoding = packed_linears(model, len(prompt_ids))
         with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config), decoding:
-            cache = None if synced else prefilled_cache(model, prompt_ids, prompt_mask)
+            cache = None if synced else self._cache(model, prompt_ids, prompt_mask)
             sequences = model.generate(
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask.long(),
@@ -302,6 +306,17 @@ class Sampler:
             )
         return sequences[:, prompt_ids.shape[1] :]
 
+    def _cache(self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache | None:
+        """The KV cache to start from, which has the prompts if they are not computed in one batch."""
+        if self.config.cache_implementation is not None:
+            return None
+        cache = roomy_cache(model, prompt_ids.shape[1] + self.max_new_tokens)
+        lengths = prompt_mask.sum(dim=1)
+        batches = token_batches(lengths, range(len(lengths)), tokens_at_once(prompt_ids.device))
+        if cache is not None and len(batches) > 1:
+            prefill(cache, model, prompt_ids, prompt_mask, batches)
+        return cache
+
     def completions(self, ids: Tensor) -> Completions:
         """What generated tokens are, (B, C): where they end, and their texts. What stands behind an EOS is padding."""
         lengths, ended = completion_lengths(ids, torch.tensor(self.eos_token_ids, device=ids.device))
@@ -312,50 +327,9 @@ class Sampler:
         return Completions(ids=ids, mask=mask, ended=ended, texts=texts)
 
 
-def prefilled_cache(model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache | None:
-    """The KV cache of left-padded prompts but for their last tokens, computed in batches of similar length.
-
-    In one batch, short prompts cost as much as the longest. None where one batch is as good, and for models whose
-    cache holds anything else than the keys and values of all tokens.
-    """
-    lengths, width = prompt_mask.sum(dim=1), prompt_ids.shape[1]
-    batches = token_batches(lengths, range(len(lengths)), tokens_at_once(prompt_ids.device))
-    if len(batches) == 1:
-        return None
-    merged = DynamicCache(config=model.config)
-    if not merged.layers or any(type(layer) is not DynamicLayer for layer in merged.layers):
-        return None
-    parts = []
-    for rows in batches:
-        columns = slice(width - int(lengths[rows].max()), width - 1)
-        mask = prompt_mask[rows, columns]
-        output = model(
-            input_ids=prompt_ids[rows, columns],
-            attention_mask=mask.long(),
-            position_ids=positions(mask),
-            past_key_values=DynamicCache(config=model.config),
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        parts.append(output.past_key_values)
-    place = torch.tensor([row for rows in batches for row in rows], device=prompt_ids.device).argsort()
-    for i in range(len(merged.layers)):
-        keys, values = (
-            torch.cat([_padded_left(getattr(part.layers[i], kind), width - 1) for part in parts])[place]
-            for kind in ("keys", "values")
-        )
-        merged.update(keys, values, i)
-    return merged
-
-
-def _padded_left(states: Tensor, width: int) -> Tensor:
-    """Keys or values (b, heads, tokens, size) with zeros for the padding in front of them, `width` tokens in all."""
-    return torch.nn.functional.pad(states, (0, 0, width - states.shape[2], 0))
-
-
 def tokens_at_once(device: torch.device) -> int:
     """Tokens of a forward pass beyond which more in one pass no longer gain speed, and only cost padding."""
-    return 1024 if device.type == "cpu" else 16_384
+    return 1536 if device.type == "cpu" else 16_384
 
 
 def pad_columns(ids: Tensor, width: int, value: int) -> Tensor:

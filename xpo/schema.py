@@ -206,7 +206,7 @@ class TrainingSchema:
         checks.number("training.save_steps", self.save_steps, above=0)
         if self.tokens_per_micro_batch is not None:
             checks.number("training.tokens_per_micro_batch", self.tokens_per_micro_batch, minimum=1)
-        checks.one_of("training.pair_forward", self.pair_forward, ("auto", "shared", "separate"))
+        checks.one_of("training.pair_forward", self.pair_forward, ("auto", "packed", "shared", "separate"))
         checks.one_of("training.eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
         checks.one_of("training.save_strategy", self.save_strategy, ("no", "steps", "epoch", "best"))
         for word, name in self.kwargs.items():

@@ -350,7 +350,8 @@ class XPOTrainer(Trainer):
         """log pi_ref(y) and log pi_ref(y~), (2, B)."""
         logps = torch.empty(2, len(rollout.tokens), device=self.args.device)
         with self.reference.model() as model, eval_mode(model), self.accelerator.autocast():
-            for rows in token_batches(rollout.tokens, range(len(rollout.tokens)), self._tokens_at_once):
+            packed = self.reference_forward.way == "packed"
+            for rows in token_batches(rollout.tokens, range(len(rollout.tokens)), self._tokens_at_once, packed):
                 logps[:, rows] = self.reference_forward(model, rollout.pairs(rows))
         return logps
 
@@ -409,7 +410,8 @@ class XPOTrainer(Trainer):
         lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=(0, 2))
         # Under DeepSpeed, every process must do equally many passes.
         budget = None if self.is_deepspeed_enabled else self._tokens_at_once
-        *first, last = token_batches(lengths, range(len(lengths)), budget)
+        packed = self.policy_forward.way == "packed"
+        *first, last = token_batches(lengths, range(len(lengths)), budget, packed)
         loss = torch.zeros((), device=self.args.device)
         for rows in first:
             with self.accelerator.no_sync(model):

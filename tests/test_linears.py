@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from xpo import packed
-from xpo.packed import packed_linears
+from xpo import linears
+from xpo.linears import packed_linears
 from xpo.rollout import Sampler, Sampling, sampling_noise
 
 
@@ -43,7 +43,7 @@ def test_the_layers_come_back_after_an_error_and_see_new_weights():
 @pytest.mark.parametrize("reason", ["bfloat16", "rows", "autocast"])
 def test_where_it_is_not_for_nothing_happens(reason: str):
     model = layers().bfloat16() if reason == "bfloat16" else layers()
-    rows = packed.MOST_ROWS + 1 if reason == "rows" else 8
+    rows = linears.MOST_ROWS + 1 if reason == "rows" else 8
     with torch.autocast("cpu", enabled=reason == "autocast"), packed_linears(model, rows):
         assert not any("forward" in vars(layer) for layer in model)
 
@@ -55,9 +55,9 @@ def test_a_rollout_draws_the_same_tokens(tokenizer: PreTrainedTokenizerFast, mon
     sampler = Sampler(tokenizer, Sampling(max_new_tokens=12), [0])
     arguments = (model, [[5, 6, 7], [8, 9]], sampling_noise((1, 2, 3), [0, 1], 12), torch.device("cpu"))
     used: list[int] = []
-    pack = packed._packed_forward
-    monkeypatch.setattr(packed, "_packed_forward", lambda module, rows: used.append(rows) or pack(module, rows))
+    pack = linears._packed_forward
+    monkeypatch.setattr(linears, "_packed_forward", lambda module, rows: used.append(rows) or pack(module, rows))
     quick = sampler.sample(*arguments)
     assert set(used) == {2}
-    monkeypatch.setattr(packed, "SMALLEST", 10**9)
+    monkeypatch.setattr(linears, "SMALLEST", 10**9)
     assert torch.equal(quick.ids, sampler.sample(*arguments).ids)
