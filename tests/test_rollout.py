@@ -95,16 +95,21 @@ def test_prompts_of_different_lengths_are_prefilled_apart(tokenizer, model, kind
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_keys_and_values_are_written_in_place(tokenizer, model, kind):
-    """Into memory for prompt and completion that is taken once; what the model attends to are views of it."""
+    """Into memory for up to twice as many tokens, but no more than will come; the model attends to views of it."""
     network = model if kind == "llama" else gpt2()
     cache = roomy_cache(network, 9)
     network.eval()(torch.tensor([[5, 6, 7], [8, 9, 10]]), past_key_values=cache)
     memory = cache.layers[0].keys.data_ptr()
+    assert cache.layers[0].keys.stride(1) == 6 * cache.layers[0].keys.shape[3]
     expected = network(torch.tensor([[5, 6, 7, 11], [8, 9, 10, 12]])).logits[:, 3]
     got = network(torch.tensor([[11], [12]]), past_key_values=cache).logits[:, 0]
     assert cache.layers[0].keys.data_ptr() == memory
     assert cache.get_seq_length() == 4
     torch.testing.assert_close(got, expected)
+    network(torch.tensor([[13] * 3, [14] * 3]), past_key_values=cache)
+    assert cache.layers[0].keys.stride(1) == 9 * cache.layers[0].keys.shape[3]
+    whole = network(torch.tensor([[5, 6, 7, 11, 13, 13, 13, 15], [8, 9, 10, 12, 14, 14, 14, 16]])).logits[:, 7]
+    torch.testing.assert_close(network(torch.tensor([[15], [16]]), past_key_values=cache).logits[:, 0], whole)
 
 
 def test_models_with_other_caches_keep_them():
@@ -115,7 +120,8 @@ def test_models_with_other_caches_keep_them():
 
 def test_a_cache_of_the_users_choice_is_used(tokenizer, model):
     expected = draw(sampler(tokenizer), model)
-    assert torch.equal(draw(sampler(tokenizer, extra={"cache_implementation": "static"}), model).ids, expected.ids)
+    for extra in ({"cache_implementation": "static"}, {"use_cache": False}, {"use_cache": True}):
+        assert torch.equal(draw(sampler(tokenizer, extra=extra), model).ids, expected.ids)
 
 
 def test_no_global_random_state_is_consumed(tokenizer, model):
@@ -150,7 +156,9 @@ def test_extra_generation_options_reach_generate(tokenizer, model):
     assert likeliest not in suppressed.ids[suppressed.mask].tolist()
 
 
-@pytest.mark.parametrize("option", [{"num_beams": 4}, {"do_sample": False}, {"num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "option", [{"num_beams": 4}, {"do_sample": False}, {"num_return_sequences": 2}, {"eos_token_id": 5}]
+)
 def test_options_that_are_no_rollout_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         Sampling(max_new_tokens=4, extra=option)

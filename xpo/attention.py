@@ -1,7 +1,7 @@
 """Attention among packed pairs: rows [prompt | completion 1 | ...] one behind the other, without padding.
 
-What a mask forbids is not computed: on a CPU because each pair attends by itself, on CUDA because FlexAttention skips
-whole blocks. Layer 0: torch, and transformers' table of attention functions.
+No pair computes attention to another one: on a CPU each attends by itself, on CUDA FlexAttention skips the blocks
+that hold nothing to see. Layer 0: torch, and transformers' table of attention functions.
 
 Notation for shapes: b pairs with K completions each, L columns of a padded row, T tokens in all, h heads, D their size.
 """
@@ -82,9 +82,10 @@ def attend(
     if asked:
         raise ValueError(f"packed pairs have no {asked[0]} in their attention")
     groups = query.shape[1] // key.shape[1]
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotated in float32 under autocast
     if isinstance(attention_mask, BlockMask):
         if dropout:
-            raise ValueError("FlexAttention has no dropout")
+            raise ValueError("FlexAttention has no dropout; set disable_dropout=True or pair_forward='shared'")
         flex = _compiled_flex() if query.is_cuda else flex_attention
         output = flex(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
     else:

@@ -27,10 +27,10 @@ class RoomyLayer(DynamicLayer):
         self.room = room
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Makes the room, on the device of the first keys and in their dtype."""
+        """Learns device, dtype and sizes from the first keys and values."""
         super().lazy_initialization(key_states, value_states)
         self._all_keys, self._all_values = (
-            states.new_empty(*states.shape[:2], self.room, states.shape[3]) for states in (key_states, value_states)
+            states.new_empty(*states.shape[:2], 0, states.shape[3]) for states in (key_states, value_states)
         )
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -39,10 +39,21 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
         end = start + key_states.shape[2]
+        if end > self._all_keys.shape[2]:
+            self._all_keys, self._all_values = (
+                self._enlarged(self._all_keys, end),
+                self._enlarged(self._all_values, end),
+            )
         self._all_keys[:, :, start:end] = key_states
         self._all_values[:, :, start:end] = value_states
         self.keys, self.values = self._all_keys[:, :, :end], self._all_values[:, :, :end]
         return self.keys, self.values
+
+    def _enlarged(self, states: Tensor, tokens: int) -> Tensor:
+        """Room for twice as many tokens as there are: completions may end early."""
+        enlarged = states.new_empty(*states.shape[:2], max(tokens, min(2 * tokens, self.room)), states.shape[3])
+        enlarged[:, :, : states.shape[2]] = states
+        return enlarged
 
 
 def roomy_cache(model: PreTrainedModel, room: int) -> DynamicCache | None:

@@ -47,6 +47,8 @@ _REFUSED_OPTIONS = {
     "top_h": "use top_p, top_k or min_p",
     "stop_strings": "completions end with an EOS token or at max_new_tokens: remove it",
     "return_dict_in_generate": "remove it",
+    "eos_token_id": "set it in the tokenizer or in the model's generation_config",
+    "pad_token_id": "set it in the tokenizer",
     "max_length": "set the trainer's max_length and max_new_tokens instead",
 }
 
@@ -232,8 +234,7 @@ class Sampler:
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
-            use_cache=True,
-            **(sampling.extra or {}),
+            **{"use_cache": True} | (sampling.extra or {}),
         )
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -308,7 +309,7 @@ class Sampler:
 
     def _cache(self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache | None:
         """The KV cache to start from, which has the prompts if they are not computed in one batch."""
-        if self.config.cache_implementation is not None:
+        if self.config.cache_implementation is not None or not self.config.use_cache:
             return None
         cache = roomy_cache(model, prompt_ids.shape[1] + self.max_new_tokens)
         lengths = prompt_mask.sum(dim=1)

@@ -212,7 +212,8 @@ class Bench:
     def compare(self, workload: str) -> None:
         """Every contender in turn, then the tables and the file."""
         best = read_json(self.settings_file).get(workload, {}).get("best", next(iter(SEARCH)))
-        xpo = {"args": dict(parse_option(option) for option in self.args.xpo)}
+        options = dict(parse_option(option) for option in self.args.xpo)
+        xpo = {"generation_kwargs": options.pop("generation_kwargs", {}), "args": options}
         settings = {"trl-default": DEFAULTS, "trl-best": SEARCH[best], "xpo-cold": xpo, "xpo-warm": xpo}
         contenders = [name for name in CONTENDERS if name in self.args.contenders]
         turns: dict[str, list[Result]] = {name: [] for name in contenders}
