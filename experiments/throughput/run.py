@@ -34,13 +34,13 @@ CONTENDERS = ("trl-default", "xpo-cold", "trl-best", "xpo-warm")  # in turn
 DEFAULTS: dict[str, Any] = {}  # gradient_checkpointing is on, and with it no KV cache in generation
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
 SEARCH: dict[str, dict[str, Any]] = {  # for trl-best; the first one, until a search has been run
-    "no checkpointing, whole batch": {"args": NO_CHECKPOINTING},
-    "no checkpointing, 2 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 2},
-    "no checkpointing, 4 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 4},
     "no checkpointing, static cache": {
         "args": NO_CHECKPOINTING,
         "generation_kwargs": {"cache_implementation": "static"},
     },
+    "no checkpointing, dynamic cache": {"args": NO_CHECKPOINTING},
+    "no checkpointing, 2 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 2},
+    "no checkpointing, 4 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 4},
     "no checkpointing, eager attention": {"args": NO_CHECKPOINTING, "model": {"attn_implementation": "eager"}},
     "checkpointing, KV cache": {"generation_kwargs": {"use_cache": True}},
 }
