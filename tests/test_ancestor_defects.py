@@ -241,6 +241,15 @@ def test_21_a_list_is_no_string(tmp_path):
         XPOConfig(output_dir=str(tmp_path), alpha="1e-5")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "key", ["max_new_tokens", "max_length", "top_k", "tokens_per_micro_batch", "reference_batch_size"]
+)
+@pytest.mark.parametrize("value", [2.5, "8", True])
+def test_21_a_count_is_a_whole_number(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=f"{key}={value!r} is not a whole number; give one such as {key}=8"):
+        XPOConfig(output_dir=str(tmp_path), **{key: value})
+
+
 def test_22_log_probabilities_are_inside_the_gradient(make_trainer):
     trainer = make_trainer()
     (batch,), pairs = one_step(trainer)

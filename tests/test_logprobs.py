@@ -44,6 +44,7 @@ from xpo.logprobs import (
     shared_prompt_logps,
     token_logps,
 )
+from xpo.rollout import take_pairs
 
 
 def test_a_completion_ends_at_its_first_eos():
@@ -226,6 +227,27 @@ def test_packed_pairs_do_not_go_with_gradient_checkpointing():
     assert forward.way == "shared"
     forward(model, batch).sum().backward()
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_compiled_model_takes_each_batch_as_it_comes(way: PairForward):
+    """training.torch_compile: no graph keeps the targets, lengths or masks of an earlier batch."""
+    model = built(SHARING["llama"])
+    compiled = torch.compile(model, backend="eager")  # traced and guarded as ever; nothing generated
+    forward = Forward(model, way, LONGEST)
+    whole = batch_of()
+    for rows in ([0, 1, 2], [1, 2], [2, 0]):
+        batch = take_pairs(whole, rows)
+        results = []
+        for one in (model, compiled):
+            model.zero_grad()
+            logps = forward(one, batch)
+            (logps * torch.tensor([[2.0], [-1.0]])).sum().backward()
+            gradient = model.model.embed_tokens.weight.grad
+            assert gradient is not None
+            assert gradient.abs().max() > 0
+            results.append((logps.detach(), gradient.clone()))
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
 def test_a_packed_row_has_no_padding_and_takes_no_logits_of_prompts():

@@ -92,17 +92,19 @@ def attend(
         key, value = (
             states[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for states in (key, value)
         )  # (1, h, T, D)
-        output = _pair_by_pair(query, key, value, attention_mask[0, 0].tolist(), dropout, scaling)
+        output = _pair_by_pair(query, key, value, attention_mask, dropout, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_NAME, attend)
 
 
+@torch.compiler.disable  # a compiled model calls it as it is: its loop would be unrolled for each set of lengths
 def _pair_by_pair(
-    query: Tensor, key: Tensor, value: Tensor, lengths: list[list[int]], dropout: float, scaling: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask_of_lengths: Tensor, dropout: float, scaling: float | None
 ) -> Tensor:
     """Two calls for each pair: the prompt attends to itself, its completions to prompt and themselves."""
+    lengths = mask_of_lengths[0, 0].tolist()
     queries = iter(query.split([part for prompt, *answers in lengths for part in (prompt, sum(answers))], dim=2))
     whole = [sum(pair) for pair in lengths]
     attention = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling)

@@ -20,6 +20,13 @@ def number(key: str, value: Any, minimum: float | None = None, above: float | No
         raise ConfigError(f"{key}={value!r} is too small; give a value greater than {above}")
 
 
+def count(key: str, value: Any, minimum: int = 1) -> None:
+    """A whole number, at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{key}={value!r} is not a whole number; give one such as {key}={max(minimum, 8)}")
+    number(key, value, minimum)
+
+
 def fraction(key: str, value: Any) -> None:
     """A number in (0, 1]."""
     number(key, value, above=0)
@@ -47,7 +54,8 @@ def one_of(key: str, value: Any, choices: Iterable[str]) -> None:
 
 def lengths(max_new_tokens_key: str, max_new_tokens: int, max_length_key: str, max_length: int) -> None:
     """Completions must leave room for a prompt."""
-    number(max_new_tokens_key, max_new_tokens, minimum=1)
+    count(max_new_tokens_key, max_new_tokens)
+    count(max_length_key, max_length)
     if max_new_tokens >= max_length:
         raise ConfigError(
             f"{max_new_tokens_key}={max_new_tokens} leaves no room for a prompt in {max_length_key}={max_length}; "

@@ -124,23 +124,23 @@ class XPOConfig(TrainingArguments):
         checks.lengths("max_new_tokens", self.max_new_tokens, "max_length", self.max_length)
         checks.number("temperature", self.temperature, minimum=0)
         checks.fraction("top_p", self.top_p)
-        checks.number("top_k", self.top_k, minimum=0)
+        checks.count("top_k", self.top_k, minimum=0)
         checks.number("repetition_penalty", self.repetition_penalty, above=0)
         if self.min_p is not None:
             checks.fraction("min_p", self.min_p)
         if self.missing_eos_penalty is not None:
             checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
         if self.tokens_per_micro_batch is not None:
-            checks.number("tokens_per_micro_batch", self.tokens_per_micro_batch, minimum=1)
+            checks.count("tokens_per_micro_batch", self.tokens_per_micro_batch)
         checks.one_of("pair_forward", self.pair_forward, PAIR_FORWARDS)
         checks.one_of("labels", self.labels, LABELS)
         checks.number("label_temperature", self.label_temperature, above=0)
         checks.number("tie_threshold", self.tie_threshold, minimum=0)
         if self.clip_scores is not None:
             checks.number("clip_scores", self.clip_scores, above=0)
-        checks.number("reference_batch_size", self.reference_batch_size, minimum=1)
+        checks.count("reference_batch_size", self.reference_batch_size)
         if self.generation_batch_size is not None:
-            checks.number("generation_batch_size", self.generation_batch_size, minimum=1)
+            checks.count("generation_batch_size", self.generation_batch_size)
         # Without this, several processes without a GPU would each believe to be alone.
         if not torch.accelerator.is_available():
             self.use_cpu = True

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from xpo.checks import number
+from xpo.checks import count, number
 from xpo.errors import ConfigError, JudgeStopped
 from xpo.fingerprints import digest
 from xpo.judges.pairwise import PairwiseJudge
@@ -91,13 +91,13 @@ class LLMJudge(PairwiseJudge):
         max_retries: int = 8,
         max_requests: int | None = None,
     ):
-        number("judge.max_tokens", max_tokens, minimum=1)
+        count("judge.max_tokens", max_tokens)
         number("judge.temperature", temperature, above=0)
-        number("judge.concurrency", concurrency, minimum=1)
+        count("judge.concurrency", concurrency)
         number("judge.timeout_s", timeout_s, above=0)
-        number("judge.max_retries", max_retries, minimum=0)
+        count("judge.max_retries", max_retries, minimum=0)
         if max_requests is not None:
-            number("judge.max_requests", max_requests, minimum=1)
+            count("judge.max_requests", max_requests)
         if base_url is not None and not _is_http(base_url):
             raise ConfigError(
                 f"judge.base_url={base_url!r} is no address of a server; give one such as http://localhost:8000/v1"

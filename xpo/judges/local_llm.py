@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xpo.checks import number, one_of
+from xpo.checks import count, number, one_of
 from xpo.errors import ConfigError
 from xpo.fingerprints import digest, model_digest
 from xpo.judges.pairwise import PairwiseJudge
@@ -65,8 +65,8 @@ class LocalLLMJudge(PairwiseJudge):
         temperature: float = 1.0,
         trust_remote_code: bool = False,
     ):
-        number("judge.batch_size", batch_size, minimum=1)
-        number("judge.max_length", max_length, minimum=1)
+        count("judge.batch_size", batch_size)
+        count("judge.max_length", max_length)
         number("judge.temperature", temperature, above=0)
         one_of("judge.dtype", dtype, DTYPES)
         template = TEMPLATE if template is None else template

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DebertaV2Config, DebertaV2Model
 from transformers.initialization import no_init_weights
 
-from xpo.checks import number, one_of
+from xpo.checks import count, number, one_of
 from xpo.errors import ConfigError
 from xpo.fingerprints import digest, weights_digest
 from xpo.hub import local_directory
@@ -79,7 +79,7 @@ class PairRMJudge(PairwiseJudge):
         device: str | None = None,
         backend: str = "native",
     ):
-        number("judge.batch_size", batch_size, minimum=1)
+        count("judge.batch_size", batch_size)
         number("judge.temperature", temperature, above=0)
         one_of("judge.dtype", dtype, DTYPES)
         one_of("judge.backend", backend, BACKENDS)
