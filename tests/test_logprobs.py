@@ -31,7 +31,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from xpo.attention import blocks_of_pairs, packed_attention
+from xpo.attention import _completions_see, blocks_of_pairs, packed_attention
 from xpo.errors import ConfigError
 from xpo.forward import Forward, PairForward, why_not
 from xpo.logprobs import (
@@ -227,6 +227,33 @@ def test_packed_pairs_do_not_go_with_gradient_checkpointing():
     assert forward.way == "shared"
     forward(model, batch).sum().backward()
     torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_output_embedding_has_its_gradient_under_autocast():
+    model, batch = built(SHARING["llama"]), batch_of()
+    forward = Forward(model, "shared", LONGEST)
+    gradients = []
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            (forward(model, batch) * torch.tensor([[2.0], [-1.0]])).sum().backward()
+        gradient = model.lm_head.weight.grad
+        assert gradient is not None
+        gradients.append(gradient.clone())
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[0].norm()
+
+
+def test_packed_pairs_leave_no_masks_behind():
+    model = built(SHARING["llama"])
+    Forward(model, "packed", LONGEST)(model, batch_of())
+    assert _completions_see.cache_info().currsize == 0
+
+
+def test_on_a_gpu_pairs_are_not_packed_unless_asked():
+    """DeepSpeed puts a model on its GPU after the choice."""
+    model = built(SHARING["llama"])
+    assert Forward(model, "auto", LONGEST, torch.device("cuda")).way == "shared"
+    assert Forward(model, "auto", LONGEST, torch.device("cpu")).way == "packed"
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -3,16 +3,19 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import TRL_METRICS, prompts, share_of_e, step_logs
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     LlamaConfig,
     LlamaForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
     TrainerCallback,
 )
 
@@ -265,6 +268,61 @@ def test_dropout_is_off_unless_wanted(make_trainer):
     assert losses[False] != pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_dropout_given_as_a_number_is_off_too(make_trainer):
+    """OPT calls F.dropout(p=self.dropout), and skips whole layers at layerdrop."""
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 32,
+    }
+    rates = {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}
+    model = OPTForCausalLM(
+        OPTConfig(vocab_size=tiny_model().config.vocab_size, max_position_embeddings=256, **sizes, **rates)
+    )
+    trainer = make_trainer(model=model, max_steps=1, judge=first_wins)
+    trainer.train()
+    assert step_logs(trainer)[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_round_small_steps_away_are_told(make_trainer, caplog, dtype):
+    make_trainer(model=tiny_model().to(dtype))
+    assert ("the trained weights are bfloat16" in caplog.text) == (dtype == torch.bfloat16)
+
+
+def test_a_model_by_name_is_trained_in_float32(make_trainer, tmp_path: Path):
+    tiny_model().bfloat16().save_pretrained(tmp_path / "half")
+    trainer = make_trainer(model=str(tmp_path / "half"))
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    trainer = make_trainer(model=str(tmp_path / "half"), model_init_kwargs={"dtype": "bfloat16"})
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+
+
+def test_virtual_tokens_are_refused(make_trainer):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ConfigError, match="peft_config=PromptTuningConfig puts virtual tokens before the prompt"):
+        make_trainer(peft_config=config)
+    with pytest.raises(ConfigError, match="peft_config=PromptTuningConfig"):
+        make_trainer(model=get_peft_model(tiny_model(), config))
+
+
+def test_more_processes_share_the_history_of_scores(make_trainer, tmp_path: Path):
+    """A checkpoint of one process, read by the second of two."""
+    trainer = make_trainer(normalize_scores=True, max_steps=2, save_steps=1, save_strategy="steps")
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    rank_0 = json.loads((checkpoint / "xpo_state_0.json").read_text())
+    other = make_trainer(normalize_scores=True)
+    with mock.patch.object(XPOTrainer, "_state_file", lambda self, folder: Path(folder) / "xpo_state_1.json"):
+        other.create_optimizer_and_scheduler(2)
+        other._load_optimizer_and_scheduler(str(checkpoint))
+    assert other.scale.moments == rank_0["scale"]
+    assert rank_0["scale"][0] > 0
+    assert other._tracker.sums == {}
+
+
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_checkpoints_sound(make_trainer, tmp_path: Path):
     """Step 4 has no finite loss: the error names it, and checkpoint-3 loads."""
 
@@ -363,6 +421,10 @@ def test_judge_functions_label_and_reward_models_only_score(make_trainer):
         ({"max_new_tokens": 128}, "leaves no room"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2"),
+        ({"generation_kwargs": {"max_time": 2.0}}, "max_time=2.0"),
+        ({"generation_kwargs": {"temperature": -1}}, "temperature=-1 is too small"),
+        ({"generation_kwargs": {"max_new_tokens": "8"}}, "max_new_tokens='8' is not a whole number"),
+        ({"generation_kwargs": {"max_new_tokens": 128}}, "leaves no room"),
     ],
 )
 def test_bad_arguments_are_named(make_trainer, options, message):

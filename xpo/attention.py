@@ -8,7 +8,7 @@ Notation for shapes: b pairs with K completions each, L columns of a padded row,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+        _completions_see.cache_clear()
 
 
 def lengths_of_pairs(real: Tensor, segment: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ def _pair_by_pair(
     return torch.cat(outputs, dim=2)
 
 
-@lru_cache(maxsize=64)  # all layers ask for the same ones
+@cache  # all layers of a pass ask for the same ones
 def _completions_see(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """What the completions of one pair see of prompt and completions, bool (their tokens, all tokens)."""
     segment = torch.cat([torch.full((length,), k, device=device) for k, length in enumerate(lengths)])

@@ -18,6 +18,7 @@ LOSS_TYPES = ("sigmoid", "ipo")
 PAIR_FORWARDS = get_args(PairForward)
 LABELS = ("hard", "soft", "sampled")
 PROMPT_OVERFLOWS = ("drop", "truncate", "error")
+SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass
@@ -121,13 +122,6 @@ class XPOConfig(TrainingArguments):
         checks.per_epoch("beta", self.beta, above=0)
         checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
         checks.one_of("prompt_overflow", self.prompt_overflow, PROMPT_OVERFLOWS)
-        checks.lengths("max_new_tokens", self.max_new_tokens, "max_length", self.max_length)
-        checks.number("temperature", self.temperature, minimum=0)
-        checks.fraction("top_p", self.top_p)
-        checks.count("top_k", self.top_k, minimum=0)
-        checks.number("repetition_penalty", self.repetition_penalty, above=0)
-        if self.min_p is not None:
-            checks.fraction("min_p", self.min_p)
         if self.missing_eos_penalty is not None:
             checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
         if self.tokens_per_micro_batch is not None:
@@ -166,7 +160,8 @@ class XPOConfig(TrainingArguments):
             )
         if zero:
             prepare_environment(self.use_cpu)
-        super().__post_init__()
+        super().__post_init__()  # makes a dictionary of generation_kwargs given as JSON
+        self._check_sampling()
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
@@ -174,6 +169,21 @@ class XPOConfig(TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:
             # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
             self.accelerator_config.dispatch_batches = False
+
+    def _check_sampling(self) -> None:
+        """Checks the options of sampling; those that generation_kwargs repeats win, and become the fields' values."""
+        assert not isinstance(self.generation_kwargs, str)
+        rest = dict(self.generation_kwargs or {})
+        for name in SAMPLING_FIELDS:
+            setattr(self, name, rest.pop(name, getattr(self, name)))
+        self.generation_kwargs = rest or None
+        checks.lengths("max_new_tokens", self.max_new_tokens, "max_length", self.max_length)
+        checks.number("temperature", self.temperature, minimum=0)
+        checks.fraction("top_p", self.top_p)
+        checks.count("top_k", self.top_k, minimum=0)
+        checks.number("repetition_penalty", self.repetition_penalty, above=0)
+        if self.min_p is not None:
+            checks.fraction("min_p", self.min_p)
 
 
 def value_at_epoch(values: float | Sequence[float], epoch: float | None) -> float:

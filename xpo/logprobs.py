@@ -229,7 +229,12 @@ def chunked_logps(project: Callable[[Tensor], Tensor], hidden: Tensor, targets: 
     def logps(hidden: Tensor, targets: Tensor) -> Tensor:
         return token_logps(project(hidden), targets)
 
-    with torch.no_grad():
+    kind = hidden.device.type
+    # Autocast must not keep a copy of the weights made without a gradient: the projections below would use it.
+    autocast = torch.autocast(
+        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+    with torch.no_grad(), autocast:
         vocabulary = project(hidden[:1]).shape[-1]
     chunk = max(logits_at_once // vocabulary, 1)
     if len(hidden) <= chunk:

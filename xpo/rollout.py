@@ -49,6 +49,7 @@ _REFUSED_OPTIONS = {
     "return_dict_in_generate": "remove it",
     "eos_token_id": "set it in the tokenizer or in the model's generation_config",
     "pad_token_id": "set it in the tokenizer",
+    "max_time": "a completion cut off by the clock cannot be drawn again: remove it",
     "max_length": "set the trainer's max_length and max_new_tokens instead",
 }
 
@@ -117,10 +118,13 @@ class InverseTransformSampler(LogitsProcessor):
         self.prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
-        target = self.noise[:, input_ids.shape[1] - self.prompt_width, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, target, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+        probabilities = scores.double().softmax(dim=-1)
+        if torch.are_deterministic_algorithms_enabled():
+            probabilities = probabilities.cpu()  # CUDA's sums refuse to run under full_determinism
+        cumulative = probabilities.cumsum(dim=-1)
+        noise = self.noise[:, input_ids.shape[1] - self.prompt_width, None].to(cumulative.device)
+        token = torch.searchsorted(cumulative, noise * cumulative[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.to(scores.device), 0.0)
 
 
 @dataclass(frozen=True)

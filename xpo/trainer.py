@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from xpo.card import model_card
-from xpo.config import XPOConfig, value_at_epoch
+from xpo.config import SAMPLING_FIELDS, XPOConfig, value_at_epoch
 from xpo.data import collate_prompts, tokenize_prompts
 from xpo.errors import ConfigError, JudgeStopped
 from xpo.evaluation import Evaluator
@@ -173,9 +173,11 @@ class XPOTrainer(Trainer):
                 _disable_dropout(part)
         if peft_config is not None:
             model = _with_adapters(model, peft_config, args.seed)
-        # Under DeepSpeed the policy is trained in half precision, without autocast.
-        half = _half(args) if args.deepspeed_plugin is not None else None
-        self.reference = Reference(model, ref_model, args.device, half, lambda: self.zero3_engine)
+        if isinstance(model, PeftModel):
+            _check_adapters(model)
+        if args.deepspeed_plugin is None:
+            _warn_of_half_precision(model)
+        self.reference = Reference(model, ref_model, args.device, reference_dtype(args), lambda: self.zero3_engine)
         if args.shard_reference and self.reference.frozen is not None:
             divide(self.reference.frozen, args.deepspeed_plugin.deepspeed_config)
         self.sampler = Sampler(processing_class, sampling_options(args), eos_token_ids)
@@ -193,11 +195,11 @@ class XPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
         longest = args.max_length + args.max_new_tokens
         with gathered(self.model):
-            self.policy_forward = Forward(base_model(self.model), args.pair_forward, longest)
+            self.policy_forward = Forward(base_model(self.model), args.pair_forward, longest, args.device)
         self.reference_forward = self.policy_forward
         if self.reference.frozen is not None:
             with gathered(self.reference.frozen):
-                self.reference_forward = Forward(self.reference.frozen, args.pair_forward, longest)
+                self.reference_forward = Forward(self.reference.frozen, args.pair_forward, longest, args.device)
         self.draws = ReferenceDraws(self.reference, self.sampler, reference_store(args), precision(args))
         self.evaluator = Evaluator(
             self.sampler,
@@ -572,11 +574,15 @@ class XPOTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._state_file(checkpoint).is_file():
+        if checkpoint is None:
+            return
+        if self._state_file(checkpoint).is_file():
             state = json.loads(self._state_file(checkpoint).read_text())
             self._tracker.sums = {name: (total, count) for name, (total, count) in state["metrics"].items()}
             self.scale.moments = state["scale"]
             self.judge.load_state(state["judge"])
+        elif _state_file(checkpoint, 0).is_file():  # more processes than before: they share the history of scores
+            self.scale.moments = json.loads(_state_file(checkpoint, 0).read_text())["scale"]
 
     def _state_file(self, checkpoint: str | Path) -> Path:
         return _state_file(checkpoint, self.args.process_index)
@@ -668,8 +674,31 @@ def as_reward_model(
 def _load_policy(name: str, args: XPOConfig) -> PreTrainedModel:
     directory = local_directory("model", name, with_code=args.trust_remote_code)
     return AutoModelForCausalLM.from_pretrained(
-        directory, trust_remote_code=args.trust_remote_code, **_options(args.model_init_kwargs)
+        directory,
+        trust_remote_code=args.trust_remote_code,
+        **{"dtype": torch.float32} | _options(args.model_init_kwargs),  # not the checkpoint's own, often bfloat16
     )
+
+
+def _check_adapters(model: PeftModel) -> None:
+    """Adapters must be in the model's layers: rollouts come from the model that they are in."""
+    for config in model.peft_config.values():
+        if config.is_prompt_learning:
+            raise ConfigError(
+                f"peft_config={type(config).__name__} puts virtual tokens before the prompt, which rollouts would lack"
+                "; use adapters in the layers, such as LoraConfig"
+            )
+
+
+def _warn_of_half_precision(model: nn.Module) -> None:
+    """DeepSpeed alone keeps weights in float32 beside those in half precision."""
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    for dtype in half:
+        logger.warning(
+            "xpo: the trained weights are %s, which rounds small steps away: hardly anything is learned at a learning "
+            "rate such as 5e-7; load the model with dtype='float32', and set bf16=True for speed",
+            str(dtype).removeprefix("torch."),
+        )
 
 
 def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., PromptDataset]:
@@ -693,20 +722,12 @@ def _with_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -
 
 
 def sampling_options(args: XPOConfig) -> Sampling:
-    """The sampling options of a configuration; generation_kwargs win over the options they repeat."""
-    extra = dict(_options(args.generation_kwargs))
-    named = {
-        name: extra.pop(name, value)
-        for name, value in {
-            "max_new_tokens": args.max_new_tokens,
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": args.top_k,
-            "min_p": args.min_p,
-            "repetition_penalty": args.repetition_penalty,
-        }.items()
-    }
-    return Sampling(**named, extra=extra, batch_size=args.generation_batch_size)
+    """The sampling options of a configuration."""
+    return Sampling(
+        **{name: getattr(args, name) for name in SAMPLING_FIELDS},
+        extra=_options(args.generation_kwargs),
+        batch_size=args.generation_batch_size,
+    )
 
 
 def reference_store(args: XPOConfig) -> Store | None:
@@ -721,7 +742,11 @@ def reference_store(args: XPOConfig) -> Store | None:
         ) from error
 
 
-def _half(args: XPOConfig) -> torch.dtype | None:
+def reference_dtype(args: XPOConfig) -> torch.dtype | None:
+    """Of a second model; None leaves its own."""
+    # Under DeepSpeed the policy is trained in half precision, without autocast.
+    if args.deepspeed_plugin is None:
+        return None
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
@@ -739,5 +764,8 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        elif "attention_dropout" in vars(module):  # a number for the fused attention kernels
-            vars(module)["attention_dropout"] = 0.0
+        for name, value in vars(
+            module
+        ).items():  # rates of functions: dropout, attention_dropout, layerdrop, resid_pdrop
+            if "drop" in name and isinstance(value, float):
+                vars(module)[name] = 0.0

@@ -21,7 +21,7 @@ from xpo.reference import Reference, ReferenceDraws
 from xpo.rollout import EVAL_REFERENCE, REFERENCE, Sampler
 from xpo.schema import TrainSchema
 from xpo.train import choose_preset, compose
-from xpo.trainer import end_tokens, precision, prompt_tokenizer, reference_store, sampling_options
+from xpo.trainer import end_tokens, precision, prompt_tokenizer, reference_dtype, reference_store, sampling_options
 from xpo.worker import loaded, prompts, training_arguments
 
 
@@ -64,8 +64,12 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     }
 
     model = loaded(key or "model.name", name, load_model, directory, config.model).to(args.device)
-    sampler = Sampler(tokenizer, sampling_options(args), end_tokens(model, tokenizer))
-    draws = ReferenceDraws(Reference(model, model, args.device), sampler, store, precision(args))
+    # The policy says where completions end.
+    policy = loaded("model.name", config.model.name, load_model, own, config.model) if key else model
+    sampler = Sampler(tokenizer, sampling_options(args), end_tokens(policy, tokenizer))
+    del policy
+    reference = Reference(model, model, args.device, reference_dtype(args))
+    draws = ReferenceDraws(reference, sampler, store, precision(args))
     half = torch.bfloat16 if args.bf16 else torch.float16
     work = [(REFERENCE, epoch, parts["train"]["prompt_ids"]) for epoch in range(epochs)]
     if "eval" in parts:

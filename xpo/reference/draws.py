@@ -4,7 +4,7 @@ y~ depends on the reference, the prompt, the sampling options, the seed and how 
 before, but not on alpha, beta, the judge or the policy. A store keeps it: the jobs of a sweep share their draws, which
 also pairs their comparison, and a resumed or repeated run samples none of them again. log pi_ref(y~) is computed
 along with log pi_ref(y) each time, in a pass like the policy's: so a policy that equals the reference has a
-ratio of exactly 0, and a run that finds its draws has the numbers of the one that drew them to the last bit.
+ratio of exactly 0, and a run that finds its draws has the numbers of the one that drew them, on a CPU to the last bit.
 """
 
 from collections.abc import Sequence
