@@ -227,22 +227,39 @@ def test_a_token_budget_changes_nothing(make_trainer: TrainerFactory, budget: in
 # ---- the command -------------------------------------------------------------------------------------
 
 
+def run(tmp_path: Path, *command: str) -> str:
+    shared = ["experiment=smoke", "tracking=none", f"reference.store={tmp_path}/store.sqlite", "data.train_limit=8"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *shared], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def hit_rates(run_dir: Path) -> list[float]:
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    return [entry["perf/reference_hit_rate"] for entry in metrics if "loss" in entry]
+
+
 def test_fill_computes_what_a_run_will_need(tmp_path: Path) -> None:
     """Filled ahead, a run of the same command finds every answer, in training and in evaluation."""
-
-    def run(*command: str) -> str:
-        shared = ["experiment=smoke", "tracking=none", f"reference.store={tmp_path}/store.sqlite", "data.train_limit=8"]
-        done = subprocess.run(
-            [sys.executable, "-m", *command, *shared], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "24 of 24 draws computed, 0 were there" in run(
-        "xpo.reference", "fill", "--epochs", "2"
-    )  # 2 x 8 + 8 held out
-    assert "8 of 32 draws computed, 24 were there" in run("xpo.reference", "fill", "--epochs", "3", "--batch", "3")
-    run("xpo.train", "hydra.run.dir=run")
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert [entry["perf/reference_hit_rate"] for entry in metrics if "loss" in entry] == [1, 1, 1]
+    filled = run(tmp_path, "xpo.reference", "fill", "--epochs", "2")
+    assert "24 of 24 draws computed, 0 were there" in filled  # 2 x 8 + 8 held out
+    filled = run(tmp_path, "xpo.reference", "fill", "--epochs", "3", "--batch", "3")
+    assert "8 of 32 draws computed, 24 were there" in filled
+    run(tmp_path, "xpo.train", "hydra.run.dir=run")
+    assert hit_rates(tmp_path / "run") == [1, 1, 1]
     assert len(Store(tmp_path / "store.sqlite")) == 32
+
+
+def test_fill_ends_completions_where_the_policy_does(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The reference's own generation config, which names another EOS, has no say; nor has it in training."""
+    for name, ends in (("policy", tokenizer.eos_token_id), ("reference", [tokenizer.eos_token_id, 77])):
+        model = tiny_model()
+        model.generation_config.eos_token_id = ends
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    models = [f"model.{key}={tmp_path}/{name}" for key, name in (("name", "policy"), ("reference", "reference"))]
+    run(tmp_path, "xpo.reference", "fill", *models)
+    run(tmp_path, "xpo.train", *models, "training.max_steps=1", "evaluation.before=false", "hydra.run.dir=run")
+    assert hit_rates(tmp_path / "run") == [1]

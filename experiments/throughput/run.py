@@ -33,14 +33,27 @@ TRL = "1.13.0"
 CONTENDERS = ("trl-default", "xpo-cold", "trl-best", "xpo-warm")  # in turn
 DEFAULTS: dict[str, Any] = {}  # gradient_checkpointing is on, and with it no KV cache in generation
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
+STATIC_CACHE = {"cache_implementation": "static"}
 SEARCH: dict[str, dict[str, Any]] = {  # for trl-best; the first one, until a search has been run
-    "no checkpointing, static cache": {
-        "args": NO_CHECKPOINTING,
-        "generation_kwargs": {"cache_implementation": "static"},
-    },
+    "no checkpointing, static cache": {"args": NO_CHECKPOINTING, "generation_kwargs": STATIC_CACHE},
     "no checkpointing, dynamic cache": {"args": NO_CHECKPOINTING},
-    "no checkpointing, 2 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 2},
-    "no checkpointing, 4 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 4},
+    # Fewer rows at a time are padded less.
+    "no checkpointing, static cache, 2 micro-batches": {
+        "args": NO_CHECKPOINTING,
+        "generation_kwargs": STATIC_CACHE,
+        "micro_batches": 2,
+    },
+    "no checkpointing, static cache, 4 micro-batches": {
+        "args": NO_CHECKPOINTING,
+        "generation_kwargs": STATIC_CACHE,
+        "micro_batches": 4,
+    },
+    "no checkpointing, dynamic cache, 4 micro-batches": {"args": NO_CHECKPOINTING, "micro_batches": 4},
+    "no checkpointing, static cache, 8 micro-batches": {
+        "args": NO_CHECKPOINTING,
+        "generation_kwargs": STATIC_CACHE,
+        "micro_batches": 8,
+    },
     "no checkpointing, eager attention": {"args": NO_CHECKPOINTING, "model": {"attn_implementation": "eager"}},
     "checkpointing, KV cache": {"generation_kwargs": {"use_cache": True}},
 }
