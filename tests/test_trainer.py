@@ -421,6 +421,7 @@ def test_judge_functions_label_and_reward_models_only_score(make_trainer):
         ({"max_new_tokens": 128}, "leaves no room"),
         ({"beta": -0.1}, "beta=-0.1"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2"),
+        ({"generation_kwargs": "top_k"}, "generation_kwargs='top_k' is no dictionary"),
         ({"generation_kwargs": {"max_time": 2.0}}, "max_time=2.0"),
         ({"generation_kwargs": {"temperature": -1}}, "temperature=-1 is too small"),
         ({"generation_kwargs": {"max_new_tokens": "8"}}, "max_new_tokens='8' is not a whole number"),

@@ -172,8 +172,12 @@ class XPOConfig(TrainingArguments):
 
     def _check_sampling(self) -> None:
         """Checks the options of sampling; those that generation_kwargs repeats win, and become the fields' values."""
-        assert not isinstance(self.generation_kwargs, str)
-        rest = dict(self.generation_kwargs or {})
+        rest = self.generation_kwargs or {}
+        if not isinstance(rest, dict):
+            raise ConfigError(
+                f"generation_kwargs={rest!r} is no dictionary; give one such as {{'no_repeat_ngram_size': 2}}"
+            )
+        rest = dict(rest)
         for name in SAMPLING_FIELDS:
             setattr(self, name, rest.pop(name, getattr(self, name)))
         self.generation_kwargs = rest or None
