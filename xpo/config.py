@@ -67,7 +67,8 @@ class XPOConfig(TrainingArguments):
             from it; False fetches it layer by layer, token after token, which is slower and needs less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
-        model_init_kwargs: for `from_pretrained` when the model is given by name.
+        model_init_kwargs: for `from_pretrained` when the model is given by name; it is loaded in float32 unless they
+            say otherwise.
         trust_remote_code: allow models that bring their own code.
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
     """

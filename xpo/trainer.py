@@ -691,7 +691,7 @@ def _check_adapters(model: PeftModel) -> None:
 
 
 def _warn_of_half_precision(model: nn.Module) -> None:
-    """DeepSpeed alone keeps weights in float32 beside those in half precision."""
+    """For runs without DeepSpeed, which alone keeps float32 weights beside those in half precision."""
     half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     for dtype in half:
         logger.warning(
@@ -764,8 +764,7 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(
-            module
-        ).items():  # rates of functions: dropout, attention_dropout, layerdrop, resid_pdrop
+        # Rates that functions are called with: dropout, attention_dropout, layerdrop, resid_pdrop.
+        for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 vars(module)[name] = 0.0
