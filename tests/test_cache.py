@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -184,6 +185,36 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFi
     else:
         assert aside
         assert any("is damaged" in message for message in caplog.messages)
+
+
+def test_a_full_disk_costs_what_it_does_not_take(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run has its results in memory; a real limit of pages stands for the disk."""
+    store = Store(tmp_path / "store.sqlite")
+    store.put({"a": b"1"})
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count={pages}")
+    with caplog.at_level(logging.WARNING):
+        for name in ("b", "c"):
+            store.put({name: b"x" * 100_000})
+    assert store.get(["a", "b", "c"]) == {"a": b"1"}
+    assert [message for message in caplog.messages if "takes no new results" in message] == [
+        f"xpo: {tmp_path / 'store.sqlite'} takes no new results (database or disk is full); the run goes on without it"
+    ]
+    assert len(list(tmp_path.glob("*damaged*"))) == 0
+
+
+def test_a_lock_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sound file must not be set aside while somebody else looks after a damaged page."""
+    store = Store(tmp_path / "store.sqlite")
+    store.put({"a": b"1"})
+
+    def locked(self: Store) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("database is locked")
+
+    monkeypatch.setattr(Store, "_connect", locked)
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        store._mend(sqlite3.DatabaseError("database disk image is malformed"))
+    assert len(list(tmp_path.glob("*damaged*"))) == 0
 
 
 WRITER = """

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from conftest import TRL_METRICS
+from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import OmegaConf
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xpo import launch, train, worker
 from xpo.card import evaluations
-from xpo.errors import ConfigError
+from xpo.errors import ConfigError, RunInUse
 from xpo.jobs import run_name
 from xpo.models import tiny_model
 from xpo.runs import RunRecord, is_complete, last_complete_checkpoint
@@ -258,10 +259,10 @@ def test_mlflow_holds_every_training_metric_of_every_step(finished: Ended, metri
 
 @pytest.mark.parametrize("metric", sorted(EVAL_METRICS))
 def test_mlflow_holds_every_evaluation_and_the_final_one(finished: Ended, metric: str):
-    """eval/* before the first step and after the last one, final/* once."""
+    """eval/* before the first step and after the last one, final/* at the latter: more steps bring newer ones."""
     points = finished.points[f"eval/{metric}"]
     assert {step: len(values) for step, values in points.items()} == {0: 1, STEPS: 1}
-    assert finished.points[f"final/{metric}"] == {0: points[STEPS]}
+    assert finished.points[f"final/{metric}"] == {STEPS: points[STEPS]}
 
 
 def test_mlflow_holds_no_other_metrics(finished: Ended):
@@ -272,7 +273,7 @@ def test_mlflow_holds_no_other_metrics(finished: Ended):
         "final/epoch",
         "final/log10_alpha",
     }
-    assert finished.points["final/log10_alpha"] == {0: [-5.0]}
+    assert finished.points["final/log10_alpha"] == {STEPS: [-5.0]}
 
 
 def test_the_last_lines_say_where_the_model_is_and_how_to_open_the_ui(finished: Ended, uri: str):
@@ -438,6 +439,29 @@ def test_a_run_does_not_write_into_the_directory_of_another(tmp_path: Path):
     with pytest.raises(ConfigError, match=rf"hydra.run.dir='{tmp_path}' holds a run already; choose another"):
         prepared(["experiment=smoke", "loss.alpha=1"], tmp_path)
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_run_at_work_keeps_its_record(tmp_path: Path):
+    """A second command that resumes it, with another value."""
+    prepared(["experiment=smoke"], tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with FileLock(tmp_path / "run.lock"), pytest.raises(RunInUse, match=r"is in use by a run; wait for its end"):
+        prepared(["experiment=smoke", "loss.beta=0.7", f"training.resume={tmp_path}"], tmp_path / "other")
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_run_without_a_checkpoint_starts_again_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As the printed command asks for; a finished one does not."""
+    prepared(["experiment=smoke"], tmp_path / "run")
+    resumed = prepared(["experiment=smoke", f"training.resume={tmp_path / 'run'}"], tmp_path / "other")
+    assert resumed == tmp_path / "run"
+    assert RunRecord.read(resumed).resume_from is None
+    assert f"xpo: {tmp_path / 'run'} has no checkpoint, starting from the beginning" in capsys.readouterr().err
+    record = RunRecord.read(resumed)
+    record.finished = True
+    record.write(resumed)
+    with pytest.raises(ConfigError, match=r"training.resume='.*' holds no complete checkpoint"):
+        prepared(["experiment=smoke", f"training.resume={tmp_path / 'run'}"], tmp_path / "other")
 
 
 # ---- sweeps ------------------------------------------------------------------------------------

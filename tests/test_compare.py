@@ -18,7 +18,7 @@ from mlflow.entities import Metric, Param, RunTag
 from xpo.compare.__main__ import main
 from xpo.compare.log import TAG, log
 from xpo.compare.plots import plots
-from xpo.compare.read import Run, Sweep, find_sweep, from_directory, from_mlflow
+from xpo.compare.read import Run, Sweep, _with_swept, find_sweep, from_directory, from_mlflow
 from xpo.compare.report import as_csv, cells, side_by_side, verdict_words, write
 from xpo.compare.statistics import (
     Point,
@@ -284,7 +284,13 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             for name, value in entry.items()
             if name != "step"
         ]
-        points += [Metric("final/win_rate", 1.0, 0, 0), Metric("system/cpu", 3.0, 0, 0)]
+        last = json.loads((run_dir / "metrics.json").read_text())[-2]
+        points += [
+            Metric(name.replace("eval_", "final/"), value, 0, last["step"])
+            for name, value in last.items()
+            if name.startswith("eval_")
+        ]
+        points += [Metric("system/cpu", 3.0, 0, 0)]
         run_id = client.create_run(experiment, run_name=f"job {number}").info.run_id
         params = [Param(key, str(value)) for key, value in config.items()]
         # The first one is of an earlier command, with other keys.
@@ -314,6 +320,44 @@ def test_directory_and_mlflow_tell_the_same(tracked: tuple[Path, str]) -> None:
     assert cells(one) == cells(other)
     assert as_csv(one) == as_csv(other)
     assert verdict_words(one) == verdict_words(other)
+
+
+def test_the_model_that_was_kept_counts(tracked: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the best model loaded at the end, the last evaluation is its own; MLflow keeps that step's first value."""
+    uri = tracked[1]
+    find = MlflowClient.search_runs
+
+    def with_others(self: MlflowClient, *arguments: Any, **options: Any) -> Any:
+        runs = find(self, *arguments, **options)
+        for run in runs:
+            run.data.metrics["final/win_rate"] = 0.9
+        return runs
+
+    monkeypatch.setattr(MlflowClient, "search_runs", with_others)
+    run = from_mlflow("2026-11-22 19-15-04", uri, "xpo").runs[0]
+    assert run.history["eval/win_rate"] == [(2, pytest.approx(1 / 6)), (4, pytest.approx(1 / 3)), (6, 0.9)]
+
+
+def test_keys_that_are_dictionaries_or_that_mlflow_spells_differently(tmp_path: Path) -> None:
+    """Otherwise all runs would be one point, and pass for its seeds."""
+    key = "reward_model.weights"
+    weights = ({"one": 1, "two": 0.5}, {"one": 1, "two": 1})
+    made = [job("wl", reward_model__weights=value) for value in weights]
+    runs = from_directory(make_sweep(tmp_path / "a", [key], made)).runs
+    assert [run.config[key] for run in runs] == ["one: 1, two: 0.5", "one: 1, two: 1"]
+    assert len(group(runs, [key])) == 2
+    (run,) = (_with_swept(Run("job", "finished", config=config), ["judge@judge.judge", "loss.beta"]) for config in (
+        {"judge_judge.judge": "reward", "loss.beta": None},
+    ))  # fmt: skip
+    assert run.config["judge@judge.judge"] == "reward"
+    assert run.config["loss.beta"] is None
+
+
+def test_runs_whose_completions_are_lost_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    directory = make_sweep(tmp_path / "a", ["loss.alpha"], [job("wl", loss__alpha=a) for a in (0.0, 1.0)])
+    for file in (directory / "0" / "completions").iterdir():
+        file.unlink()
+    assert len(compare(from_directory(directory)).points) == 2
 
 
 def test_the_table(tracked: tuple[Path, str]) -> None:

@@ -12,6 +12,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from xpo import data
 from xpo.data import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
 from xpo.errors import ConfigError
 from xpo.models import tiny_tokenizer
@@ -155,11 +156,30 @@ def test_a_longer_prompt_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> 
 def test_other_columns_do_not_reach_training(tokenizer: PreTrainedTokenizerFast) -> None:
     dataset = Dataset.from_dict({"prompt": ["sea"], "chosen": ["x"], "topic": ["y"]})
     tokenized = tokenize_prompts(dataset, tokenizer, 10, "drop")
-    assert sorted(tokenized.column_names) == ["prompt", "prompt_ids"]
+    assert sorted(tokenized.column_names) == ["occurrence", "prompt", "prompt_ids"]
     assert collate_prompts([tokenized[0]]) == {
         "prompt": ["sea"],
         "prompt_ids": [tokenizer("sea").input_ids],
+        "occurrence": [0],
     }
+
+
+def test_a_prompt_without_tokens_is_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer that leaves out what it does not know: nothing would stand before the completion."""
+    monkeypatch.setattr(data, "prompt_token_ids", lambda tokenizer, prompt: [])
+    with pytest.raises(ConfigError, match=r"train_dataset: prompt='海' has no tokens; leave it out"):
+        tokenize_prompts(Dataset.from_dict({"prompt": ["海"]}), tokenizer, 4, "drop")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_equal_prompts_are_numbered(tokenizer: PreTrainedTokenizerFast, streamed: bool) -> None:
+    """In each pass from 0 on."""
+    dataset = Dataset.from_dict({"prompt": ["sea", "sky", "sea", "far too long", "sea"]})
+    tokenized = tokenize_prompts(dataset.to_iterable_dataset() if streamed else dataset, tokenizer, 4, "drop")
+    for _ in range(2):
+        assert [row["occurrence"] for row in tokenized] == [0, 0, 1, 2]
 
 
 def test_messages_stay_messages(tokenizer: PreTrainedTokenizerFast) -> None:

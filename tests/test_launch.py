@@ -58,13 +58,15 @@ def wait_for(path: Path) -> None:
             "(run_dir / 'failure.json').write_text(json.dumps({'status': 2, 'reason': 'a=1 is bad'})); sys.exit(1)",
             Outcome("failed", 2, "a=1 is bad"),
         ),
+        ("sys.exit(75)", Outcome("running elsewhere", 2, "RUN_DIR is in use")),
         ("os.kill(os.getpid(), signal.SIGKILL)", Outcome("killed", 137, "SIGKILL, for want of memory perhaps")),
         ("sys.exit(143)", Outcome("stopped", 143, "SIGTERM")),
     ],
 )
 def test_how_a_job_ends(tmp_path: Path, code: str, outcome: Outcome):
     """State, exit status and a reason in one line."""
-    assert job(tmp_path, code).wait() == outcome
+    told = job(tmp_path, code).wait()
+    assert told._replace(reason=told.reason and told.reason.replace(str(tmp_path), "RUN_DIR")) == outcome
 
 
 def test_what_a_job_prints_goes_to_its_file(tmp_path: Path):
@@ -164,6 +166,8 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
         "CUDA_VISIBLE_DEVICES": "4,5",
         "OMP_NUM_THREADS": "4",
     }
+    # In a sweep over launch.num_processes, the devices suffice for the job with the most.
+    assert environment(LaunchSchema(), [4, 5], 1)["CUDA_VISIBLE_DEVICES"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert "OMP_NUM_THREADS" not in environment(LaunchSchema(num_processes=2), None, 2)
 

@@ -176,6 +176,7 @@ def test_log_odds_of_listed_tokens(tokens: list[tuple[str, float]], value: float
     "choice",
     [
         listing(("x", -0.5), ("a", -1.0)),  # neither letter; the text does not count then
+        listing(("<think>", -0.001), ("A", -17.0), ("B", -18.0)),  # noise
         listing(("A", math.nan), ("B", -1.0)),
         listing(("A", 3.0), ("B", -1.0)),
         listing(("A", "0"), ("B", -1.0)),
@@ -188,7 +189,7 @@ def test_log_odds_of_listed_tokens(tokens: list[tuple[str, float]], value: float
     ],
 )
 def test_strange_log_probabilities_are_no_verdict(choice: dict[str, Any]):
-    with pytest.raises(ValueError, match=r"malformed|neither A nor B"):
+    with pytest.raises(ValueError, match=r"malformed|neither A nor B|less than 0.1% .* the likeliest is '<think>'"):
         log_odds(choice)
 
 
@@ -344,7 +345,6 @@ def test_refused_questions_stop_the_run_at_its_start_only(server: LLMServer):
     ("fault", "key", "remedy"),
     [
         ("401", "judge.api_key_env='MY_KEY'", "correct $MY_KEY"),
-        ("403", "judge.api_key_env='MY_KEY'", "correct $MY_KEY"),
         ("404", "judge.model='m'", "correct judge.model, or judge.base_url, which mostly ends in /v1"),
     ],
 )
@@ -363,6 +363,25 @@ def test_what_concerns_all_questions_stops_at_once(
     assert "\n" not in str(stopped.value)
     assert len(server.requests) < 8
     assert stopped.value.__cause__ is None is stopped.value.__context__
+
+
+def test_a_server_that_forbids_one_text_costs_its_pair_only(server: LLMServer):
+    """As gateways do that moderate; all texts are forbidden where the key may not use the model."""
+    judge = judge_at(server)
+    server.faults = one_question("403", SECOND[1])
+    assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().nonzero().flatten().tolist() == [1]
+    server.faults = lambda number, question: "403"
+    with pytest.raises(JudgeStopped, match=r"answered none of 6 questions \(the last: HTTP 403"):
+        judge.preferences(PROMPTS, FIRST, SECOND)
+
+
+def test_a_model_that_never_says_a_or_b_stops_the_run_at_its_start(server: LLMServer):
+    """A thinking model, say: the whole run would train without a verdict."""
+    judge = judge_at(server)
+    server.faults = lambda number, question: "say=Let me think"
+    with pytest.raises(JudgeStopped, match=r"none of the first 6 questions with A or B .*without thinking aloud"):
+        judge.preferences(PROMPTS, FIRST, SECOND)
+    assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().all()  # later, it may be the texts
 
 
 def test_a_wrong_path_is_told_from_a_wrong_key(server: LLMServer):

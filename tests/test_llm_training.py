@@ -20,7 +20,7 @@ def command(server: LLMServer, tmp_path: Path, *arguments: str) -> subprocess.Po
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "xpo.train", "experiment=smoke", "reward_model=none", "judge=llm"),
-            *(f"judge.model={server.name}", f"judge.base_url={server.url}", "evaluation.scorers={}"),
+            *(f"judge.model={server.name}", f"judge.base_url={server.url}", "evaluation=plain"),
             *arguments,
         ],
         cwd=tmp_path,

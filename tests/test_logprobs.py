@@ -14,6 +14,8 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     GraniteConfig,
@@ -136,6 +138,20 @@ SEPARATE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZE, sliding_window=64)), "changes its logits"),
     "gemma3": (lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZE, sliding_window=8)), "sliding_attention over 8"),
     "granite": (lambda: GraniteForCausalLM(GraniteConfig(**SIZE, logits_scaling=4.0)), "changes its logits"),
+    "gpt neo": (
+        lambda: GPTNeoForCausalLM(
+            GPTNeoConfig(
+                vocab_size=512,
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1]],
+                window_size=20,  # longer than what is tried
+                max_position_embeddings=64,
+            )
+        ),
+        "attend to 20 tokens only",
+    ),
     "mamba": (
         lambda: MambaForCausalLM(MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)),
         "",

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import TrainerFactory, prompts, step_logs
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
@@ -58,6 +60,30 @@ def test_a_draw_depends_on_prompt_seed_stream_and_number_only(tokenizer: PreTrai
     for other in others:
         assert all(a != b for a, b in zip(expected, other, strict=True))
     assert len(set(expected)) == 4
+
+
+def test_equal_prompts_have_draws_of_their_own(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Or a data set of one prompt, many times, would see one reference completion in an epoch."""
+    same = [PROMPTS[0]] * 3
+    for store in (None, Store(tmp_path / "store")):
+        drawn = draws(tokenizer, store).draw(same, 1, REFERENCE, 0, CPU, occurrences=[0, 1, 2]).completions.texts
+        assert len(set(drawn)) == 3
+        assert drawn[0] == texts(draws(tokenizer))[0]
+        ahead = draws(tokenizer, store).draw(same[:1], 1, REFERENCE, 0, CPU, ahead=same[1:], occurrences=[2, 0, 1])
+        assert ahead.completions.texts == drawn[2:]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_data_set_of_one_prompt(make_trainer: TrainerFactory, stream: bool) -> None:
+    data = Dataset.from_dict({"prompt": ["again"] * 8})
+    seen: list[str] = []
+
+    def first_wins(prompts: Sequence[Any], first: Sequence[str], second: Sequence[str]) -> list[int]:
+        seen.extend(second)
+        return [1] * len(first)
+
+    make_trainer(train_dataset=data.to_iterable_dataset() if stream else data, judge=first_wins).train()
+    assert len(set(seen)) == 8
 
 
 def test_what_is_kept_is_found_again(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

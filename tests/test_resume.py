@@ -2,15 +2,18 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TrainerFactory, step_logs
+from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from kill_and_resume import MOMENTS
 
+from xpo.callbacks import StopOnSignal
 from xpo.runs import drop_training_state, last_complete_checkpoint, resumable_checkpoint
 
 HERE = Path(__file__).parent
@@ -60,6 +63,34 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert left == {"checkpoint-2", "checkpoint-3"}
     assert "no room for" in caplog.text
     assert "training goes on without it" in caplog.text
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory):
+    """Another step might take longer than the time that is left; the checkpoint knows of the evaluation."""
+
+    def reward(texts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        if trainer.state.global_step == 2 and not stop.signal and len(texts) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return share_of_e(texts, completions)
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "eval_dataset": prompts(3)}
+    whole = make_trainer(**options)
+    whole.train()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = StopOnSignal()
+        trainer = make_trainer(reward_model=reward, callbacks=[stop], output_dir=whole.args.output_dir, **options)
+        trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stop.signal == signal.SIGTERM
+    assert trainer.state.global_step == 2
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(step_logs(resumed), step_logs(whole), strict=True):
+        assert set(ours) == set(theirs)
+        assert ours.get("loss/dpo") == theirs.get("loss/dpo")
 
 
 def test_other_errors_of_a_checkpoint_are_errors(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch):

@@ -27,7 +27,7 @@ from transformers import (
 
 from xpo.errors import ConfigError
 from xpo.judges import FunctionJudge, RewardJudge
-from xpo.models import tiny_tokenizer
+from xpo.models import tiny_model, tiny_tokenizer
 from xpo.prompts import Prompt
 from xpo.rewards import ClassifierReward, FunctionReward, MixReward, VaderReward
 from xpo.trainer import as_reward_model
@@ -340,6 +340,14 @@ def test_a_classifier_is_loaded_from_a_directory_with_its_own_tokenizer_or_anoth
     close(loaded.scores(*split(TEXTS)), ClassifierReward(model, other).scores(*split(TEXTS)).tolist())
     with pytest.raises(ConfigError, match=r"reward_model.model=.* is neither a directory nor a hub name"):
         ClassifierReward.from_pretrained(str(tmp_path / "nowhere"))
+
+
+def test_a_language_model_is_no_classifier(tmp_path: Path) -> None:
+    """Its head would be made up: a random reward."""
+    tiny_model().save_pretrained(tmp_path)
+    words().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"reward_model.model=.* has no trained score.weight; point it at a sequence"):
+        ClassifierReward.from_pretrained(str(tmp_path), device="cpu")
 
 
 # ---- functions ---------------------------------------------------------------------------------

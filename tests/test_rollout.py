@@ -93,6 +93,16 @@ def test_prompts_of_different_lengths_are_prefilled_apart(tokenizer, model, kind
     assert widths[:3] == [(2, 23), (3, 2), (5, 1)]  # all but the last tokens, then the last tokens together
 
 
+def test_prompts_of_one_token_are_prefilled_with_longer_ones(tokenizer, model, monkeypatch: pytest.MonkeyPatch):
+    """By themselves they would be a batch without tokens."""
+    prompts = [[5] * 20, [6] * 20, [7], [8]]
+    expected = draw(sampler(tokenizer), model, prompts)
+    monkeypatch.setattr(rollout, "tokens_at_once", lambda device: 20)
+    assert torch.equal(draw(sampler(tokenizer), model, prompts).ids, expected.ids)
+    single = [[number] for number in range(5, 30)]
+    assert draw(sampler(tokenizer), model, single).ids.shape[0] == 25
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_keys_and_values_are_written_in_place(tokenizer, model, kind):
     """Into memory for up to twice as many tokens, but no more than will come; the model attends to views of it."""

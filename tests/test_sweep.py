@@ -127,6 +127,19 @@ def test_seeds_repeat_every_point(command: Command):
     assert len({job["job_key"] for job in latest()["jobs"]}) == 6
 
 
+def test_seeds_and_batches_have_directories_of_their_own(command: Command):
+    """A sweeper that knows seeds from points only counts the latter."""
+    assert command("loss.alpha=1,2,3", "sweep.seeds=2", "hydra.sweeper.max_batch_size=2") == 0
+    assert [job.run_dir.name for job in Fake.started] == ["0", "1", "2", "3", "4", "5"]
+    assert states() == ["finished"] * 6
+
+
+def test_seeds_are_swept_once(command: Command, capfd: pytest.CaptureFixture[str]):
+    """Seeds 2 and 3 would be there twice, and count as independent."""
+    assert command("training.seed=1,2,3", "sweep.seeds=2") == 2
+    assert "sweep.seeds=2 goes over training.seed, which is swept too; remove one of them" in capfd.readouterr().err
+
+
 def test_a_preset_can_be_a_sweep(command: Command):
     """Without -m: its own keys, and its seeds."""
     assert command("experiment=sweep_alpha_beta") == 0
@@ -295,6 +308,44 @@ def test_rerun_does_everything_anew(command: Command):
     assert [job.run_dir.parent.name for job in Fake.started] == ["second", "second"]
 
 
+def test_a_directory_may_hold_several_sweeps(command: Command):
+    """Job 0 of the second one is another job than that of the first, and so is a job that is done anew."""
+    options = ["hydra.sweep.dir=multirun/mine"]
+    command("loss.alpha=2,3", *options)
+    assert command("loss.alpha=1,2,3", *options) == 0
+    assert [(job.run_dir.name, job.config.loss.alpha) for job in Fake.started] == [("0-2", 1)]
+    assert command("loss.alpha=1", *options, "sweep.rerun=true") == 0
+    assert [job.run_dir.name for job in Fake.started] == ["0-3"]
+
+
+def test_a_job_that_another_command_takes_up_meanwhile_is_left_to_it(command: Command):
+    """It had not begun when this command looked."""
+
+    def act(job: Fake) -> Outcome:
+        if job.config.loss.alpha == 1:
+            second = Path(latest()["jobs"][1]["run_dir"])
+            finish(Fake(second, None, 1, None))
+            third.append(FileLock(Path(latest()["jobs"][2]["run_dir"]) / "run.lock"))
+            third[0].acquire()
+        return finish(job)
+
+    third: list[FileLock] = []
+    Fake.act = act
+    assert command("loss.alpha=1,2,3") == 0
+    third[0].release()
+    assert states() == ["finished", "finished", "running elsewhere"]
+    assert [job.config.loss.alpha for job in Fake.started] == [1, 2]  # 2 by the other command
+
+
+def test_where_configurations_lie_is_part_of_the_command(command: Command, tmp_path: Path):
+    """Without it the printed command would not find the judge."""
+    (tmp_path / "my_conf" / "judge").mkdir(parents=True)
+    (tmp_path / "my_conf" / "judge" / "mine.yaml").write_text("_target_: xpo.judges.FunctionJudge\nfunction: m:f\n")
+    search = f"hydra.searchpath=[file://{tmp_path}/my_conf]"
+    assert command(search, "judge=mine", "loss.alpha=1,2") == 0
+    assert search in RunRecord.read(Fake.started[0].run_dir).overrides
+
+
 def test_a_job_at_work_elsewhere_is_left_alone(command: Command):
     """Its lock tells."""
     Fake.act = lambda job: Outcome("killed", 137, "SIGKILL")
@@ -307,11 +358,24 @@ def test_a_job_at_work_elsewhere_is_left_alone(command: Command):
 
 
 def test_what_matters_not_is_not_another_job(command: Command):
-    """Where it is tracked, how many run at once, the name of the sweep."""
+    """Where it is tracked, how many run at once, the name of the sweep, what is shown."""
     command("loss.alpha=1,2")
-    assert command("loss.alpha=1,2", "launch.jobs=2", "sweep.name=mine", "reference.store=off") == 0
+    other = ["launch.jobs=2", "sweep.name=mine", "reference.store=off", "evaluation.show=0"]
+    assert command("loss.alpha=1,2", *other, "training.disable_tqdm=true", "training.save_total_limit=1") == 0
     assert Fake.started == []
     assert latest()["name"] == "mine"
+
+
+def test_other_prompts_are_another_job(command: Command, tmp_path: Path):
+    """Also if they are in the same file."""
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "one"}\n')
+    arguments = ["data.train=mine.jsonl", "loss.alpha=1"]
+    command(*arguments)
+    assert command(*arguments) == 0
+    assert Fake.started == []
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "two"}\n')
+    assert command(*arguments) == 0
+    assert len(Fake.started) == 1
 
 
 # ---- the real thing ----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TRL_METRICS, prompts, share_of_e, step_logs
+from conftest import TRL_METRICS, gpt2, prompts, share_of_e, step_logs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +16,9 @@ from transformers import (
     LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
     TrainerCallback,
 )
 
@@ -48,6 +51,14 @@ def assert_same_run(first: XPOTrainer, second: XPOTrainer, tolerance: float = 1e
             assert a[name] == pytest.approx(b[name], abs=10 * tolerance, rel=tolerance), name
     for (name, p), q in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, atol=10 * tolerance, rtol=tolerance, msg=name)
+
+
+def with_rope(parameters: dict[str, object]) -> PreTrainedModel:
+    """A model that says so of its positions, of which it knows 100."""
+    model = tiny_model()
+    model.config.rope_parameters = parameters
+    model.config.max_position_embeddings = 100
+    return model
 
 
 def first_wins(prompts, first, second) -> list[float]:
@@ -426,11 +437,92 @@ def test_judge_functions_label_and_reward_models_only_score(make_trainer):
         ({"generation_kwargs": {"temperature": -1}}, "temperature=-1 is too small"),
         ({"generation_kwargs": {"max_new_tokens": "8"}}, "max_new_tokens='8' is not a whole number"),
         ({"generation_kwargs": {"max_new_tokens": 128}}, "leaves no room"),
+        ({"model": gpt2()}, "max_length=128: the model has learned positions up to 64 tokens; lower max_length"),
+        ({"model": with_rope({"rope_type": "dynamic", "factor": 2.0})}, "dynamic positions change beyond 100 tokens"),
     ],
 )
 def test_bad_arguments_are_named(make_trainer, options, message):
     with pytest.raises(ConfigError, match=message):
         make_trainer(**options)
+
+
+def test_models_that_cannot_be_trained_are_named(make_trainer, tokenizer):
+    model = tiny_model()
+    with pytest.raises(ConfigError, match="ref_model is the model itself"):
+        make_trainer(model=model, ref_model=model)
+    adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigError, match="peft_config is given, and the model has adapters, which would be lost"):
+        make_trainer(model=adapted, peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    t5 = T5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ConfigError, match="is an encoder-decoder; use a causal language model"):
+        make_trainer(model=T5ForConditionalGeneration(t5))
+    assert make_trainer(model=gpt2(), max_length=64).args.max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias": "all"}, "bias='all' trains the reference too; set bias='none', or pass ref_model"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' takes from the weights .* pass ref_model"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' takes from the weights"),
+    ],
+)
+def test_adapters_without_which_the_model_is_another_one(make_trainer, options, message):
+    """Such a reference is not the model that training began with: pass that."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **options)
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(peft_config=config)
+    trainer = make_trainer(peft_config=config, ref_model=tiny_model(), max_steps=1, judge=first_wins)
+    trainer.train()
+    assert step_logs(trainer)[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_reference_by_name(make_trainer, tmp_path: Path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    trainer = make_trainer(ref_model=str(tmp_path / "model"))
+    assert torch.equal(trainer.reference.frozen.lm_head.weight, tiny_model().lm_head.weight)
+
+
+def test_a_stream_that_ends_takes_no_part_of_a_step(make_trainer):
+    """Three batches, two to a step: the Trainer would keep the third one's gradient for the next pass."""
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2}
+    trainer = make_trainer(train_dataset=prompts(6).to_iterable_dataset(), **options)
+    seen = []
+    original = trainer.compute_loss
+
+    def compute_loss(model, inputs, *arguments, **more):
+        seen.append(trainer.state.global_step)
+        return original(model, inputs, *arguments, **more)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    assert seen == [0, 0, 1, 1]
+
+
+def test_half_written_checkpoints_are_passed_over(make_trainer, tmp_path: Path):
+    """As kill -9 leaves them."""
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").unlink()
+    resumed = make_trainer(max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in step_logs(resumed)] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint=True, but '.*' holds no complete checkpoint"):
+        make_trainer(output_dir=str(tmp_path / "other")).train(resume_from_checkpoint=True)
+
+
+def test_another_number_of_processes_is_told(make_trainer, tmp_path: Path, caplog):
+    make_trainer(save_strategy="steps", save_steps=1).train()
+    state = tmp_path / "out" / "checkpoint-1" / "xpo_state_0.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"processes": 2}))
+    make_trainer().train(resume_from_checkpoint=str(state.parent))
+    assert "was written by 2 processes, not 1: unless" in caplog.text
+
+
+def test_apples_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """They know no float64, in which tokens are drawn."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert XPOConfig(output_dir=str(tmp_path)).device.type == "cpu"
 
 
 def test_evaluation_without_prompts_is_an_error(make_trainer):
@@ -466,6 +558,8 @@ def test_adapters_keep_their_own_dropout(make_trainer):
     config = LoraConfig(r=4, lora_dropout=0.25, target_modules="all-linear", task_type="CAUSAL_LM")
     dropouts = {m.p for m in make_trainer(peft_config=config).model.modules() if isinstance(m, torch.nn.Dropout)}
     assert dropouts == {0.25}
+    adapted = make_trainer(model=get_peft_model(tiny_model(), config)).model
+    assert {m.p for m in adapted.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
 
 
 def test_judges_and_rewards_keep_their_precision(make_trainer):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import profile, supported_activities
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation import Evaluator
 from xpo.tracking import (
@@ -71,6 +72,11 @@ class StopOnSignal(TrainerCallback):
             self.signal = int(number) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After a signal in an evaluation, the step that it belongs to is the last one."""
+        if self.in_training and args.save_strategy != SaveStrategy.BEST:  # which would save the best only
+            self.on_step_end(args, state, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

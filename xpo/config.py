@@ -136,13 +136,14 @@ class XPOConfig(TrainingArguments):
         checks.count("reference_batch_size", self.reference_batch_size)
         if self.generation_batch_size is not None:
             checks.count("generation_batch_size", self.generation_batch_size)
-        # Without this, several processes without a GPU would each believe to be alone.
-        if not torch.accelerator.is_available():
+        # Without this, several processes without a GPU would each believe to be alone. Apple's MPS knows no float64.
+        if not torch.accelerator.is_available() or torch.backends.mps.is_available():
             self.use_cpu = True
         if self.use_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, imported by others, warns that it found none
         if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            gpu = torch.cuda.is_available() and not (self.fp16 or self.use_cpu)
+            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()

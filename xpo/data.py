@@ -1,6 +1,7 @@
 """Prompt data sets: where they come from, and their tokens."""
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,10 @@ def tokenize_prompts(
     overflow: str,
     key: str = "train_dataset",
 ) -> Dataset | IterableDataset:
-    """The data set with the columns "prompt" and "prompt_ids", each of at most `max_prompt_length` tokens.
+    """The data set with the columns "prompt", "prompt_ids" of at most `max_prompt_length` tokens, and "occurrence".
+
+    An occurrence is how many equal prompts stand before a row, 0 for most: each of them has a reference completion of
+    its own.
 
     Args:
         dataset: has a column "prompt".
@@ -150,7 +154,11 @@ def tokenize_prompts(
         _check_column(key, dataset.column_names)
         dataset = dataset.select_columns(["prompt"])
 
-    def tokenize(row: dict[str, Any]) -> dict[str, Any]:
+    before: Counter[int] = Counter()  # equal prompts, by the hash of their tokens
+
+    def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if number == 0:  # a stream may be read several times
+            before.clear()
         _check_column(key, row)  # a stream may not know its columns before its first row
         check_prompt(row["prompt"], key)
         ids = prompt_token_ids(tokenizer, row["prompt"])
@@ -162,11 +170,15 @@ def tokenize_prompts(
                 )
             if overflow == "truncate":
                 ids = ids[-max_prompt_length:]
-        return {"prompt": row["prompt"], "prompt_ids": ids}
+        if not ids:
+            raise ConfigError(f"{key}: prompt={row['prompt']!r} has no tokens; leave it out")
+        equal = hash(tuple(ids))
+        before[equal] += 1
+        return {"prompt": row["prompt"], "prompt_ids": ids, "occurrence": before[equal] - 1}
 
     # Seconds of work; a cache on disk would tie it to the tokenizer's hash for little gain.
     options = {} if streamed else {"load_from_cache_file": False, "desc": "Tokenizing prompts"}
-    tokenized = dataset.map(tokenize, **options)
+    tokenized = dataset.map(tokenize, with_indices=True, **options)
     if overflow != "drop":
         return tokenized
     kept = tokenized.filter(
@@ -193,5 +205,9 @@ def _check_column(key: str, columns: Collection[str]) -> None:
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Rows of `tokenize_prompts` as one micro-batch: {"prompt": [...], "prompt_ids": [...]}."""
-    return {"prompt": [row["prompt"] for row in rows], "prompt_ids": [list(row["prompt_ids"]) for row in rows]}
+    """Rows of `tokenize_prompts` as one micro-batch: a list for each column."""
+    return {
+        "prompt": [row["prompt"] for row in rows],
+        "prompt_ids": [list(row["prompt_ids"]) for row in rows],
+        "occurrence": [row.get("occurrence", 0) for row in rows],  # rows tokenized elsewhere lack it
+    }

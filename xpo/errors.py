@@ -18,5 +18,14 @@ class JudgeStopped(RuntimeError):
     """A judge cannot go on: its budget is used up, or its server is gone. Training stops with a checkpoint."""
 
 
+class RunInUse(ConfigError):
+    """Another process is at work in the run directory."""
+
+    status = 75  # of a worker that meets it; the run's own record stays as it is
+
+    def __init__(self, run_dir: object) -> None:
+        super().__init__(f"hydra.run.dir={str(run_dir)!r} is in use by a run; wait for its end or stop it")
+
+
 class JobFailed(RuntimeError):
     """A job of a sweep that another launcher than ours has started came to nothing."""

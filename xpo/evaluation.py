@@ -116,15 +116,14 @@ class Evaluator:
                     policy_logps = self._logps(policy, self.forwards[0], prompts, completions, args)
                 with self.draws.reference.model() as reference:
                     ratio = policy_logps - self._logps(reference, self.forwards[1], prompts, completions, args)
-            if stopped or number * args.eval_batch_size >= len(
-                mine
-            ):  # this rank has no more; the others needed its company
+            mine_are_done = number * args.eval_batch_size >= len(mine)  # the others need this rank's company
+            if stopped or mine_are_done:
                 continue
             try:
                 records += self._compare(prompts, chunk, completions, answers[number], ratio, args)
             except JudgeStopped as error:  # the other ranks wait for this one below
                 stopped.append(str(error))
-                if engine is None:
+                if engine is None and not args.shard_reference:
                     break
         self._answers[prefix] = (question, answers)
         for reason in gather_object(stopped):
@@ -142,7 +141,9 @@ class Evaluator:
 
     def _reference_answer(self, prompts: Sequence[Record], args: XPOConfig) -> Completions:
         ids = [prompt["prompt_ids"] for prompt in prompts]
-        return self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, args.eval_greedy).completions
+        equal = [prompt.get("occurrence", 0) for prompt in prompts]
+        draw = self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, args.eval_greedy, occurrences=equal)
+        return draw.completions
 
     def _compare(
         self,

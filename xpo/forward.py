@@ -111,6 +111,9 @@ def why_not(way: PairForward, model: PreTrainedModel, longest: int) -> str | Non
     window = config.get("sliding_window")
     if "layer_types" not in config and window is not None and window < longest:
         return f"its attention slides over {window} tokens"
+    for name in ("window_size", "attention_window_size"):  # GPT-Neo's, RecurrentGemma's
+        if 0 < (config.get(name) or 0) < longest:
+            return f"some of its layers attend to {config[name]} tokens only"
     head = model.get_output_embeddings()
     if head is None:
         return "it has no output embedding"

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 
 from xpo.errors import ConfigError
 
+# Weights as pickles (*.bin) may run code when they are loaded.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _TIMEOUT_S = 2  # the hub client asks twice
 
@@ -60,7 +61,7 @@ def local_directory(
     wanted = _MODEL_FILES + (["*.py"] if with_code else []) if kind == "model" else None
     remedy = f"point {key} at a local directory, or check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
     try:
-        return Path(
+        directory = Path(
             snapshot_download(
                 name,
                 repo_type=kind,
@@ -69,6 +70,10 @@ def local_directory(
                 local_files_only=not _hub_answers(name, kind, revision),
             )
         )
+        if kind == "dataset" or any(directory.glob("*.safetensors")):
+            return directory
+        reason = "has no weights in the form of safetensors"
+        remedy = f"save the model with save_pretrained and point {key} at that directory"
     except HFValidationError:
         reason = "is neither a directory nor a hub name"
         remedy = f"point {key} at an existing directory or at a hub name such as owner/name"

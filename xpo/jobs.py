@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import sys
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.errors import ConfigError
+from xpo.errors import ConfigError, RunInUse
 from xpo.overrides import CONF, unknown_key
 from xpo.runs import OPERATION, RunRecord, job_key, resolve_resume
 from xpo.schema import TrainSchema, flatten, to_dict
@@ -54,6 +54,7 @@ def prepare(
 
     Raises:
         ConfigError: a value is out of range, a required one is missing, or there is nothing to resume.
+        RunInUse: another process is at work in the run directory.
     """
     schema = checked(config)
     resolved = to_dict(schema)
@@ -72,24 +73,34 @@ def prepare(
             print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
     if found is not None:
         resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()
+        if schema.training.resume is not None and checkpoint is None:
+            print(f"xpo: {found[0]} has no checkpoint, starting from the beginning", file=sys.stderr)
         if not compare_with_run(resolved, resumed):  # other settings are another curve
             record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
         record.resume_from = str(checkpoint) if checkpoint else None
         if output_dir.is_dir() and not any(output_dir.iterdir()):
             output_dir.rmdir()  # Hydra's directory for this command, of no use
         output_dir = resumed
-    elif (output_dir / "run.json").exists():
-        raise ConfigError(
-            f"hydra.run.dir={str(output_dir)!r} holds a run already; "
-            f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
-        )
     output_dir.mkdir(parents=True, exist_ok=True)
-    with suppress(Timeout), FileLock(output_dir / "run.lock", timeout=0):  # Timeout: a run is at work here
-        for left in ("failure.json", "worker.pid"):  # by the process that the run was before
-            (output_dir / left).unlink(missing_ok=True)
-    OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
-    record.write(output_dir)
+    try:
+        with FileLock(output_dir / "run.lock", timeout=0):
+            if found is None and (output_dir / "run.json").exists():
+                raise ConfigError(
+                    f"hydra.run.dir={str(output_dir)!r} holds a run already; "
+                    f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
+                )
+            for left in ("failure.json", "worker.pid"):  # by the process that the run was before
+                (output_dir / left).unlink(missing_ok=True)
+            OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
+            record.write(output_dir)
+    except Timeout:
+        raise RunInUse(output_dir) from None
     return output_dir
+
+
+def repeatable(task: Sequence[str], hydra: Sequence[str]) -> list[str]:
+    """The overrides that a command needs to compose the same configuration again, from Hydra's two lists of them."""
+    return [*task, *(override for override in hydra if override.startswith("hydra.searchpath"))]
 
 
 # What may change and leave a run the same experiment; more steps stretch a schedule that depends on them.
@@ -100,6 +111,7 @@ _HARMLESS = (
     "launch.jobs",
     "launch.timeout",
     "sweep.",
+    "evaluation.show",
     "reference.store",
     "reference.batch_size",
     "training.keep_training_state",

@@ -77,10 +77,16 @@ def prefill(cache: DynamicCache, model: PreTrainedModel, ids: Tensor, mask: Tens
         mask: True on real tokens, (b, P).
         batches: rows that are computed together; each row is in one of them.
     """
-    width = ids.shape[1]
+    width, lengths = ids.shape[1], mask.sum(dim=1)
+    # A prompt of one token has nothing to compute before its last one: it goes along with longer ones.
+    short = [row for rows in batches for row in rows if lengths[row] == 1]
+    batches = [rows for rows in batches if lengths[rows].max() > 1]
+    if not batches:
+        return
+    batches[-1] = [*batches[-1], *(row for row in short if row not in batches[-1])]
     parts = []
     for rows in batches:
-        columns = slice(width - int(mask[rows].sum(dim=1).max()), width - 1)
+        columns = slice(width - int(lengths[rows].max()), width - 1)
         part = mask[rows, columns]
         output = model(
             input_ids=ids[rows, columns],

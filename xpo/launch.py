@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import psutil
 from omegaconf import OmegaConf
 
-from xpo.errors import ConfigError
+from xpo.errors import ConfigError, RunInUse
 from xpo.runs import RunRecord
 from xpo.schema import LaunchSchema
 
@@ -27,7 +27,7 @@ GRACE_S = 120.0  # from the request to stop until a job is killed
 class Outcome(NamedTuple):
     """How a job ended."""
 
-    state: str  # finished, failed, killed, stopped or timed out
+    state: str  # finished, failed, killed, stopped, timed out or running elsewhere
     status: int  # the exit status that it means for a command
     reason: str | None = None  # in one line
 
@@ -135,6 +135,8 @@ class JobProcess:
             return Outcome("stopped", 128 + number, signal.Signals(number).name)
         if status < 0:
             return Outcome("killed", 128 - status, f"{signal.Signals(-status).name}, for want of memory perhaps")
+        if status == RunInUse.status:
+            return Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
         failure = self.run_dir / "failure.json"
         if failure.exists():
             told = json.loads(failure.read_text())
@@ -167,7 +169,7 @@ def environment(launch: LaunchSchema, devices: Sequence[int] | None, at_once: in
     """What a job's processes see beside the environment: their number, their GPUs, their share of the CPU cores."""
     added = {"XPO_PROCESSES": str(launch.num_processes)}
     if devices is not None:
-        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices[: launch.num_processes]))
     sharers = launch.num_processes * at_once
     if sharers > 1 and "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // sharers, 1))
@@ -176,5 +178,5 @@ def environment(launch: LaunchSchema, devices: Sequence[int] | None, at_once: in
 
 def explanation(run_dir: Path, outcome: Outcome) -> str:
     """The line for a job that was killed or has timed out, with the way to go on."""
-    command = RunRecord.read(run_dir).command("auto")
+    command = RunRecord.read(run_dir).command(run_dir)
     return f"the worker of {run_dir} was {outcome.state} ({outcome.reason}); continue with: {command}"

@@ -56,18 +56,24 @@ class RunRecord:
 
 # How a judge is asked, not what it says: these may change when a run goes on.
 OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
+_NOT_OF_THE_JOB = {
+    "training": ("resume", "profile", "keep_training_state", "disable_tqdm", "save_total_limit"),
+    "evaluation": ("show",),
+}
 
 
 def job_key(config: dict[str, Any]) -> str:
-    """Names what a run computes: a hash of its configuration but for what leaves its numbers as they are."""
+    """Names what a run computes: a hash of its configuration but for what leaves its numbers as they are.
+
+    Files of prompts count with their content.
+    """
     relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference", "sweep")}
     relevant["launch"] = config["launch"]["num_processes"]
     relevant["judge"] = _without_operation(config["judge"])
-    relevant["training"] = {
-        key: value
-        for key, value in relevant["training"].items()
-        if key not in ("resume", "profile", "keep_training_state")
-    }
+    for group, names in _NOT_OF_THE_JOB.items():
+        relevant[group] = {key: value for key, value in config[group].items() if key not in names}
+    files = [Path(config["data"][part] or "").expanduser() for part in ("train", "eval")]
+    relevant["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -139,7 +145,8 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
     that was stopped before its first: that one starts again, in its directory.
 
     Args:
-        resume: "auto", a run directory, or a checkpoint in one.
+        resume: "auto"; a run directory, whose run starts again if it was stopped before its first checkpoint; or a
+            checkpoint in one.
         key: the job key of the command, for "auto".
         roots: directories under which "auto" looks for run directories.
 
@@ -163,6 +170,8 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
     path = Path(resume).expanduser()
     checkpoint = path if is_complete(path) else last_complete_checkpoint(path / "model")
     run_dir = path.parent.parent if checkpoint == path else path
+    if checkpoint is None and (run_dir / "run.json").is_file() and not RunRecord.read(run_dir).finished:
+        return run_dir, None
     if checkpoint is None or not (run_dir / "run.json").is_file():
         raise ConfigError(
             f"training.resume={resume!r} holds no complete checkpoint; "

@@ -32,6 +32,7 @@ class Store:
         self.path = Path(path).expanduser()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._connection = self._open()
+        self._has_warned = False
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The values of those keys that are there."""
@@ -44,14 +45,22 @@ class Store:
         return found
 
     def put(self, values: Mapping[str, bytes]) -> None:
-        """Adds values, all or none. A key that is there already keeps its value: equal keys mean equal results."""
+        """Adds values, all or none. A key that is there already keeps its value: equal keys mean equal results.
+
+        On a full disk, or behind a lock that is never released, they are computed again some day: a warning says so.
+        """
         try:
-            with self._connection as connection:
-                connection.executemany("INSERT OR IGNORE INTO results VALUES (?, ?)", values.items())
+            self._insert(values)
         except sqlite3.DatabaseError as error:
+            if _is_trouble_of_the_moment(error):
+                if not self._has_warned:
+                    logger.warning(
+                        "xpo: %s does not take new results (%s); the run goes on without it", self.path, error
+                    )
+                self._has_warned = True
+                return
             self._mend(error)
-            with self._connection as connection:
-                connection.executemany("INSERT OR IGNORE INTO results VALUES (?, ?)", values.items())
+            self._insert(values)
 
     def __len__(self) -> int:
         return int(self._read("SELECT count(*) FROM results", [])[0][0])
@@ -59,6 +68,10 @@ class Store:
     def close(self) -> None:
         """Ends the connection; nothing is lost without it."""
         self._connection.close()
+
+    def _insert(self, values: Mapping[str, bytes]) -> None:
+        with self._connection as connection:
+            connection.executemany("INSERT OR IGNORE INTO results VALUES (?, ?)", values.items())
 
     def _read(self, query: str, values: list[str]) -> list[tuple[str, bytes]]:
         try:
@@ -104,7 +117,9 @@ class Store:
         try:
             with closing(self._connect()) as connection:
                 return bool(connection.execute("PRAGMA quick_check").fetchone() == ("ok",))
-        except sqlite3.DatabaseError:
+        except sqlite3.DatabaseError as error:
+            if _is_trouble_of_the_moment(error):
+                raise
             return False
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:

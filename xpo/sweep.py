@@ -6,6 +6,7 @@ those that were interrupted. A job that fails costs itself only. SWEEP_DIR/sweep
 Layer 0: no torch.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -27,8 +28,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xpo.errors import ConfigError
-from xpo.jobs import checked, prepare
+from xpo.errors import ConfigError, RunInUse
+from xpo.jobs import checked, prepare, repeatable
 from xpo.launch import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
 from xpo.runs import RunRecord, job_key, last_evaluation, resumable_checkpoint
 from xpo.schema import LaunchSchema, TrainSchema, to_dict
@@ -40,7 +41,8 @@ COLORS = (  # of Okabe and Ito, then darker ones: told apart by the colour-blind
     *("#004C7A", "#8F3E00", "#00604A", "#8A4A6E", "#9A6A00", "#2C6F96"),
 )
 DONE = "finished"
-STATES = {"finished": "green", "stopped": "yellow", "running elsewhere": "yellow", "not started": "yellow"}
+ELSEWHERE = "running elsewhere"
+STATES = {DONE: "green", "stopped": "yellow", ELSEWHERE: "yellow", "not started": "yellow"}
 
 
 @dataclass
@@ -101,12 +103,18 @@ def run(
         ConfigError: what is wrong with any of the jobs, before one has started.
     """
     seeded = [overrides for point in batch for overrides in with_seeds(list(point), _schema(compose(list(point), 0)))]
-    configs = [compose(overrides, first + i) for i, overrides in enumerate(seeded)]
+    before = first * len(seeded) // len(batch)  # jobs of earlier batches
+    configs = [compose(overrides, before + i) for i, overrides in enumerate(seeded)]
     schemas = [_schema(config) for config in configs]
     resume = schemas[0].training.resume
     if resume is not None:
         raise ConfigError(f"training.resume={resume!r} names one run, and a sweep goes on by itself; remove it")
-    slots(schemas[0].launch)
+    if schemas[0].sweep.seeds > 1 and "training.seed" in swept:
+        raise ConfigError(
+            f"sweep.seeds={schemas[0].sweep.seeds} goes over training.seed, which is swept too; remove one of them"
+        )
+    widest = max(schemas, key=lambda schema: schema.launch.num_processes)
+    slots(widest.launch)
     directory = Path(configs[0].hydra.sweep.dir).absolute()
     directory.mkdir(parents=True, exist_ok=True)
     given = [dict(override.lstrip("+").partition("=")[::2] for override in overrides) for overrides in seeded]
@@ -121,7 +129,7 @@ def run(
         for config, schema, point in zip(configs, schemas, given, strict=True)
     ]
     sweep = _continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
-    Runner(sweep, directory, schemas[0]).run(jobs, configs)
+    Runner(sweep, directory, widest).run(jobs, configs)
     return jobs
 
 
@@ -215,7 +223,7 @@ class Runner:
     Args:
         sweep: what sweep.json says.
         directory: where it lies.
-        config: of any of the jobs: launch and sweep are the same in all.
+        config: of the job with the most processes: the rest of launch, and sweep, are the same in all.
     """
 
     def __init__(self, sweep: Sweep, directory: Path, config: TrainSchema):
@@ -238,8 +246,8 @@ class Runner:
             try:
                 if not self._finished_before(job, runs):
                     to_do.append((job, self._prepare(job, config, runs)))
-            except Timeout:
-                job.state, job.reason = "running elsewhere", f"{job.run_dir} is in use"
+            except RunInUse:
+                job.state, job.reason = ELSEWHERE, f"{job.run_dir} is in use"
         self._announce(jobs, to_do)
         self.sweep.write(self.directory)
         try:
@@ -248,7 +256,7 @@ class Runner:
                     future.result()
         finally:
             self._collect()
-        failed = any(job.state not in (DONE, "running elsewhere") for job in jobs)
+        failed = any(job.state not in (DONE, ELSEWHERE) for job in jobs)
         exit_statuses.append(128 + signals[0] if signals else int(failed))
         self.report()
 
@@ -264,19 +272,20 @@ class Runner:
                 return True
         for run_dir in runs.get(job.job_key, [])[:1]:
             job.run_dir = str(run_dir)
-            with FileLock(run_dir / "run.lock", timeout=0):  # Timeout: another process is at it
-                pass
         return False
 
     def _prepare(self, job: Job, config: DictConfig, runs: dict[str, list[Path]]) -> Path:
         run_dir = Path(job.run_dir)
         begun = not self.rerun and run_dir in runs.get(job.job_key, [])
+        if not begun:
+            job.run_dir = str(run_dir := _without_run(run_dir))
         tags = _tags(self.sweep) | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]}
         return prepare(
             _without_hydra(config),
             run_dir,
             dict(config.hydra.runtime.choices),
-            [*config.hydra.overrides.task, "hydra.mode=RUN"],  # for whoever goes on with this job alone
+            # For whoever goes on with this job alone.
+            [*repeatable(config.hydra.overrides.task, config.hydra.overrides.hydra), "hydra.mode=RUN"],
             name=job.name,
             tags=tags,
             found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,
@@ -289,11 +298,20 @@ class Runner:
         try:
             if signals:
                 return
+            # Another command may have taken up this job while it waited.
+            if RunRecord.read(run_dir).finished:
+                job.state, job.before = DONE, True
+                return
+            if _in_use(run_dir):
+                job.state, job.reason = ELSEWHERE, f"{run_dir} is in use"
+                return
             alone = self.launch.jobs == 1
             output = None if alone else run_dir / "output.log"
             self._say(number, count, job, "starts" + ("" if alone else f", its output in {output}"))
             process = JobProcess(run_dir, devices, self.launch.jobs, output)
             self._running.append(process)
+            if signals:  # that came while it was started
+                process.stop(signals[0])
             outcome = process.wait()
             self._running.remove(process)
         except ConfigError as error:
@@ -319,8 +337,8 @@ class Runner:
         parts = [f"{len(jobs)} jobs"]
         parts += [f"{sum(job.before for job in jobs)} finished before"] * any(job.before for job in jobs)
         parts += [f"{resumed} go on from a checkpoint"] * bool(resumed)
-        elsewhere = sum(job.state == "running elsewhere" for job in jobs)
-        parts += [f"{elsewhere} running elsewhere"] * bool(elsewhere)
+        elsewhere = sum(job.state == ELSEWHERE for job in jobs)
+        parts += [f"{elsewhere} {ELSEWHERE}"] * bool(elsewhere)
         self.console.print(f"Sweep {self.sweep.name!r}: {', '.join(parts)}", soft_wrap=True)
 
     def _collect(self) -> None:
@@ -358,7 +376,8 @@ class Runner:
         if self.sweep.tracking_uri and experiments:
             if not self.sweep.tracking_uri.startswith("http"):
                 self.console.print(
-                    f"MLflow:  mlflow ui --backend-store-uri {self.sweep.tracking_uri}, then", soft_wrap=True
+                    f"MLflow:  mlflow ui --backend-store-uri {shlex.quote(self.sweep.tracking_uri)}, then",
+                    soft_wrap=True,
                 )
             place = (self.sweep.tracking_uri, experiments[0], self.sweep.name)
             link = chart_link(*place, save_view(*place, self.sweep.keys))
@@ -379,6 +398,24 @@ def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         runs.setdefault(RunRecord.read(file.parent).job_key, []).append(file.parent)
     return runs
+
+
+def _without_run(run_dir: Path) -> Path:
+    """The directory, or RUN_DIR-2 and so on if it holds a run: a sweep's directory may be used for more values."""
+    free = run_dir
+    for number in itertools.count(2):
+        if not (free / "run.json").exists():
+            break
+        free = run_dir.with_name(f"{run_dir.name}-{number}")
+    return free
+
+
+def _in_use(run_dir: Path) -> bool:
+    try:
+        with FileLock(run_dir / "run.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _short(directory: Path) -> str:

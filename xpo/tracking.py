@@ -13,8 +13,6 @@ import re
 import shlex
 import sqlite3
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,17 +62,16 @@ def _knock(uri: str) -> None:
     """Finds out within seconds what MLflow's client would wait for: a server that is gone or hangs, a locked database.
 
     Raises:
-        OSError, sqlite3.Error: nobody answers.
+        MlflowException, sqlite3.Error: nobody answers.
     """
     if _is_server(uri):
-        try:
-            # Not /health, which answers while the server's database is locked.
-            path = "api/2.0/mlflow/experiments/get?experiment_id=0"
-            urllib.request.urlopen(f"{uri.rstrip('/')}/{path}", timeout=_KNOCK_S).close()
-        except urllib.error.HTTPError:
-            pass  # a refusal is an answer: MLflow's client can log in
-        except urllib.error.URLError as error:
-            raise ConnectionError(error.reason) from error
+        from mlflow.exceptions import RestException
+
+        # By MLflow's client, which knows the user's certificates and passwords; and not by /health, which answers
+        # while the server's database is locked.
+        short = _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_KNOCK_S:.0f}"})
+        with short, contextlib.suppress(RestException):  # a refusal is an answer
+            _client(uri).get_experiment("0")
     elif uri.startswith("sqlite:///"):
         file = f"file:{quote(str(_database(uri)))}?mode=rw"
         with contextlib.closing(sqlite3.connect(file, timeout=_KNOCK_S, isolation_level=None, uri=True)) as database:
@@ -85,13 +82,23 @@ def _knock(uri: str) -> None:
 @contextlib.contextmanager
 def _short_calls() -> Iterator[None]:
     """Within it, MLflow's HTTP client gives up after seconds, unless the environment says otherwise."""
-    added = {name: value for name, value in _SHORT.items() if name not in os.environ}
-    os.environ.update(added)
+    with _environment({name: value for name, value in _SHORT.items() if name not in os.environ}):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Within it, environment variables have these values."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _client(uri: str) -> "MlflowClient":
@@ -335,7 +342,7 @@ class MLflowRun:
         """Logs params and tags."""
         from mlflow.entities import Param, RunTag
 
-        texts = {_key(key): str(value)[:_MAX_PARAM] for key, value in params.items() if value is not None}
+        texts = {stored_key(key): str(value)[:_MAX_PARAM] for key, value in params.items() if value is not None}
         new = [Param(key, text) for key, text in texts.items() if key not in run.data.params]
         self.client.log_batch(self.run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()])
         self.client.update_run(self.run_id, status="RUNNING")
@@ -344,7 +351,7 @@ class MLflowRun:
         """Adds points to the buffer, except those that the run already has at this step."""
         now = int(time.time() * 1000)
         for name, value in metrics.items():
-            key = _key(name)
+            key = stored_key(name)
             if (key, step) not in self._logged:
                 self._logged.add((key, step))
                 self._points.append([key, float(value), now, step])
@@ -389,7 +396,7 @@ class MLflowRun:
         """What opens the UI: a server's charts of this run's sweep or experiment, or the command that starts one."""
         if _is_server(self.uri):
             return chart_link(self.uri, self.experiment_id, self._sweep)
-        return f"mlflow ui --backend-store-uri {self.uri}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
 
     def _log(self, *entries: Entry) -> None:
         for entry in entries:
@@ -425,7 +432,7 @@ def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
-def _key(name: str) -> str:
+def stored_key(name: str) -> str:
     """`name` as MLflow takes it for a param or metric."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY]
 

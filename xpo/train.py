@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from xpo.errors import ConfigError, JobFailed
-from xpo.jobs import prepare
+from xpo.jobs import prepare, repeatable
 from xpo.launch import JobProcess, exit_statuses, explanation, passing_on_signals, signals
 from xpo.overrides import CONF, explain
 from xpo.runs import last_evaluation, resumable_checkpoint
@@ -66,6 +66,10 @@ def _parent(config: DictConfig) -> float | None:
         return None
     hydra_config = HydraConfig.get()
     in_sweep = hydra_config.mode == RunMode.MULTIRUN
+    if in_sweep and config.sweep.seeds != 1:  # our own launcher does not call this
+        raise ConfigError(
+            f"sweep.seeds={config.sweep.seeds} needs hydra/launcher=xpo; with this launcher sweep training.seed=1,2,3"
+        )
     output_dir = Path(hydra_config.runtime.output_dir)
     again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
     try:
@@ -73,7 +77,7 @@ def _parent(config: DictConfig) -> float | None:
             config,
             output_dir,
             dict(hydra_config.runtime.choices),
-            list(hydra_config.overrides.task),
+            repeatable(hydra_config.overrides.task, hydra_config.overrides.hydra),
             found=(output_dir, resumable_checkpoint(output_dir)) if again else None,
         )
     except Exception as error:  # Hydra would print a line of its own

@@ -27,6 +27,7 @@ from transformers import (
     TrainerControl,
     set_seed,
 )
+from transformers.trainer_utils import has_length
 
 from xpo.card import model_card
 from xpo.config import SAMPLING_FIELDS, XPOConfig, value_at_epoch
@@ -38,6 +39,7 @@ from xpo.hub import local_directory
 from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.losses import Labels, xpo_loss
 from xpo.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
+from xpo.model_checks import check_adapters, check_models, warn_of_half_precision
 from xpo.preference import Preference, Rules, ScoreScale, judge_pairs, judged_by
 from xpo.reference import Reference, ReferenceDraws, base_model
 from xpo.reference.draws import Draw
@@ -57,7 +59,7 @@ from xpo.rollout import (
     token_batches,
     tokens_at_once,
 )
-from xpo.runs import is_complete
+from xpo.runs import is_complete, last_complete_checkpoint
 from xpo.store import Store
 from xpo.zero import check_engine, divide, gathered, is_divided, loading_whole, sampling
 
@@ -89,7 +91,7 @@ class XPOTrainer(Trainer):
 
     Args:
         model: the policy, or its name.
-        ref_model: the reference; None for a frozen copy of the policy, or under LoRA its base model.
+        ref_model: the reference, or its name; None for a frozen copy of the policy, or under LoRA its base model.
         judge: says who wins: a `Judge`, or a function (prompts, first, second) -> B margins. None: the
             reward model's score difference does.
         reward_model: scores completions: a `RewardModel`, a sequence classifier, its name, or a function
@@ -103,8 +105,8 @@ class XPOTrainer(Trainer):
         scorers: independent reward models for evaluation, by metric name. Training never sees them.
         callbacks: transformers' callbacks.
         optimizers: as in `transformers.Trainer`.
-        reward_funcs: TRL's name of `reward_model`.
-        reward_processing_classes: TRL's name of `reward_processing_class`.
+        reward_funcs: TRL's name of `reward_model`; a list of one counts as that one.
+        reward_processing_classes: TRL's name of `reward_processing_class`, likewise.
 
     Raises:
         ConfigError: what a user can mend, in one line.
@@ -119,7 +121,8 @@ class XPOTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel | str,
-        ref_model: PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | str | None = None,
+        *,  # TRL has the following ones in another order
         judge: Judge | Callable[..., Any] | None = None,
         reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None = None,
         args: XPOConfig | None = None,
@@ -131,13 +134,14 @@ class XPOTrainer(Trainer):
         scorers: dict[str, RewardModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
-        *,
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
     ):
         args = args or XPOConfig(output_dir="xpo_output")
-        reward_model = reward_model or reward_funcs or args.reward_model_path
-        reward_processing_class = reward_processing_class or reward_processing_classes
+        reward_model = reward_model or _only("reward_funcs", reward_funcs) or args.reward_model_path
+        reward_processing_class = reward_processing_class or _only(
+            "reward_processing_classes", reward_processing_classes
+        )
         if judge is None and reward_model is None:
             raise ConfigError("neither judge nor reward_model is given; pass one of them to say who wins a pair")
         if train_dataset is None:
@@ -152,7 +156,10 @@ class XPOTrainer(Trainer):
             raise ConfigError(f"{key}={value!r} changes the scores that judge=reward compares; choose that judge")
 
         if isinstance(model, str):
-            model = _load_policy(model, args)
+            model = _load_policy("model", model, args)
+        if isinstance(ref_model, str):
+            ref_model = _load_policy("ref_model", ref_model, args)
+        check_models(model, ref_model, peft_config, args.max_length)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_model(model).config.name_or_path)
         if processing_class.pad_token_id is None:
@@ -174,9 +181,9 @@ class XPOTrainer(Trainer):
         if peft_config is not None:
             model = _with_adapters(model, peft_config, args.seed)
         if isinstance(model, PeftModel):
-            _check_adapters(model)
+            check_adapters(model, ref_model)
         if args.deepspeed_plugin is None:
-            _warn_of_half_precision(model)
+            warn_of_half_precision(model)
         self.reference = Reference(model, ref_model, args.device, reference_dtype(args), lambda: self.zero3_engine)
         if args.shard_reference and self.reference.frozen is not None:
             divide(self.reference.frozen, args.deepspeed_plugin.deepspeed_config)
@@ -226,7 +233,8 @@ class XPOTrainer(Trainer):
             The labelled micro-batches (see `_micro_batches`), and the number of pairs on all ranks.
         """
         batches, ahead = self._next_batches(epoch_iterator, num_batches)
-        if not batches:
+        if not batches or (len(batches) < num_batches and not has_length(self.train_dataset)):
+            # At the end of a stream the Trainer takes no step for less than a whole one.
             return [], None
         if self.is_deepspeed_enabled:
             check_engine(self.model_wrapped, self._deepspeed_config, self.args.world_size)
@@ -259,8 +267,8 @@ class XPOTrainer(Trainer):
 
     def _next_batches(
         self, epoch_iterator: Iterator[dict[str, list[Any]]], number: int
-    ) -> tuple[list[dict[str, list[Any]]], list[list[int]]]:
-        """The next batches of an epoch; and the prompts behind them, as far as the reference's draws look ahead."""
+    ) -> tuple[list[dict[str, list[Any]]], list[dict[str, list[Any]]]]:
+        """The next batches of an epoch; and those behind them, as far as the reference's draws look ahead."""
         if epoch_iterator is not self._epoch_iterator:
             self._epoch_iterator, self._waiting = epoch_iterator, deque()
         left = (self.state.max_steps - self.state.global_step) * self.args.gradient_accumulation_steps
@@ -276,18 +284,23 @@ class XPOTrainer(Trainer):
             self._waiting.append(batch)
             prompts += len(batch["prompt_ids"])
         batches = [self._waiting.popleft() for _ in range(min(number, len(self._waiting)))]
-        return batches, [prompt for batch in self._waiting for prompt in batch["prompt_ids"]]
+        return batches, list(self._waiting)
 
-    def _rollout(self, batches: Sequence[dict[str, list[Any]]], ahead: Sequence[Sequence[int]]) -> tuple[Rollout, Draw]:
+    def _rollout(
+        self, batches: Sequence[dict[str, list[Any]]], ahead: Sequence[dict[str, list[Any]]]
+    ) -> tuple[Rollout, Draw]:
         """Completions of the whole step's prompts by the policy and by the reference, which may draw some ahead."""
-        prompts = [ids for batch in batches for ids in batch["prompt_ids"]]
+        prompts, later = ([ids for batch in part for ids in batch["prompt_ids"]] for part in (batches, ahead))
+        equal = [number for batch in (*batches, *ahead) for number in batch["occurrence"]]
         rows = self._global_rows([len(batch["prompt_ids"]) for batch in batches])
         noise = sampling_noise((self.args.seed, self.state.global_step, POLICY), rows, self.sampler.max_new_tokens)
         epoch = int(self.state.epoch or 0)
         with self.accelerator.autocast():
             with sampling(self.model, self.zero3_engine, self.args.ds3_gather_for_generation) as synced:
                 policy = self.sampler.sample(base_model(self.model), prompts, noise, self.args.device, synced=synced)
-            draw = self.draws.draw(prompts, self.args.seed, REFERENCE, epoch, self.args.device, ahead=ahead)
+            draw = self.draws.draw(
+                prompts, self.args.seed, REFERENCE, epoch, self.args.device, ahead=later, occurrences=equal
+            )
         prompt_ids, prompt_mask = self.sampler.pad_prompts(prompts, self.args.device)
         pairs = same_width(policy, draw.completions, self.sampler.pad_token_id)
         return Rollout(prompt_ids, prompt_mask, *pairs), draw
@@ -523,6 +536,8 @@ class XPOTrainer(Trainer):
         if dataset is None:
             raise ConfigError("eval_dataset=None; pass held-out prompts to XPOTrainer or to evaluate()")
         dataset = self.tokenize(dataset, key="eval_dataset")
+        if self.model_wrapped is self.model and self.model.device != self.args.device and not is_divided(self.model):
+            self.model.to(self.args.device)  # before training, the Trainer may have left it where it was
         try:
             result = self.evaluator(
                 self.model, dataset, self.accelerator, self.args, metric_key_prefix, self.zero3_engine
@@ -591,8 +606,16 @@ class XPOTrainer(Trainer):
         """As `transformers.Trainer.train`.
 
         Raises:
-            ConfigError: a checkpoint of other DeepSpeed processes.
+            ConfigError: a checkpoint of other DeepSpeed processes, or none to resume.
         """
+        if resume_from_checkpoint is True:  # a killed run may leave a half-written checkpoint, which the Trainer takes
+            newest = last_complete_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = None if newest is None else str(newest)
+            if newest is None:
+                raise ConfigError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint; "
+                    "leave it out"
+                )
         if isinstance(resume_from_checkpoint, str):
             check_same_zero(Path(resume_from_checkpoint), self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -613,7 +636,10 @@ def _zero_stage(args: XPOConfig) -> int | None:
 
 
 def check_same_zero(checkpoint: Path, args: XPOConfig) -> None:
-    """ConfigError unless DeepSpeed can read the optimizer state in a checkpoint: each process has its own part."""
+    """ConfigError unless DeepSpeed can read the optimizer state in a checkpoint: each process has its own part.
+
+    Without it, another number of processes is another batch, of which a warning tells.
+    """
     if not _state_file(checkpoint, 0).is_file():
         return
     state = json.loads(_state_file(checkpoint, 0).read_text())
@@ -625,6 +651,14 @@ def check_same_zero(checkpoint: Path, args: XPOConfig) -> None:
 
         raise ConfigError(
             f"resume: {str(checkpoint)!r} was written with {say(*then)}, not {say(*now)}; go on with these"
+        )
+    if then != now:
+        logger.warning(
+            "xpo: %s was written by %d processes, not %d: unless per_device_train_batch_size or "
+            "gradient_accumulation_steps make up for it, a step now has another number of prompts",
+            checkpoint,
+            then[1],
+            now[1],
         )
 
 
@@ -671,34 +705,27 @@ def as_reward_model(
     )
 
 
-def _load_policy(name: str, args: XPOConfig) -> PreTrainedModel:
-    directory = local_directory("model", name, with_code=args.trust_remote_code)
+def _only(key: str, value: Any) -> Any:
+    """The one thing in a list, as TRL takes several reward functions; anything else as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 1:
+        raise ConfigError(f"{key} holds {len(value)}; pass one, such as an xpo.rewards.MixReward of several")
+    return value[0]
+
+
+def _load_policy(key: str, name: str, args: XPOConfig) -> PreTrainedModel:
+    directory = local_directory(key, name, with_code=args.trust_remote_code)
+    options = _options(args.model_init_kwargs)
+    if "torch_dtype" in options:  # an older name, which transformers ignores beside the newer one
+        options = {name: value for name, value in options.items() if name != "torch_dtype"} | {
+            "dtype": options["torch_dtype"]
+        }
     return AutoModelForCausalLM.from_pretrained(
         directory,
         trust_remote_code=args.trust_remote_code,
-        **{"dtype": torch.float32} | _options(args.model_init_kwargs),  # not the checkpoint's own, often bfloat16
+        **{"dtype": torch.float32} | options,  # not the checkpoint's own, often bfloat16
     )
-
-
-def _check_adapters(model: PeftModel) -> None:
-    """Adapters must be in the model's layers: rollouts come from the model that they are in."""
-    for config in model.peft_config.values():
-        if config.is_prompt_learning:
-            raise ConfigError(
-                f"peft_config={type(config).__name__} puts virtual tokens before the prompt, which rollouts would lack"
-                "; use adapters in the layers, such as LoraConfig"
-            )
-
-
-def _warn_of_half_precision(model: nn.Module) -> None:
-    """For runs without DeepSpeed, which alone keeps float32 weights beside those in half precision."""
-    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    for dtype in half:
-        logger.warning(
-            "xpo: the trained weights are %s, which rounds small steps away: hardly anything is learned at a learning "
-            "rate such as 5e-7; load the model with dtype='float32', and set bf16=True for speed",
-            str(dtype).removeprefix("torch."),
-        )
 
 
 def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., PromptDataset]:
@@ -761,10 +788,12 @@ def _options(options: dict[str, Any] | str | None) -> dict[str, Any]:
 
 
 def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:  # has its own setting
+            continue
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         # Rates that functions are called with: dropout, attention_dropout, layerdrop, resid_pdrop.
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                vars(module)[name] = 0.0
+        for rate, value in vars(module).items():
+            if "drop" in rate and isinstance(value, float):
+                vars(module)[rate] = 0.0

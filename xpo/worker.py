@@ -29,7 +29,7 @@ from xpo.callbacks import KeepCompletions, MLflowCallback, Profile, Progress, St
 from xpo.card import evaluations
 from xpo.config import XPOConfig
 from xpo.data import load_prompts
-from xpo.errors import ConfigError, JudgeStopped, nearest
+from xpo.errors import ConfigError, JudgeStopped, RunInUse, nearest
 from xpo.memory import keep_freed_memory
 from xpo.models import load_model, load_tokenizer, lora_config, policy_directory
 from xpo.runs import RunRecord, drop_training_state
@@ -66,6 +66,9 @@ def run(config: TrainSchema, run_dir: Path) -> int:
             mlflow_run.finish("KILLED")
         print(f"\nxpo: stopped at once, without a checkpoint of the step in progress ({run_dir})", file=sys.stderr)
         return 128 + (stop.signal or 2)
+    except RunInUse as error:
+        print(f"xpo: error: {error}", file=sys.stderr)
+        return error.status
     except (ConfigError, FloatingPointError, JudgeStopped) as error:
         _failed(tracked, f"{type(error).__name__}: {error}")
         status = 2 if isinstance(error, ConfigError) else 1
@@ -73,7 +76,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
             end_of_bar = "\n" if stop.in_training and not config.training.disable_tqdm else ""
             print(f"{end_of_bar}xpo: error: {error}", file=sys.stderr)
             if isinstance(error, JudgeStopped):
-                print(f"xpo: continue with: {RunRecord.read(run_dir).command('auto')}", file=sys.stderr)
+                print(f"xpo: continue with: {RunRecord.read(run_dir).command(run_dir)}", file=sys.stderr)
         return status
     except Exception as error:
         _failed(tracked, traceback.format_exc())
@@ -126,9 +129,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         try:
             lock.acquire(timeout=0)  # until this process ends
         except Timeout:
-            raise ConfigError(
-                f"hydra.run.dir={str(run_dir)!r} is in use by a run; wait for its end or stop it"
-            ) from None
+            raise RunInUse(run_dir) from None
         (run_dir / "worker.pid").write_text(str(os.getpid()))  # signals go to this rank, which tells the others
     asked = os.environ.get("XPO_PROCESSES")
     if asked is not None and int(asked) != args.world_size:
@@ -332,7 +333,9 @@ def _finish(
         last = evaluations(history)[-1:]
         final = {f"final/{name.removeprefix('eval_')}": value for entry in last for name, value in entry.items()}
         final |= {f"final/{key.removeprefix('loss.')}": value for key, value in _log10(config).items()}
-        mlflow_run.log_metrics({name: value for name, value in final.items() if name != "final/step"}, step=0)
+        # At the last step: when a finished run is extended, these values are the newer ones.
+        step = trainer.state.global_step
+        mlflow_run.log_metrics({name: value for name, value in final.items() if name != "final/step"}, step)
         mlflow_run.finish()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from xpo.errors import ConfigError, nearest
 from xpo.runs import RunRecord
 from xpo.schema import flatten
-from xpo.tracking import metric_name, reach, tracking_uri
+from xpo.tracking import metric_name, reach, stored_key, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -114,11 +114,25 @@ def from_directory(directory: Path) -> Sweep:
         record["name"],
         record["command"],
         record["keys"],
-        [_job(job, directory) for job in record["jobs"]],
+        [_with_swept(_job(job, directory), record["keys"]) for job in record["jobs"]],
         record["tracking_uri"],
         record["experiment"],
         directory,
     )
+
+
+def _with_swept(run: Run, keys: Iterable[str]) -> Run:
+    """The run, its configuration with all swept keys that it holds in other words.
+
+    MLflow writes some characters of a key in another way; a dictionary was flattened, here and there.
+    """
+    for key in keys:
+        stored = stored_key(key)
+        parts = {name[len(stored) + 1 :]: v for name, v in run.config.items() if name.startswith(f"{stored}.")}
+        value = run.config.get(stored, ", ".join(f"{name}: {v}" for name, v in sorted(parts.items())) or None)
+        if value is not None:
+            run.config.setdefault(key, value)
+    return run
 
 
 def _job(job: dict[str, Any], directory: Path) -> Run:
@@ -221,7 +235,7 @@ def from_mlflow(name: str, uri: str, experiment: str) -> Sweep:
         )
     # The newest run has the keys of the last command; older ones may have been finished by an earlier one.
     keys = [key for key in mine[-1].data.tags.get("xpo.sweep_keys", "").split(",") if key]
-    read = [_stored(client, run) for run in tqdm(mine, desc="Reading", leave=False, disable=None)]
+    read = [_with_swept(_stored(client, run), keys) for run in tqdm(mine, desc="Reading", leave=False, disable=None)]
     return Sweep(name, None, keys, read, uri, experiment)
 
 
@@ -230,14 +244,19 @@ def _stored(client: "MlflowClient", run: "StoredRun") -> Run:
     if state != "finished":
         reason = run.data.tags.get("error", "").strip().splitlines()
         return Run(run.info.run_name, state, reason[-1] if reason else None)
-    # What the worker and MLflow add is not in a run directory.
+    # What the worker and MLflow add is not in a run directory. final/X is the model's that was kept, which may be an
+    # earlier one than the last that was evaluated.
     names = [key for key in run.data.metrics if not key.startswith(("final/", "system/"))]
-    history = {}
+    history: dict[str, list[tuple[int, float]]] = {}
     for key in names:
-        points = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
-        finite = sorted((step, value) for step, value in points.items() if math.isfinite(value))
+        values = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
+        finite = sorted((step, value) for step, value in values.items() if math.isfinite(value))
         if finite:
             history[key] = finite
+    for key, points in history.items():
+        kept = run.data.metrics.get(key.replace("eval/", "final/", 1), math.nan)
+        if key.startswith("eval/") and math.isfinite(kept):
+            points[-1] = (points[-1][0], kept)
     config = {key: _parsed(text) for key, text in run.data.params.items()}
     return Run(run.info.run_name, "finished", None, config, history, _stored_rows(client, run.info.run_id))
 

@@ -130,12 +130,12 @@ def compare(sweep: Sweep, metric: str = WIN_RATE) -> Comparison:
 
 
 def check_prompts(runs: Sequence[Run]) -> None:
-    """ConfigError unless all runs were evaluated on the same prompts in the same order."""
-    prompts = [row["prompt"] for row in runs[0].completions]
-    for run in runs[1:]:
-        if [row["prompt"] for row in run.completions] != prompts:
+    """ConfigError unless all runs whose completions are kept were evaluated on the same prompts in the same order."""
+    kept = [run for run in runs if run.completions]
+    for run in kept[1:]:
+        if [row["prompt"] for row in run.completions] != [row["prompt"] for row in kept[0].completions]:
             raise ConfigError(
-                f"data.eval: {run.name!r} was evaluated on other prompts than {runs[0].name!r}, so that they do not "
+                f"data.eval: {run.name!r} was evaluated on other prompts than {kept[0].name!r}, so that they do not "
                 "compare; sweep with the same data.eval, data.eval_split and data.eval_limit"
             )
 

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 TOP_LOGPROBS = 20  # the most that OpenAI lists
 UNLISTED = -9999.0  # what OpenAI gives as the log-probability of a token that is too improbable to have one
 REFUSALS = (400, 413, 422)  # of one question: too long, say
+LEAST_SHARE = 0.001  # of the first token's probability that A and B have together, where it is a verdict
 
 
 class Answer(NamedTuple):
@@ -50,7 +51,8 @@ class LLMJudge(PairwiseJudge):
     With log-probabilities, the log-odds are those of the letters as first token of the answer: logsumexp
     over the listed tokens that read A, minus the same for B. A letter that is not listed gets the smallest
     listed log-probability, an upper bound of its own: the log-odds may then be too close to 0, never too
-    far. Without, an answer that is exactly A or B counts as log-odds of 1 or -1.
+    far. An answer that hardly ever begins with either letter is no verdict. Without, an answer that is
+    exactly A or B counts as log-odds of 1 or -1.
 
     The client of the package openai repeats a request that met a 429, a 5xx, a timeout or a lost
     connection, waiting longer each time. A question that fails all the same, or gets any other answer, is
@@ -131,7 +133,8 @@ class LLMJudge(PairwiseJudge):
 
         Raises:
             JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the
-                key or does not know the model; or not one question was answered.
+                key or does not know the model; not one question was answered; or none of the run's first ones
+                with A or B.
         """
         texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
         if not texts:
@@ -147,6 +150,12 @@ class LLMJudge(PairwiseJudge):
             raise JudgeStopped(
                 f"judge.base_url={self.base_url!r} answered none of {len(texts)} questions "
                 f"(the last: {problems[-1].problem}); see to the server and continue the run"
+            )
+        if opening and len(problems) == len(texts):
+            raise JudgeStopped(
+                f"judge.model={self.model!r} answered none of the first {len(texts)} questions with A or B "
+                f"(the last: {problems[-1].problem}); let it answer at once, without thinking aloud, or set "
+                "judge.template or judge.max_tokens"
             )
         if problems:
             logger.warning(
@@ -195,8 +204,11 @@ class LLMJudge(PairwiseJudge):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _stop_if_useless(self, answer: Answer) -> None:
-        """JudgeStopped for an error that every other question would meet too."""
-        if answer.status in (401, 403):
+        """JudgeStopped for an error that every other question would meet too.
+
+        Not for a 403: a gateway may refuse a single text with it.
+        """
+        if answer.status == 401:
             raise JudgeStopped(
                 f"judge.api_key_env={self.api_key_env!r}: {self.base_url} refuses its key ({answer.problem}); "
                 f"correct ${self.api_key_env} and continue the run"
@@ -264,6 +276,9 @@ def log_odds(choice: dict[str, Any]) -> float:
     a, b = ([logprob for token, logprob in listed if token.strip() == letter] for letter in "AB")
     if not a and not b:
         raise ValueError(f"neither A nor B is among the {len(listed)} likeliest answers")
+    if _logsumexp([*a, *b]) < math.log(LEAST_SHARE):
+        likeliest = max(listed, key=lambda entry: entry[1])[0]
+        raise ValueError(f"A and B have less than {LEAST_SHARE:.1%} of the probability; the likeliest is {likeliest!r}")
     bound = min(logprob for _, logprob in listed)
     return _logsumexp(a or [bound]) - _logsumexp(b or [bound])
 

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo.checks import count, number, one_of
+from xpo.devices import chosen_device
 from xpo.errors import ConfigError
 from xpo.fingerprints import digest, model_digest
 from xpo.judges.pairwise import PairwiseJudge
@@ -75,8 +76,8 @@ class LocalLLMJudge(PairwiseJudge):
         self.template = template
         self.batch_size = batch_size
         self.temperature = temperature
+        self.device = chosen_device("judge.device", device)
         network, self.tokenizer = _load(model, revision, dtype, trust_remote_code)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.network = network.to(self.device).requires_grad_(False).eval()
         # Not every kind of model has a limit.
         limit = getattr(network.config.get_text_config(), "max_position_embeddings", max_length)

@@ -26,6 +26,7 @@ from transformers import DebertaV2Config, DebertaV2Model
 from transformers.initialization import no_init_weights
 
 from xpo.checks import count, number, one_of
+from xpo.devices import chosen_device
 from xpo.errors import ConfigError
 from xpo.fingerprints import digest, weights_digest
 from xpo.hub import local_directory
@@ -58,7 +59,7 @@ class PairRMJudge(PairwiseJudge):
         seed: of the random order; unused with both orders.
         temperature: divides the logits; larger values give milder odds.
         dtype: "float32", "bfloat16" or "float16".
-        device: a torch device; None is CUDA where there is one, else the CPU.
+        device: a torch device; None is this process's GPU, or the CPU where there is none.
         backend: "native", or "llm_blender" for the original package, llm-blender 0.0.2, which gives the same
             logits more slowly.
 
@@ -86,7 +87,7 @@ class PairRMJudge(PairwiseJudge):
         super().__init__(both_orders, seed)
         self.batch_size = batch_size
         self.temperature = temperature
-        self.device = _device(device)
+        self.device = chosen_device("judge.device", device)
         self.backend = backend
         checkpoint = find_pair_rm(model, revision)
         self.tokenizer = load_tokenizer(checkpoint)
@@ -294,17 +295,6 @@ def load_original(
         return OriginalRanker(checkpoint.directory, checkpoint.backbone, tokenizer.normalizer, dtype, device)
     except (SafetensorError, RuntimeError, AttributeError) as error:
         raise checkpoint.misfit(error) from error
-
-
-def _device(name: str | None) -> torch.device:
-    """The device of that name, or CUDA where there is one, else the CPU."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"judge.device={name!r} is no torch device; give cpu, cuda, cuda:1 or null") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"judge.device={name!r}, but torch sees no GPU; give cpu or null")
-    return device
 
 
 def _file(model: str, directory: Path, name: str) -> Path:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from xpo import report
+from xpo.data import collate_prompts
 from xpo.errors import ConfigError
 from xpo.jobs import check_keys
 from xpo.models import load_model, load_tokenizer, policy_directory
@@ -71,18 +72,21 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     reference = Reference(model, model, args.device, reference_dtype(args))
     draws = ReferenceDraws(reference, sampler, store, precision(args))
     half = torch.bfloat16 if args.bf16 else torch.float16
-    work = [(REFERENCE, epoch, parts["train"]["prompt_ids"]) for epoch in range(epochs)]
+    work = [(REFERENCE, epoch, collate_prompts(parts["train"])) for epoch in range(epochs)]
     if "eval" in parts:
-        work.append((EVAL_REFERENCE, 0, parts["eval"]["prompt_ids"]))
+        work.append((EVAL_REFERENCE, 0, collate_prompts(parts["eval"])))
     computed = total = 0
-    with tqdm(total=sum(len(rows) for _, _, rows in work), desc="Filling", disable=args.disable_tqdm) as bar:
+    number_of_draws = sum(len(rows["prompt_ids"]) for _, _, rows in work)
+    with tqdm(total=number_of_draws, desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:
-            order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
+            prompt_ids, occurrences = rows["prompt_ids"], rows["occurrence"]
+            order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
             for start in range(0, len(order), batch):
-                chunk = [rows[i] for i in order[start : start + batch]]
+                part = order[start : start + batch]
+                chunk, equal = ([column[i] for i in part] for column in (prompt_ids, occurrences))
                 greedy = stream == EVAL_REFERENCE and args.eval_greedy
                 with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
-                    draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy)
+                    draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy, occurrences=equal)
                 computed, total = computed + int(draw.fresh.sum()), total + len(chunk)
                 bar.update(len(chunk))
     print(f"{computed} of {total} draws computed, {total - computed} were there: {store.path}")

@@ -42,7 +42,9 @@ class Reference:
         self.frozen: PreTrainedModel | None = None
         if self._adapted is None:
             frozen = frozen_copy(policy) if ref_model is None else ref_model
-            self.frozen = frozen.requires_grad_(False).eval().to(device=device, dtype=dtype)
+            self.frozen = frozen.requires_grad_(False).eval().to(device)
+            if dtype is not None:  # a quantised model refuses any word of its dtype
+                self.frozen = self.frozen.to(dtype)
 
     @property
     def fingerprint(self) -> str:

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from xpo.devices import chosen_device
 from xpo.errors import ConfigError
 from xpo.fingerprints import digest, model_digest
 from xpo.hub import local_directory
@@ -75,13 +76,16 @@ class ClassifierReward(RewardModel):
         """Loads a classifier by hub name or from a local directory, with its own tokenizer unless one is given.
 
         Raises:
-            ConfigError: the hub is out of reach, there is no such model, or it brings its own code, which
-                runs only with `trust_remote_code`.
+            ConfigError: the hub is out of reach, there is no such model, it is no trained classifier, or it brings
+                its own code, which runs only with `trust_remote_code`.
         """
+        where = chosen_device("reward_model.device", device)
         directory = local_directory("reward_model.model", model, revision, with_code=trust_remote_code)
         code = {"trust_remote_code": trust_remote_code}
         try:
-            classifier = AutoModelForSequenceClassification.from_pretrained(directory, dtype=dtype, **code)
+            classifier, loading = AutoModelForSequenceClassification.from_pretrained(
+                directory, dtype=dtype, output_loading_info=True, **code
+            )
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory, **code)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
@@ -89,8 +93,12 @@ class ClassifierReward(RewardModel):
             if "trust_remote_code" in str(error):
                 reason, remedy = "it brings its own code", "read the code, then set reward_model.trust_remote_code=true"
             raise ConfigError(f"reward_model.model={model!r} cannot be loaded ({reason}); {remedy}") from error
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(classifier.to(device), tokenizer, batch_size, max_length)
+        if loading["missing_keys"]:  # transformers makes them up
+            raise ConfigError(
+                f"reward_model.model={model!r} has no trained {sorted(loading['missing_keys'])[0]}; point it at a "
+                "sequence classifier"
+            )
+        return cls(classifier.to(where), tokenizer, batch_size, max_length)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from xpo.devices import chosen_device
 from xpo.errors import ConfigError
 from xpo.fingerprints import digest, model_digest
 from xpo.prompts import Prompt
@@ -66,7 +67,7 @@ class MiniLM:
     def __init__(self, batch_size: int = 64, device: str | None = None) -> None:
         directory = minilm_directory()
         self.batch_size = batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = chosen_device("reward_model.device", device)
         self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         with _no_progress_bar():
             encoder = AutoModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
