@@ -54,9 +54,7 @@ class Store:
         except sqlite3.DatabaseError as error:
             if _is_trouble_of_the_moment(error):
                 if not self._has_warned:
-                    logger.warning(
-                        "xpo: %s does not take new results (%s); the run goes on without it", self.path, error
-                    )
+                    logger.warning("xpo: %s takes no new results (%s); the run goes on without it", self.path, error)
                 self._has_warned = True
                 return
             self._mend(error)

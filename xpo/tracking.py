@@ -62,16 +62,21 @@ def _knock(uri: str) -> None:
     """Finds out within seconds what MLflow's client would wait for: a server that is gone or hangs, a locked database.
 
     Raises:
-        MlflowException, sqlite3.Error: nobody answers.
+        ConnectionError, sqlite3.Error: nobody answers.
     """
     if _is_server(uri):
-        from mlflow.exceptions import RestException
+        from mlflow.exceptions import MlflowException, RestException
 
         # By MLflow's client, which knows the user's certificates and passwords; and not by /health, which answers
         # while the server's database is locked.
         short = _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_KNOCK_S:.0f}"})
-        with short, contextlib.suppress(RestException):  # a refusal is an answer
-            _client(uri).get_experiment("0")
+        try:
+            with short:
+                _client(uri).get_experiment("0")
+        except RestException:
+            pass  # a refusal is an answer
+        except MlflowException as error:
+            raise ConnectionError(first_line(_first_cause(error))) from error
     elif uri.startswith("sqlite:///"):
         file = f"file:{quote(str(_database(uri)))}?mode=rw"
         with contextlib.closing(sqlite3.connect(file, timeout=_KNOCK_S, isolation_level=None, uri=True)) as database:
@@ -427,9 +432,16 @@ class MLflowRun:
             send(self.client, self.run_id, entry, self._backlog.directory)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What an error came of in the end; MLflow tells of the whole request."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def stored_key(name: str) -> str:
