@@ -32,15 +32,15 @@ from xpo.rollout import take_pairs, token_batches, tokens_at_once
 PAIRS = 8
 
 
-def made_up_batch(lengths: Sequence[int], new_tokens: int, device: str) -> dict[str, Tensor]:
+def made_up_batch(lengths: Sequence[int], new_tokens: int, vocabulary: int, device: str) -> dict[str, Tensor]:
     """Pairs of random tokens as `Rollout.pairs` returns them, from the lengths of their prompts."""
     longest = max(lengths)
     mask = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     completions = (2, len(lengths), new_tokens)
     batch = {
-        "prompt_ids": torch.randint(5, 4_000, mask.shape),
+        "prompt_ids": torch.randint(vocabulary, mask.shape),
         "prompt_mask": mask,
-        "completion_ids": torch.randint(5, 4_000, completions),
+        "completion_ids": torch.randint(vocabulary, completions),
         "completion_mask": torch.ones(completions, dtype=torch.bool),
     }
     return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -95,7 +95,7 @@ def compare(
     budget = tokens_at_once(model.device)
     forward = Forward(model, "auto", max(map(max, batches)) + 2 * new_tokens)
     contenders: dict[str, nn.Module] = {"eager": model, "compiled": torch.compile(model)}
-    data = [made_up_batch(lengths, new_tokens, device) for lengths in batches]
+    data = [made_up_batch(lengths, new_tokens, model.config.vocab_size, device) for lengths in batches]
     for name, contender in contenders.items():
         started = _now(device)
         for batch in data[:3]:  # the first compiles, the second compiles for any number of tokens
