@@ -78,12 +78,12 @@ def prefill(cache: DynamicCache, model: PreTrainedModel, ids: Tensor, mask: Tens
         batches: rows that are computed together; each row is in one of them.
     """
     width, lengths = ids.shape[1], mask.sum(dim=1)
-    # A prompt of one token has nothing to compute before its last one: it goes along with longer ones.
-    short = [row for rows in batches for row in rows if lengths[row] == 1]
+    # Prompts of one token have nothing to compute before their last one: they go along with longer ones.
+    short = [row for rows in batches if lengths[rows].max() == 1 for row in rows]
     batches = [rows for rows in batches if lengths[rows].max() > 1]
     if not batches:
         return
-    batches[-1] = [*batches[-1], *(row for row in short if row not in batches[-1])]
+    batches[-1] = batches[-1] + short
     parts = []
     for rows in batches:
         columns = slice(width - int(lengths[rows].max()), width - 1)

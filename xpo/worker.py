@@ -165,8 +165,9 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     report.say(args, f"Loading {config.model.name}")
     ref_model = None
     with loading_whole():
-        reward_model, judge = build_preference(config.judge, config.reward_model)
+        # The small ones first: what is not installed is missed before a large judge has loaded.
         scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
+        reward_model, judge = build_preference(config.judge, config.reward_model)
         if config.model.reference:
             ref_model = loaded("model.reference", config.model.reference, load_model, reference, config.model)
     model = loaded("model.name", config.model.name, load_model, directory, config.model)
