@@ -135,51 +135,82 @@ def shared_prompt_logps(
     Returns:
         float32 (K, b).
     """
-    completions, count, _ = ids.shape
-    prompt_width = prompt_ids.shape[1]
-    widths = [int(part.sum(dim=1).max()) for part in mask]
-    parts = [(ids[k, :, :width], mask[k, :, :width]) for k, width in enumerate(widths)]
-    input_ids = torch.cat([prompt_ids, *(part for part, _ in parts)], dim=1)  # (b, L)
-    real = torch.cat([prompt_mask, *(part for _, part in parts)], dim=1)
-    segment = torch.cat([torch.full((width,), k) for k, width in enumerate([prompt_width, *widths])]).to(ids.device)
-    lengths = prompt_mask.sum(dim=1, keepdim=True)
-    position_ids = torch.cat([positions(prompt_mask), *(lengths + positions(part) for _, part in parts)], dim=1)
-
-    # Completion token j of segment k is predicted by the token before it: for j = 0 the prompt's last one.
-    starts = [prompt_width + sum(widths[:k]) for k in range(completions)]
-    columns = torch.cat(
-        [
-            torch.cat([torch.tensor([prompt_width - 1]), torch.arange(start, start + width - 1)])
-            for start, width in zip(starts, widths, strict=True)
-        ]
-    ).to(ids.device)
-    scored = torch.cat([part for _, part in parts], dim=1)  # (b, sum of widths)
-    row, place = scored.nonzero(as_tuple=True)  # (T,)
-    targets = input_ids[:, prompt_width:][row, place]
+    rows = _side_by_side(prompt_ids, prompt_mask, ids, mask)
     if layout.packed:
-        place_in_row = real.flatten().cumsum(0).view_as(real) - 1
-        given_ids, given_positions = input_ids[real][None], position_ids[real][None]  # (1, all tokens)
+        place = rows.real.flatten().cumsum(0).view_as(rows.real) - 1
+        given_ids, given_positions = rows.ids[rows.real][None], rows.positions[rows.real][None]  # (1, all tokens)
     else:
-        place_in_row = torch.arange(real.numel(), device=real.device).view_as(real)
-        given_ids, given_positions = input_ids, position_ids
-    before = place_in_row[row, columns[place]]
+        place = torch.arange(rows.real.numel(), device=ids.device).view_as(rows.real)
+        given_ids, given_positions = rows.ids, rows.positions
+    before = place[rows.row, rows.before]
     project = head.forward
 
     def logps_of_targets(hidden: Tensor) -> Tensor:
-        return chunked_logps(project, hidden.flatten(0, 1)[before], targets, logits_at_once)
+        return chunked_logps(project, hidden.flatten(0, 1)[before], rows.targets, logits_at_once)
 
     # The model's own forward runs, with all that wraps it (DistributedDataParallel, autocast, hooks); only what
     # it returns as logits are the log-probabilities of the targets.
     with replaced_forward(head, logps_of_targets):
         logps = model(
             input_ids=given_ids,
-            attention_mask=layout.mask(real, segment),
+            attention_mask=layout.mask(rows.real, rows.segment),
             position_ids=given_positions,
             use_cache=False,
         ).logits  # (T,)
-    completion = (segment[prompt_width:] - 1)[place]
-    sums = torch.zeros(completions * count, device=ids.device).index_add(0, completion * count + row, logps)
-    return sums.view(completions, count)
+    completions, count, _ = ids.shape
+    sums = torch.zeros(completions * count, device=ids.device)
+    return sums.index_add(0, rows.completion * count + rows.row, logps).view(completions, count)
+
+
+class _Rows(NamedTuple):
+    """Prompts with their completions behind them: b rows of L columns, T completion tokens to be scored in all.
+
+    Attributes:
+        ids, real, positions: of the rows, (b, L); real is False on padding.
+        segment: 0 for the prompt's columns, k for those of completion k, (L,).
+        targets: the completion tokens, (T,).
+        row, before: where the token before each target is, which predicts it, (T,).
+        completion: from 0 on, which completion of its prompt a target belongs to, (T,).
+    """
+
+    ids: Tensor
+    real: Tensor
+    positions: Tensor
+    segment: Tensor
+    targets: Tensor
+    row: Tensor
+    before: Tensor
+    completion: Tensor
+
+
+def _side_by_side(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> _Rows:
+    """The rows; of completions without the columns that are padding in all of them."""
+    prompt_width = prompt_ids.shape[1]
+    widths = [int(part.sum(dim=1).max()) for part in mask]
+    parts = [(ids[k, :, :width], mask[k, :, :width]) for k, width in enumerate(widths)]
+    lengths = prompt_mask.sum(dim=1, keepdim=True)
+    row_ids = torch.cat([prompt_ids, *(part for part, _ in parts)], dim=1)
+    segment = torch.cat([torch.full((width,), k) for k, width in enumerate([prompt_width, *widths])]).to(ids.device)
+
+    # Completion token j of segment k is predicted by the token before it: for j = 0 the prompt's last one.
+    starts = [prompt_width + sum(widths[:k]) for k in range(len(widths))]
+    columns = torch.cat(
+        [
+            torch.cat([torch.tensor([prompt_width - 1]), torch.arange(start, start + width - 1)])
+            for start, width in zip(starts, widths, strict=True)
+        ]
+    ).to(ids.device)
+    row, place = torch.cat([part for _, part in parts], dim=1).nonzero(as_tuple=True)
+    return _Rows(
+        ids=row_ids,
+        real=torch.cat([prompt_mask, *(part for _, part in parts)], dim=1),
+        positions=torch.cat([positions(prompt_mask), *(lengths + positions(part) for _, part in parts)], dim=1),
+        segment=segment,
+        targets=row_ids[:, prompt_width:][row, place],
+        row=row,
+        before=columns[place],
+        completion=(segment[prompt_width:] - 1)[place],
+    )
 
 
 def block_mask(real: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
