@@ -17,6 +17,7 @@ The faults, by the number of the request, from 1:
     wrong_content   a message that is a list, without log-probabilities
     no_logprobs     an answer without log-probabilities
     refuse_logprobs 400 if log-probabilities are asked for
+    thinks_first    400 for max_tokens or a temperature, 403 for log-probabilities
     say=TEXT        that answer, without log-probabilities
 """
 
@@ -35,6 +36,9 @@ from transformers import PreTrainedModel
 
 from xpo.models import load_model, load_tokenizer, policy_directory
 from xpo.schema import ModelSchema
+
+THINKS_FIRST = {"max_tokens": "refuse_max_tokens", "temperature": "refuse_temperature", "logprobs": "forbid_logprobs"}
+REFUSALS = {"refuse_logprobs": 400, "refuse_max_tokens": 400, "refuse_temperature": 400, "forbid_logprobs": 403}
 
 Body = dict[str, Any]
 Faults = Callable[[int, str], str | None]  # of the number of the request and the question
@@ -205,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
                 fault = "404"
             if fault == "refuse_logprobs" and not body.get("logprobs"):
                 fault = None
+            if fault == "thinks_first":
+                fault = next((refusal for field, refusal in THINKS_FIRST.items() if field in body), None)
             self._answer(body, fault)
         finally:
             llm.leave()
@@ -213,7 +219,7 @@ class _Handler(BaseHTTPRequestHandler):
         llm = self.server.llm
         reason = self._reason(body, fault)
         if reason:
-            status = 400 if fault == "refuse_logprobs" else int(fault or 0)
+            status = REFUSALS.get(fault or "") or int(fault or 0)
             data = json.dumps({"error": {"message": reason, "code": fault}}).encode()
             self._send(status, data, "application/json")
             return
@@ -264,6 +270,9 @@ class _Handler(BaseHTTPRequestHandler):
             "429": "Slow down",
             "500": "Out of memory",
             "refuse_logprobs": f"{'.' * 300} Unsupported parameter: logprobs",
+            "refuse_max_tokens": "Use 'max_completion_tokens' instead of 'max_tokens' with this model",
+            "forbid_logprobs": "This key may not request logprobs from this model",
+            "refuse_temperature": "Only the default 'temperature' is supported",
         }
         return reasons.get(fault or "", "")
 

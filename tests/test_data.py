@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from xpo import data
 from xpo.data import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
 from xpo.errors import ConfigError
+from xpo.jobs import checked
 from xpo.models import tiny_tokenizer
 from xpo.prompts import plain_text, render
+from xpo.train import compose
+from xpo.worker import training_arguments
 
 USER = {"role": "user", "content": "Tell me of the sea"}
 STARTED = {"role": "assistant", "content": "The sea is "}
@@ -86,6 +89,20 @@ def test_messages_without_a_chat_template_are_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"no chat template .*; set tokenizer.chat_template"):
         prompt_token_ids(tokenizer, [USER])
     assert prompt_token_ids(tokenizer, "sea")
+
+
+def test_a_template_gets_its_own_arguments() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking is false %} at once{% endif %}"
+
+    def tokens(prompt: Any, **options: Any) -> str:
+        return tokenizer.decode(tokenize_prompts(of(prompt), tokenizer, 64, "drop", **options)[0]["prompt_ids"])
+
+    assert tokens([USER]) == USER["content"]
+    assert tokens([USER], template_kwargs={"enable_thinking": False}) == USER["content"] + " at once"
+    assert tokens("plain", template_kwargs={"enable_thinking": False}) == "plain"
+    config, _, _ = compose(["+data.chat_template_kwargs.enable_thinking=false"])
+    assert training_arguments(checked(config), Path("run")).chat_template_kwargs == {"enable_thinking": False}
 
 
 # ---- rendering for reward models and people ----------------------------------------------------
@@ -168,7 +185,7 @@ def test_a_prompt_without_tokens_is_refused(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a tokenizer that leaves out what it does not know: nothing would stand before the completion."""
-    monkeypatch.setattr(data, "prompt_token_ids", lambda tokenizer, prompt: [])
+    monkeypatch.setattr(data, "prompt_token_ids", lambda *_: [])
     with pytest.raises(ConfigError, match=r"train_dataset: prompt='海' has no tokens; leave it out"):
         tokenize_prompts(Dataset.from_dict({"prompt": ["海"]}), tokenizer, 4, "drop")
 

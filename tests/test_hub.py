@@ -31,3 +31,4 @@ def test_weights_as_pickles_are_told_as_such(snapshot: Path) -> None:
     (snapshot / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"model.name='owner/name' has no weights in the form of safetensors; save"):
         local_directory("model.name", "owner/name")
+    assert local_directory("model.name", "owner/name", weights=False) == snapshot

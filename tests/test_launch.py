@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from omegaconf import OmegaConf
 
 from xpo import launch
@@ -67,6 +68,12 @@ def test_how_a_job_ends(tmp_path: Path, code: str, outcome: Outcome):
     """State, exit status and a reason in one line."""
     told = job(tmp_path, code).wait()
     assert told._replace(reason=told.reason and told.reason.replace(str(tmp_path), "RUN_DIR")) == outcome
+
+
+def test_a_run_that_another_command_has_taken(tmp_path: Path):
+    """Under torchrun, whose own exit status hides that of the ranks."""
+    with FileLock(tmp_path / "run.lock"):
+        assert job(tmp_path, "sys.exit(1)").wait() == Outcome("running elsewhere", 2, f"{tmp_path} is in use")
 
 
 def test_what_a_job_prints_goes_to_its_file(tmp_path: Path):
@@ -166,8 +173,8 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
         "CUDA_VISIBLE_DEVICES": "4,5",
         "OMP_NUM_THREADS": "4",
     }
-    # In a sweep over launch.num_processes, the devices suffice for the job with the most.
-    assert environment(LaunchSchema(), [4, 5], 1)["CUDA_VISIBLE_DEVICES"] == "4"
+    # Without a sweep; what the training process leaves is free for a judge.
+    assert environment(LaunchSchema(devices=[2, 3]), None, 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert "OMP_NUM_THREADS" not in environment(LaunchSchema(num_processes=2), None, 2)
 

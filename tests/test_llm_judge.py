@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,13 +20,18 @@ from llm_server import Faults, LLMServer, no_faults, parse_faults
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from xpo.build import build
 from xpo.errors import ConfigError, JudgeStopped
+from xpo.jobs import checked
 from xpo.judges.llm import LLMJudge, log_odds
 from xpo.judges.question import TEMPLATE, check_template, question
+from xpo.overrides import CONF
+from xpo.train import compose
 
 PROMPTS = ["Hello!", "What is the capital of France?", "Tell a story.", "2 + 2 = ?", "", "A or B?"]
 FIRST = ["Hi!", "Paris.", "Once upon a time there was a robot.", "4", "a", "B"]
 SECOND = ["Go away", "The capital is Rome", "No", "five", "", "answer A"]
+MANY = (PROMPTS * 3, FIRST * 3, SECOND * 3)
 KEY = "sk-s3cret/of+the=house"
 
 FAULTS = ["400", "429", "500", "hang", "malformed", "html", "half_closed", "reset", "no_choices", "wrong_types"]
@@ -229,6 +235,37 @@ def test_a_refusal_of_log_probabilities_is_remembered(server: LLMServer):
     assert judge.failures == 0
 
 
+def test_a_model_that_thinks_before_it_answers(server: LLMServer):
+    server.faults = lambda number, question: "thinks_first"
+    with pytest.raises(JudgeStopped, match=r"'max_completion_tokens' instead .* see to the server or to judge.request"):
+        judge_at(server).preferences(*MANY)
+    server.requests.clear()
+    request = {"max_tokens": None, "temperature": None, "max_completion_tokens": 2048, "reasoning_effort": "low"}
+    judge = judge_at(server, request=request, concurrency=1)
+    assert torch.equal(judge.preferences(PROMPTS, FIRST, SECOND), expected(server).sign())
+    fields = set(server.requests[-1])
+    assert fields == {"model", "messages", "max_completion_tokens", "reasoning_effort"}
+    assert sum("logprobs" in body for body in server.requests) == 1
+    assert judge.failures == 0
+
+
+def test_fields_of_a_request_from_a_configuration(server: LLMServer):
+    request = {"chat_template_kwargs": {"enable_thinking": False}, "stop": ["\n"], "max_tokens": 1}
+    build({"_target_": "xpo.judges.LLMJudge", "model": "m", "base_url": server.url, "request": request}).preferences(
+        PROMPTS[:1], FIRST[:1], SECOND[:1]
+    )
+    assert server.requests[-1].items() >= request.items()
+
+
+def test_the_examples_of_the_preset_can_be_given():
+    examples = re.findall(r"'(judge\.request=.+)'", (CONF / "judge" / "llm.yaml").read_text())
+    assert len(examples) == 2
+    for example in examples:
+        config, _, _ = compose(["judge=llm", "judge.model=m", example])
+        checked(config)
+        assert set(config.judge.request) & {"max_completion_tokens", "chat_template_kwargs"}
+
+
 def test_an_error_that_quotes_the_word_logprobs_is_no_refusal(server: LLMServer):
     server.faults = one_question("400", "of logprobs")
     judge = judge_at(server)
@@ -330,15 +367,17 @@ def test_a_server_that_only_fails_stops_the_run(server: LLMServer, fault: str):
         judge_at(server, max_retries=0, timeout_s=0.4).preferences(PROMPTS, FIRST, SECOND)
 
 
-def test_refused_questions_stop_the_run_at_its_start_only(server: LLMServer):
-    """At the start the settings are wrong; later a lone question may be too long, today and after a resume."""
-    server.faults = lambda number, question: "400"
+@pytest.mark.parametrize("fault", ["400", "403"])
+def test_many_refused_questions_stop_the_run(server: LLMServer, fault: str):
+    """A few may be too long: the only ones of a call whose other verdicts a cache had, say."""
+    server.faults = lambda number, question: fault
+    with pytest.raises(JudgeStopped, match=rf"of 18 questions \(the last: HTTP {fault}: .*; see to the server or to"):
+        judge_at(server).preferences(*MANY)
     judge = judge_at(server)
-    with pytest.raises(JudgeStopped, match=r"the last: HTTP 400: This is too long: .*; see to the server"):
+    for _ in range(2):
+        assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().all()
+    with pytest.raises(JudgeStopped):
         judge.preferences(PROMPTS, FIRST, SECOND)
-    resumed = judge_at(server)
-    resumed.load_state({"requests": 100})
-    assert resumed.preferences(PROMPTS[:1], FIRST[:1], SECOND[:1]).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -366,22 +405,21 @@ def test_what_concerns_all_questions_stops_at_once(
 
 
 def test_a_server_that_forbids_one_text_costs_its_pair_only(server: LLMServer):
-    """As gateways do that moderate; all texts are forbidden where the key may not use the model."""
+    """As gateways do that moderate."""
     judge = judge_at(server)
     server.faults = one_question("403", SECOND[1])
-    assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().nonzero().flatten().tolist() == [1]
-    server.faults = lambda number, question: "403"
-    with pytest.raises(JudgeStopped, match=r"answered none of 6 questions \(the last: HTTP 403"):
-        judge.preferences(PROMPTS, FIRST, SECOND)
+    for _ in range(4):
+        assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().nonzero().flatten().tolist() == [1]
+        assert judge.preferences(PROMPTS[1:2], FIRST[1:2], SECOND[1:2]).isnan().all()
 
 
-def test_a_model_that_never_says_a_or_b_stops_the_run_at_its_start(server: LLMServer):
+def test_a_model_that_never_says_a_or_b_stops_the_run(server: LLMServer):
     """A thinking model, say: the whole run would train without a verdict."""
     judge = judge_at(server)
     server.faults = lambda number, question: "say=Let me think"
-    with pytest.raises(JudgeStopped, match=r"none of the first 6 questions with A or B .*without thinking aloud"):
-        judge.preferences(PROMPTS, FIRST, SECOND)
-    assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().all()  # later, it may be the texts
+    assert judge.preferences(PROMPTS, FIRST, SECOND).isnan().all()  # it may be the texts
+    with pytest.raises(JudgeStopped, match=r"none of the last 24 questions with A or B .*without thinking aloud"):
+        judge.preferences(*MANY)
 
 
 def test_a_wrong_path_is_told_from_a_wrong_key(server: LLMServer):
@@ -404,7 +442,7 @@ def test_the_key_is_never_shown(
     for fault in ("401", "403", "404", "500"):  # this server repeats the key, or a part of it
         server.faults = lambda number, question, fault=fault: fault
         with pytest.raises(JudgeStopped) as stopped:
-            judge.preferences(["x"], ["a"], ["b"])
+            judge.preferences(["x"] * 16, ["a"] * 16, ["b"] * 16)
         told.append(str(stopped.value))
     assert server.keys[-1] == KEY
     assert "The key [key] may not use this model" in told[-3]
@@ -493,6 +531,7 @@ def test_fingerprints_differ_where_verdicts_may(server: LLMServer, monkeypatch: 
         {"template": "{prompt} {first} {second}"},
         {"logprobs": False},
         {"max_tokens": 1},
+        {"request": {"reasoning_effort": "low"}},
         {"temperature": 2.0},
         {"both_orders": False},
         {"both_orders": False, "seed": 1},
@@ -515,6 +554,8 @@ def test_fingerprints_differ_where_verdicts_may(server: LLMServer, monkeypatch: 
         ({"timeout_s": 0}, "judge.timeout_s=0 is too small"),
         ({"max_retries": -1}, "judge.max_retries=-1 is too small"),
         ({"max_requests": 0}, "judge.max_requests=0 is too small"),
+        ({"request": {"top_k": 1, "n": 2}}, "judge.request.n=2 is not free to choose"),
+        ({"request": "top_k"}, "judge.request='top_k' is not a mapping"),
         ({"max_tokens": 0}, "judge.max_tokens=0 is too small"),
         ({"temperature": 0}, "judge.temperature=0 is too small"),
         ({"timeout_s": "long"}, "judge.timeout_s='long' is not a number"),

@@ -128,6 +128,15 @@ def test_the_chat_template_alone_writes_special_tokens(directory: Path, judge: L
     assert other._tokens("x", "a", "b") == judge._tokens("x", "a", "b")
 
 
+def test_a_model_that_can_think_first_is_to_answer_at_once(directory: Path, judge: LocalLLMJudge):
+    other = LocalLLMJudge(str(directory), device="cpu")
+    assert isinstance(other.tokenizer.chat_template, str)
+    thoughts = "<think></think>"
+    other.tokenizer.chat_template += f"{{% if enable_thinking is false %}}{thoughts}{{% endif %}}"
+    end = other.tokenizer(thoughts, add_special_tokens=False).input_ids
+    assert other._tokens("x", "a", "b") == judge._tokens("x", "a", "b") + end
+
+
 def test_the_order_of_questions_changes_nothing_at_all(judge: LocalLLMJudge):
     order = [3, 1, 5, 0, 2, 4]
     shuffled = judge.preferences(*([texts[i] for i in order] for texts in (PROMPTS, FIRST, SECOND)))

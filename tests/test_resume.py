@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from kill_and_resume import MOMENTS
+from omegaconf import OmegaConf
 
 from xpo.callbacks import StopOnSignal
-from xpo.runs import drop_training_state, last_complete_checkpoint, resumable_checkpoint
+from xpo.jobs import compare_with_run
+from xpo.runs import RunRecord, drop_training_state, last_complete_checkpoint, resumable_checkpoint
 
 HERE = Path(__file__).parent
 
@@ -116,3 +120,26 @@ def test_a_finished_run_can_drop_what_only_training_needs(make_trainer: TrainerF
     left = {path.name for path in (tmp_path / "model" / "checkpoint-2").iterdir()}
     assert "model.safetensors" in left
     assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_copies_beside_checkpoints_are_passed_over(tmp_path: Path):
+    """Of names that people give them."""
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best", "checkpoint-10-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_an_option_that_is_given_no_more_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = {"loss": {"alpha": 0.1}, "data": {"chat_template_kwargs": {"enable_thinking": False}}}
+    OmegaConf.save(OmegaConf.create(before), tmp_path / "config.yaml")
+    assert not compare_with_run(before, tmp_path)
+    assert compare_with_run({"loss": {"alpha": 0.1}, "data": {"chat_template_kwargs": {}}}, tmp_path)
+    assert "data.chat_template_kwargs.enable_thinking=None instead of False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["outputs/1", "a,b=1", "it's", 'a "b" c', "ends\\", 'a\\"b', "{x}", "~/runs"])
+def test_the_command_that_goes_on_can_be_read(text: str):
+    """By Hydra, after the shell."""
+    word = shlex.split(RunRecord().command(text))[-1]
+    assert OverridesParser.create().parse_override(word).value() == text

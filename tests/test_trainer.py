@@ -433,6 +433,8 @@ def test_judge_functions_label_and_reward_models_only_score(make_trainer):
         ({"beta": -0.1}, "beta=-0.1"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2"),
         ({"generation_kwargs": "top_k"}, "generation_kwargs='top_k' is no dictionary"),
+        ({"chat_template_kwargs": "enable_thinking"}, "chat_template_kwargs='enable_thinking' is no dictionary"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize is set for each prompt"),
         ({"generation_kwargs": {"max_time": 2.0}}, "max_time=2.0"),
         ({"generation_kwargs": {"temperature": -1}}, "temperature=-1 is too small"),
         ({"generation_kwargs": {"max_new_tokens": "8"}}, "max_new_tokens='8' is not a whole number"),
@@ -450,7 +452,9 @@ def test_models_that_cannot_be_trained_are_named(make_trainer, tokenizer):
     model = tiny_model()
     with pytest.raises(ConfigError, match="ref_model is the model itself"):
         make_trainer(model=model, ref_model=model)
-    adapted = get_peft_model(tiny_model(), LoraConfig(task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigError, match="ref_model is the model itself"):
+        make_trainer(model=adapted, ref_model=model)
     with pytest.raises(ConfigError, match="peft_config is given, and the model has adapters, which would be lost"):
         make_trainer(model=adapted, peft_config=LoraConfig(task_type="CAUSAL_LM"))
     t5 = T5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

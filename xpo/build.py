@@ -78,7 +78,7 @@ def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
         inner["reward_model"] = reward_model
     plain = {name: value for name, value in group.items() if name not in inner and name != "cache"}
     try:  # Hydra makes a partial of it: were inner objects part of the configuration, it would copy them
-        make = instantiate({**plain, "_partial_": True})
+        make = instantiate({"_convert_": "all", **plain, "_partial_": True})
     except InstantiationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
     made = make(**inner)

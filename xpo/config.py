@@ -19,6 +19,12 @@ PAIR_FORWARDS = get_args(PairForward)
 LABELS = ("hard", "soft", "sampled")
 PROMPT_OVERFLOWS = ("drop", "truncate", "error")
 SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DICTIONARIES = {  # of options, and an example of each
+    "generation_kwargs": "{'no_repeat_ngram_size': 2}",
+    "chat_template_kwargs": "{'enable_thinking': False}",
+    "model_init_kwargs": "{'attn_implementation': 'eager'}",
+}
+TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass
@@ -45,6 +51,8 @@ class XPOConfig(TrainingArguments):
         max_length: tokens of prompt and completion at most.
         prompt_overflow: what happens to prompts longer than max_length - max_new_tokens: "drop" (with a
             count), "truncate" (keeps the end of the prompt) or "error".
+        chat_template_kwargs: what the chat template takes beside the messages of a prompt, such as
+            {"enable_thinking": False} for Qwen3.
         temperature: of the sampling distribution; 0 decodes greedily.
         top_p: smallest set of tokens with this probability is kept; 1 keeps all.
         top_k: number of likeliest tokens kept; 0 keeps all.
@@ -84,7 +92,7 @@ class XPOConfig(TrainingArguments):
     report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
     bf16: bool | None = None  # resolved to a bool in __post_init__
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "generation_kwargs", "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *DICTIONARIES]
 
     # list[float] is what HfArgumentParser can read from a command line; a single number is welcome too.
     alpha: list[float] = field(default_factory=lambda: [1e-5])
@@ -99,6 +107,7 @@ class XPOConfig(TrainingArguments):
     max_new_tokens: int = 64
     max_length: int = 512
     prompt_overflow: str = "drop"
+    chat_template_kwargs: dict[str, Any] | str | None = None
     temperature: float = 0.9
     top_p: float = 1.0
     top_k: int = 0
@@ -162,7 +171,8 @@ class XPOConfig(TrainingArguments):
             )
         if zero:
             prepare_environment(self.use_cpu)
-        super().__post_init__()  # makes a dictionary of generation_kwargs given as JSON
+        super().__post_init__()  # makes dictionaries of those given as JSON
+        self._check_dictionaries()
         self._check_sampling()
         if zero:
             connect(self.device)
@@ -172,14 +182,17 @@ class XPOConfig(TrainingArguments):
             # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
             self.accelerator_config.dispatch_batches = False
 
+    def _check_dictionaries(self) -> None:
+        for name, example in DICTIONARIES.items():
+            value = getattr(self, name)
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"{name}={value!r} is no dictionary; give one such as {example}")
+        for name in TEMPLATE_ARGUMENTS.intersection(self.chat_template_kwargs or {}):
+            raise ConfigError(f"chat_template_kwargs.{name} is set for each prompt; leave it out")
+
     def _check_sampling(self) -> None:
         """Checks the options of sampling; those that generation_kwargs repeats win, and become the fields' values."""
-        rest = self.generation_kwargs or {}
-        if not isinstance(rest, dict):
-            raise ConfigError(
-                f"generation_kwargs={rest!r} is no dictionary; give one such as {{'no_repeat_ngram_size': 2}}"
-            )
-        rest = dict(rest)
+        rest = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
         for name in SAMPLING_FIELDS:
             setattr(self, name, rest.pop(name, getattr(self, name)))
         self.generation_kwargs = rest or None

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,12 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """Tokens of a prompt: plain text as it is, messages through the chat template.
 
-    A conversation that ends with the assistant's words is one to be continued.
+    A conversation that ends with the assistant's words is one to be continued. See `xpo.prompts.render`.
 
     Raises:
         ConfigError: messages, and a tokenizer without a chat template.
@@ -121,7 +123,7 @@ def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template for conversational prompts; "
             "set tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain text"
         )
-    return tokenizer(render(tokenizer, prompt), add_special_tokens=False).input_ids
+    return tokenizer(render(tokenizer, prompt, **(template_kwargs or {})), add_special_tokens=False).input_ids
 
 
 def tokenize_prompts(
@@ -130,6 +132,7 @@ def tokenize_prompts(
     max_prompt_length: int,
     overflow: str,
     key: str = "train_dataset",
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Dataset | IterableDataset:
     """The data set with the columns "prompt", "prompt_ids" of at most `max_prompt_length` tokens, and "occurrence".
 
@@ -143,6 +146,7 @@ def tokenize_prompts(
         overflow: for longer prompts, "drop" them (logging how many, but for streams), "truncate" to
             their last tokens, or raise an "error".
         key: what the data set is called in error messages.
+        template_kwargs: what the chat template takes beside the messages.
 
     Raises:
         ConfigError: no rows, no column "prompt", a malformed prompt, or nothing left after dropping.
@@ -161,7 +165,7 @@ def tokenize_prompts(
             before.clear()
         _check_column(key, row)  # a stream may not know its columns before its first row
         check_prompt(row["prompt"], key)
-        ids = prompt_token_ids(tokenizer, row["prompt"])
+        ids = prompt_token_ids(tokenizer, row["prompt"], template_kwargs)
         if len(ids) > max_prompt_length:
             if overflow == "error":
                 raise ConfigError(

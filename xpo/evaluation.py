@@ -23,7 +23,7 @@ from xpo.prompts import plain_text
 from xpo.reference import ReferenceDraws, base_model
 from xpo.rewards import RewardModel
 from xpo.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler, eval_mode, sampling_noise
-from xpo.zero import sampling
+from xpo.zero import is_divided, sampling
 
 Record = dict[str, Any]
 
@@ -123,7 +123,7 @@ class Evaluator:
                 records += self._compare(prompts, chunk, completions, answers[number], ratio, args)
             except JudgeStopped as error:  # the other ranks wait for this one below
                 stopped.append(str(error))
-                if engine is None and not args.shard_reference:
+                if not (is_divided(policy) or args.shard_reference):
                     break
         self._answers[prefix] = (question, answers)
         for reason in gather_object(stopped):

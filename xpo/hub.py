@@ -39,6 +39,7 @@ def local_directory(
     revision: str | None = None,
     kind: Literal["model", "dataset"] = "model",
     with_code: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Where the files of a model or data set lie on this machine; downloads them if need be.
 
@@ -51,6 +52,7 @@ def local_directory(
         revision: branch, tag or commit on the hub.
         kind: the kind of hub repository.
         with_code: fetch Python files too, for models that bring their own code.
+        weights: whether a model is of no use without its weights.
 
     Raises:
         ConfigError: neither a directory nor something the hub can deliver.
@@ -70,7 +72,7 @@ def local_directory(
                 local_files_only=not _hub_answers(name, kind, revision),
             )
         )
-        if kind == "dataset" or any(directory.glob("*.safetensors")):
+        if kind == "dataset" or not weights or any(directory.glob("*.safetensors")):
             return directory
         reason = "has no weights in the form of safetensors"
         remedy = f"save the model with save_pretrained and point {key} at that directory"

@@ -131,8 +131,9 @@ def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     """
     changed = False
     trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
-    for key, value in flatten(config).items():
-        before = trained.get(key)
+    given = flatten(config)
+    for key in dict.fromkeys([*given, *trained]):
+        value, before = given.get(key), trained.get(key)
         operation = key.startswith("judge.") and key.rpartition(".")[2] in OPERATION
         if before == value or operation or key.startswith(_HARMLESS):
             continue

@@ -17,7 +17,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from xpo.errors import ConfigError, RunInUse
-from xpo.runs import RunRecord
+from xpo.runs import RunRecord, in_use
 from xpo.schema import LaunchSchema
 
 _END_S = 30.0  # for killed processes to be gone
@@ -57,7 +57,7 @@ class JobProcess:
 
     Args:
         run_dir: as `xpo.jobs.prepare` leaves it.
-        devices: the GPUs that it may use; None for all.
+        devices: the GPUs that it may use; None for launch.devices.
         at_once: jobs that share the machine.
         output: a file for what it prints; None for the terminal.
 
@@ -143,6 +143,8 @@ class JobProcess:
             return Outcome("failed", told["status"], told["reason"])
         if status - 128 in (signal.SIGINT, signal.SIGTERM):
             return Outcome("stopped", status, signal.Signals(status - 128).name)
+        if in_use(self.run_dir):  # torchrun does not pass on the status of RunInUse, and ours are gone
+            return Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
         return Outcome("failed", status, f"exit status {status}; one of its processes was killed perhaps")
 
 
@@ -168,8 +170,9 @@ def command(launch: LaunchSchema, run_dir: Path, with_deepspeed: bool) -> list[s
 def environment(launch: LaunchSchema, devices: Sequence[int] | None, at_once: int) -> dict[str, str]:
     """What a job's processes see beside the environment: their number, their GPUs, their share of the CPU cores."""
     added = {"XPO_PROCESSES": str(launch.num_processes)}
+    devices = launch.devices if devices is None else devices
     if devices is not None:
-        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices[: launch.num_processes]))
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     sharers = launch.num_processes * at_once
     if sharers > 1 and "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // sharers, 1))

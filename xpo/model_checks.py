@@ -20,7 +20,7 @@ def check_models(
     max_length: int,
 ) -> None:
     """ConfigError for models that cannot be trained, or whose numbers would be wrong."""
-    if ref_model is model:
+    if ref_model is not None and base_model(ref_model) is base_model(model):  # adapters are put into it in place
         raise ConfigError("ref_model is the model itself, which would be frozen; leave it out for a frozen copy")
     if peft_config is not None and isinstance(model, PeftModel):
         raise ConfigError(

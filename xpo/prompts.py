@@ -24,23 +24,27 @@ def plain_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
 
 
-def render(tokenizer: Any, prompt: Prompt, completion: str | None = None) -> str:
+def render(tokenizer: Any, prompt: Prompt, completion: str | None = None, **template_kwargs: Any) -> str:
     """A prompt, or a prompt with its completion, as the text that `tokenizer`'s model expects.
 
     Standard prompts are concatenated with the completion. Conversational prompts go through the
     tokenizer's own chat template and end, without a completion, with the generation prompt. A
     conversation that ends with the assistant's words is one to be continued: the completion goes on
-    with that message.
+    with that message. `template_kwargs` are what the template takes beside the messages.
     """
     if isinstance(prompt, str):
         return prompt + (completion or "")
     continues = prompt[-1]["role"] == "assistant"
     if completion is None:
         return tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=not continues, continue_final_message=continues
+            prompt,
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+            **template_kwargs,
         )
     if continues:
         messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + completion}]
     else:
         messages = [*prompt, {"role": "assistant", "content": completion}]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)

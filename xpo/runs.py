@@ -14,11 +14,15 @@ RUN_DIR/
 
 import hashlib
 import json
+import re
 import shlex
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from xpo.errors import ConfigError
 
@@ -51,7 +55,24 @@ class RunRecord:
 
     def command(self, resume: Path | str) -> str:
         """The command line that goes on with the run."""
-        return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={resume}"])
+        return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={hydra_value(str(resume))}"])
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a process is at work in a run directory."""
+    try:
+        with FileLock(run_dir / "run.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def hydra_value(text: str) -> str:
+    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
+    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
+        return text
+    escaped = re.sub(r'(\\*)"', r'\1\1\"', text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 # How a judge is asked, not what it says: these may change when a run goes on.
@@ -72,9 +93,27 @@ def job_key(config: dict[str, Any]) -> str:
     relevant["judge"] = _without_operation(config["judge"])
     for group, names in _NOT_OF_THE_JOB.items():
         relevant[group] = {key: value for key, value in config[group].items() if key not in names}
-    files = [Path(config["data"][part] or "").expanduser() for part in ("train", "eval")]
-    relevant["files"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    relevant["files"] = [_content(f"data.{part}", config["data"][part]) for part in ("train", "eval")]
+    relevant["files"] = [content for content in relevant["files"] if content is not None]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(key: str, name: str | None) -> str | None:
+    """A hash of what a file of prompts holds; None for anything else."""
+    file = Path(name or "").expanduser()
+    if not file.is_file():
+        return None
+    try:
+        stat = file.stat()
+        return _file_digest(file, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(f"{key}={name!r} cannot be read ({error.strerror}); choose another file") from error
+
+
+@cache  # all jobs of a sweep have the same ones
+def _file_digest(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +140,8 @@ def last_complete_checkpoint(model_dir: Path) -> Path | None:
 
     A killed run may leave a half-written one: trainer_state.json is what is written last.
     """
-    numbered = [(int(path.name.rpartition("-")[2]), path) for path in model_dir.glob("checkpoint-*")]
+    named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
+    numbered = [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
     for _, path in sorted(numbered, reverse=True):
         if is_complete(path):
             return path

@@ -55,6 +55,7 @@ class DataSchema:
     eval_limit: int | None = None
     prompt_column: str = "prompt"
     prompt_overflow: str = "drop"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         checks.one_of("data.prompt_overflow", self.prompt_overflow, ("drop", "truncate", "error"))

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from rich.markup import escape
@@ -31,7 +30,7 @@ from rich.table import Table
 from xpo.errors import ConfigError, RunInUse
 from xpo.jobs import checked, prepare, repeatable
 from xpo.launch import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.runs import RunRecord, job_key, last_evaluation, resumable_checkpoint
+from xpo.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
 from xpo.schema import LaunchSchema, TrainSchema, to_dict
 from xpo.tracking import chart_link, mark_ended, save_view, set_tags, tracking_uri
 
@@ -302,7 +301,7 @@ class Runner:
             if RunRecord.read(run_dir).finished:
                 job.state, job.before = DONE, True
                 return
-            if _in_use(run_dir):
+            if in_use(run_dir):
                 job.state, job.reason = ELSEWHERE, f"{run_dir} is in use"
                 return
             alone = self.launch.jobs == 1
@@ -408,14 +407,6 @@ def _without_run(run_dir: Path) -> Path:
             break
         free = run_dir.with_name(f"{run_dir.name}-{number}")
     return free
-
-
-def _in_use(run_dir: Path) -> bool:
-    try:
-        with FileLock(run_dir / "run.lock", timeout=0):
-            return False
-    except Timeout:
-        return True
 
 
 def _short(directory: Path) -> str:

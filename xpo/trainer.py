@@ -158,7 +158,8 @@ class XPOTrainer(Trainer):
         if isinstance(model, str):
             model = _load_policy("model", model, args)
         if isinstance(ref_model, str):
-            ref_model = _load_policy("ref_model", ref_model, args)
+            with loading_whole():
+                ref_model = _load_policy("ref_model", ref_model, args)
         check_models(model, ref_model, peft_config, args.max_length)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(base_model(model).config.name_or_path)
@@ -734,7 +735,8 @@ def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Cal
     def tokenize(dataset: PromptDataset, key: str) -> PromptDataset:
         if "prompt_ids" in (dataset.column_names or ()):  # a mapped stream does not know its columns
             return dataset
-        return tokenize_prompts(dataset, tokenizer, args.max_length - args.max_new_tokens, args.prompt_overflow, key)
+        room, template = args.max_length - args.max_new_tokens, _options(args.chat_template_kwargs)
+        return tokenize_prompts(dataset, tokenizer, room, args.prompt_overflow, key, template)
 
     return tokenize
 

@@ -253,6 +253,7 @@ def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
             reference_store=config.reference.store,
             reference_batch_size=config.reference.batch_size,
             prompt_overflow=config.data.prompt_overflow,
+            chat_template_kwargs=config.data.chat_template_kwargs or None,
             generation_batch_size=config.generation.batch_size,
             generation_kwargs=config.generation.kwargs or None,
             eval_greedy=config.evaluation.greedy,

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -23,7 +23,16 @@ logger = logging.getLogger(__name__)
 
 TOP_LOGPROBS = 20  # the most that OpenAI lists
 UNLISTED = -9999.0  # what OpenAI gives as the log-probability of a token that is too improbable to have one
-REFUSALS = (400, 413, 422)  # of one question: too long, say
+REFUSALS = (400, 403, 413, 422)  # of one question: too long, say, or of something a gateway does not let through
+IN_VAIN = 16  # questions in a row without a verdict, after which no other is expected
+OURS = {
+    "model",
+    "messages",
+    "logprobs",
+    "top_logprobs",
+    "stream",
+    "n",
+}  # of a request: the answer is read by it
 LEAST_SHARE = 0.001  # of the first token's probability that A and B have together, where it is a verdict
 
 
@@ -72,6 +81,8 @@ class LLMJudge(PairwiseJudge):
         timeout_s: seconds until a silent request counts as lost.
         max_retries: how often one request is repeated.
         max_requests: questions that the whole run may ask, shared equally by its processes; None is no limit.
+        request: further fields of the body of each request; they also replace our max_tokens and temperature (0). One
+            that is None is left out. For servers that want other fields, and models that think before they answer.
 
     Raises:
         ConfigError: an argument is out of range, there is no key, or the package openai is not installed.
@@ -92,6 +103,7 @@ class LLMJudge(PairwiseJudge):
         timeout_s: float = 60,
         max_retries: int = 8,
         max_requests: int | None = None,
+        request: Mapping[str, Any] | None = None,
     ):
         count("judge.max_tokens", max_tokens)
         number("judge.temperature", temperature, above=0)
@@ -100,6 +112,11 @@ class LLMJudge(PairwiseJudge):
         count("judge.max_retries", max_retries, minimum=0)
         if max_requests is not None:
             count("judge.max_requests", max_requests)
+        request = {} if request is None else request
+        if not isinstance(request, Mapping):
+            raise ConfigError(f"judge.request={request!r} is not a mapping; give one such as {{top_k: 1}}")
+        if ours := sorted(OURS.intersection(request)):
+            raise ConfigError(f"judge.request.{ours[0]}={request[ours[0]]!r} is not free to choose; leave it out")
         if base_url is not None and not _is_http(base_url):
             raise ConfigError(
                 f"judge.base_url={base_url!r} is no address of a server; give one such as http://localhost:8000/v1"
@@ -114,9 +131,11 @@ class LLMJudge(PairwiseJudge):
         self.temperature = temperature
         self.concurrency = concurrency
         self.max_requests = max_requests
+        self.request = dict(request)
         self.api_key_env = api_key_env
         self.requests = 0  # questions asked so far by this process; repetitions do not count
         self.failures = 0  # questions that brought no verdict
+        self._in_vain = 0  # questions since the last call that brought a verdict
         self._logprobs_refused = False
         key = _api_key(api_key_env, required=base_url is None)
         try:
@@ -133,29 +152,31 @@ class LLMJudge(PairwiseJudge):
 
         Raises:
             JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the
-                key or does not know the model; not one question was answered; or none of the run's first ones
+                key or does not know the model; not one question was answered; or none of the last 16 and more
                 with A or B.
         """
         texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
         if not texts:
             return torch.empty(0)
-        opening = self.requests == 0
         self._spend(len(texts))
         answers = self._ask_all(texts)
         problems = [answer for answer in answers if answer.problem]
         self.failures += len(problems)
-        # A server that has answered before, and now refuses every question, may have been asked one too long.
+        self._in_vain = self._in_vain + len(texts) if len(problems) == len(texts) else 0
+        hopeless = self._in_vain >= IN_VAIN
+        # A few questions may be too long: a server that refuses them is not useless for that.
         refused = all(answer.status in REFUSALS for answer in answers)
-        if not any(answer.heard for answer in answers) and (opening or not refused):
+        if not any(answer.heard for answer in answers) and (hopeless or not refused):
+            remedy = "see to the server or to judge.request" if refused else "see to the server"
             raise JudgeStopped(
                 f"judge.base_url={self.base_url!r} answered none of {len(texts)} questions "
-                f"(the last: {problems[-1].problem}); see to the server and continue the run"
+                f"(the last: {problems[-1].problem}); {remedy} and continue the run"
             )
-        if opening and len(problems) == len(texts):
+        if hopeless:
             raise JudgeStopped(
-                f"judge.model={self.model!r} answered none of the first {len(texts)} questions with A or B "
+                f"judge.model={self.model!r} answered none of the last {self._in_vain} questions with A or B "
                 f"(the last: {problems[-1].problem}); let it answer at once, without thinking aloud, or set "
-                "judge.template or judge.max_tokens"
+                "judge.template, judge.max_tokens or judge.request"
             )
         if problems:
             logger.warning(
@@ -172,6 +193,7 @@ class LLMJudge(PairwiseJudge):
             "LLM",
             (self.base_url, self.model, self.template, self.logprobs, self.max_tokens),
             (self.both_orders, self.both_orders or self.seed, self.temperature),
+            *([sorted(self.request.items())] if self.request else []),
         )
 
     def state(self) -> dict[str, Any]:
@@ -231,19 +253,19 @@ class LLMJudge(PairwiseJudge):
     def _request(self, text: str, with_logprobs: bool) -> Answer:
         from openai import APIStatusError, OpenAIError
 
-        options: dict[str, Any] = {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if with_logprobs else {}
+        fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0, **self.request}
+        if with_logprobs:
+            fields |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=[{"role": "user", "content": text}],
-                max_tokens=self.max_tokens,
-                temperature=0,
-                **options,
+                extra_body={name: value for name, value in fields.items() if value is not None},
             )
             choice = _choice(response.http_response.json())
         except APIStatusError as error:
             status, said = error.status_code, error.message
-            refuses_logprobs = with_logprobs and status in (400, 422) and "logprobs" in said
+            refuses_logprobs = with_logprobs and status in (400, 403, 422) and "logprobs" in said
             if isinstance(error.body, dict) and "message" in error.body:
                 said = error.body["message"]
             # What a server says of a refused key may repeat it, in part and so past recognition.

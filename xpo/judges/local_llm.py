@@ -17,7 +17,7 @@ from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.logprobs import length_mask, positions
 from xpo.models import load_model, load_tokenizer, policy_directory
-from xpo.prompts import Prompt, plain_text
+from xpo.prompts import Prompt, plain_text, render
 from xpo.schema import ModelSchema
 
 logger = logging.getLogger(__name__)
@@ -103,10 +103,12 @@ class LocalLLMJudge(PairwiseJudge):
 
     @property
     def fingerprint(self) -> str:
+        template = self.tokenizer.chat_template
+        at_once = "enable_thinking" in str(template)  # such models were let think before xpo asked them not to
         return digest(
-            "local LLM",
+            "local LLM, at once" if at_once else "local LLM",
             model_digest(self.network),
-            (self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())),
+            (template, sorted(self.tokenizer.get_vocab().items())),
             (self.template, self.max_length, self.temperature, self.both_orders, self.both_orders or self.seed),
         )
 
@@ -116,7 +118,8 @@ class LocalLLMJudge(PairwiseJudge):
         if self.tokenizer.chat_template is None:
             return self.tokenizer(text + ANSWER).input_ids
         messages = [{"role": "user", "content": text}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        # A model that can think first (Qwen3) is to answer at once.
+        text = render(self.tokenizer, messages, enable_thinking=False)
         # The template has written the special tokens.
         return self.tokenizer(text, add_special_tokens=False).input_ids
 

@@ -239,7 +239,7 @@ def find_pair_rm(model: str, revision: str | None = None) -> Checkpoint:
     config = json.loads(_file(model, directory, "config.json").read_text(encoding="utf-8"))
     if config.get("ranker_type") == "pairranker":
         try:
-            backbone = local_directory("model_name", config["model_name"])
+            backbone = local_directory("model_name", config["model_name"], weights=False)
         except ConfigError as error:
             raise ConfigError(f"judge.model={model!r}, its config.json: {error}") from error
         config = json.loads(_file(model, backbone, "config.json").read_text(encoding="utf-8"))
