@@ -71,7 +71,7 @@ def hydra_value(text: str) -> str:
     """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
     if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
         return text
-    escaped = re.sub(r'(\\*)"', r'\1\1\"', text)
+    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
