@@ -25,14 +25,7 @@ TOP_LOGPROBS = 20  # the most that OpenAI lists
 UNLISTED = -9999.0  # what OpenAI gives as the log-probability of a token that is too improbable to have one
 REFUSALS = (400, 403, 413, 422)  # of one question: too long, say, or of something a gateway does not let through
 IN_VAIN = 16  # questions in a row without a verdict, after which no other is expected
-OURS = {
-    "model",
-    "messages",
-    "logprobs",
-    "top_logprobs",
-    "stream",
-    "n",
-}  # of a request: the answer is read by it
+OURS = {"model", "messages", "logprobs", "top_logprobs", "stream", "n"}  # fields that reading an answer rests on
 LEAST_SHARE = 0.001  # of the first token's probability that A and B have together, where it is a verdict
 
 
