@@ -14,7 +14,7 @@ from xpo.forward import PairForward
 from xpo.losses import LabelType, LossType
 from xpo.zero import connect, prepare_environment
 
-LOSS_TYPES = ("sigmoid", "ipo")
+LOSS_TYPES = get_args(LossType)
 PAIR_FORWARDS = get_args(PairForward)
 LABELS = ("hard", "soft", "sampled")
 PROMPT_OVERFLOWS = ("drop", "truncate", "error")

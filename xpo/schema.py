@@ -1,7 +1,7 @@
 """The types of the Hydra configuration. Layer 0: no torch, so that `--cfg job` answers at once.
 
-Every group of conf/ has one dataclass here; each value is documented where it is set, in the YAML
-files. A value of the wrong type or out of range raises ConfigError before anything is loaded.
+Every group of conf/ has one dataclass here, but for judge, reward_model and experiment; values are documented where
+they are set, in the YAML files. A value of the wrong type or out of range raises ConfigError before anything is loaded.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -139,7 +139,7 @@ class EvaluationSchema:
 
 @dataclass
 class TrainingSchema:
-    """Names and meanings of transformers.TrainingArguments, but for `resume` and `kwargs`."""
+    """Names and meanings of transformers.TrainingArguments; conf/training/default.yaml has the few others."""
 
     max_steps: int = -1
     num_train_epochs: float = 1.0

@@ -53,9 +53,10 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     if store is None:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
     name, key = (config.model.reference, "model.reference") if config.model.reference else (config.model.name, "")
-    directory = policy_directory(name, None if key else config.model.revision, key or "model.name")
+    code = config.model.trust_remote_code
+    directory = policy_directory(name, None if key else config.model.revision, key or "model.name", with_code=code)
     # Prompts are the policy's: its tokenizer and chat template.
-    own = policy_directory(config.model.name, config.model.revision)
+    own = policy_directory(config.model.name, config.model.revision, with_code=code)
     tokenizer = loaded("model.name", config.model.name, load_tokenizer, own, config.model)
     tokenize = prompt_tokenizer(args, tokenizer)
     parts = {
