@@ -187,7 +187,7 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_server_that_vanishes_and_hangs_and_loses_answers_has_everything_once(
     server: tuple[int, Path], run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "_KNOCK_S", 2.0)
+    monkeypatch.setattr(tracking, "_KNOCK_S", 5.0)
     proxy = Proxy(server[0])
     run = start(f"http://127.0.0.1:{proxy.port}", run_dir, experiment="served")
     table = run_dir / "table.json"

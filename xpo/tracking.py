@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _MAX_PARAM = 6000  # characters of a value that MLflow keeps
 _MAX_KEY = 250  # characters of the name of a param or metric
 _FLUSH_SECONDS = 2.0
+_REACH_S = 10.0  # how long a server may take to answer for the first time: it may have to wake up
 _KNOCK_S = 3.0  # how long a server or a lock may keep a training step waiting
 _DRAIN_S = 3.0  # how long a training step sends what has piled up
 _RETRY_S, _MAX_RETRY_S = 5.0, 60.0  # between attempts in training
@@ -58,7 +59,7 @@ def _is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def _knock(uri: str) -> None:
+def _knock(uri: str, seconds: float) -> None:
     """Finds out within seconds what MLflow's client would wait for: a server that is gone or hangs, a locked database.
 
     Raises:
@@ -69,7 +70,7 @@ def _knock(uri: str) -> None:
 
         # By MLflow's client, which knows the user's certificates and passwords; and not by /health, which answers
         # while the server's database is locked.
-        short = _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{_KNOCK_S:.0f}"})
+        short = _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{seconds:.0f}"})
         try:
             with short:
                 _client(uri).get_experiment("0")
@@ -79,7 +80,7 @@ def _knock(uri: str) -> None:
             raise ConnectionError(first_line(_first_cause(error))) from error
     elif uri.startswith("sqlite:///"):
         file = f"file:{quote(str(_database(uri)))}?mode=rw"
-        with contextlib.closing(sqlite3.connect(file, timeout=_KNOCK_S, isolation_level=None, uri=True)) as database:
+        with contextlib.closing(sqlite3.connect(file, timeout=seconds, isolation_level=None, uri=True)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
 
@@ -121,7 +122,7 @@ def reach(uri: str) -> "MlflowClient":
     Raises:
         Exception: whatever its driver raises if it does not.
     """
-    _knock(uri)
+    _knock(uri, _REACH_S)
     return _client(uri)
 
 
@@ -428,7 +429,7 @@ class MLflowRun:
 
     def _send(self, entry: Entry) -> None:
         with _short_calls():
-            _knock(self.uri)
+            _knock(self.uri, _KNOCK_S)
             send(self.client, self.run_id, entry, self._backlog.directory)
 
 
