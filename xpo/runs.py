@@ -93,8 +93,8 @@ def job_key(config: dict[str, Any]) -> str:
     relevant["judge"] = _without_operation(config["judge"])
     for group, names in _NOT_OF_THE_JOB.items():
         relevant[group] = {key: value for key, value in config[group].items() if key not in names}
-    relevant["files"] = [_content(f"data.{part}", config["data"][part]) for part in ("train", "eval")]
-    relevant["files"] = [content for content in relevant["files"] if content is not None]
+    contents = (_content(f"data.{part}", config["data"][part]) for part in ("train", "eval"))
+    relevant["files"] = [content for content in contents if content is not None]
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -60,7 +60,7 @@ def _is_server(uri: str) -> bool:
 
 
 def _knock(uri: str, seconds: float) -> None:
-    """Finds out within seconds what MLflow's client would wait for: a server that is gone or hangs, a locked database.
+    """Finds out in `seconds` what MLflow's client would wait for: a server that is gone or hangs, a locked database.
 
     Raises:
         ConnectionError, sqlite3.Error: nobody answers.
