@@ -1,4 +1,7 @@
-"""Hydra's launcher of sweeps, which hands the jobs to `xpo.sweep`. Hydra finds its plugins in this namespace only."""
+"""Hydra's launcher of sweeps, which hands the jobs to `xpo.launch.sweep`.
+
+Hydra finds its plugins in this namespace only.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -24,15 +27,15 @@ ConfigStore.instance().store(group="hydra/launcher", name="xpo", node=XPOLaunche
 
 
 class XPOLauncher(Launcher):
-    """Runs every job in processes of its own; see `xpo.sweep`. What a job returns to the sweeper is its win rate."""
+    """Runs every job in processes of its own; see `xpo.launch.sweep`. A job returns its win rate to the sweeper."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from xpo import sweep  # Hydra imports its plugins at every start
-        from xpo.launch import exit_statuses, signals
+        from xpo.launch import sweep
+        from xpo.launch.processes import exit_statuses, signals
 
         jobs = sweep.run(self._compose, job_overrides, initial_job_idx, self._swept())
         if signals:  # a sweeper with more batches would go on

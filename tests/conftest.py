@@ -18,8 +18,8 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xpo import XPOConfig, XPOTrainer
-from xpo.models import tiny_model, tiny_tokenizer
-from xpo.prompts import Prompt
+from xpo.data.prompts import Prompt
+from xpo.models.loading import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
 

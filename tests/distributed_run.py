@@ -16,7 +16,7 @@ from conftest import prompts, share_of_e, step_logs
 from peft import LoraConfig
 
 from xpo import XPOConfig, XPOTrainer
-from xpo.models import tiny_model, tiny_tokenizer
+from xpo.models.loading import tiny_model, tiny_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf" / "deepspeed"
 # DeepSpeed keeps small parameters whole: without this, all of a tiny model's, and nothing would be tested.

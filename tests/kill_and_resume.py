@@ -15,9 +15,9 @@ from conftest import prompts, share_of_e, step_logs
 from transformers import TrainerState
 
 from xpo import XPOConfig, XPOTrainer
-from xpo.models import tiny_model, tiny_tokenizer
-from xpo.rollout import Sampler
-from xpo.runs import last_complete_checkpoint
+from xpo.models.loading import tiny_model, tiny_tokenizer
+from xpo.sampling.rollout import Sampler
+from xpo.tracking.runs import last_complete_checkpoint
 
 MOMENTS = ("mid_rollout", "mid_update", "mid_save")
 

@@ -34,8 +34,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from xpo.models import load_model, load_tokenizer, policy_directory
-from xpo.schema import ModelSchema
+from xpo.config.options import ModelSchema
+from xpo.models.loading import load_model, load_tokenizer, policy_directory
 
 THINKS_FIRST = {"max_tokens": "refuse_max_tokens", "temperature": "refuse_temperature", "logprobs": "forbid_logprobs"}
 REFUSALS = {"refuse_logprobs": 400, "refuse_max_tokens": 400, "refuse_temperature": 400, "forbid_logprobs": 403}

@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xpo.config import XPOConfig
-    from xpo.errors import ConfigError
+    from xpo.config.errors import ConfigError
     from xpo.judges import Judge, PairRMJudge, RewardJudge
     from xpo.rewards import ClassifierReward, EmbeddedReward, RewardModel
-    from xpo.trainer import XPOTrainer
+    from xpo.training.config import XPOConfig
+    from xpo.training.trainer import XPOTrainer
 
 __all__ = [
     "ClassifierReward",
@@ -26,9 +26,9 @@ __all__ = [
 ]
 
 _HOME = {
-    "XPOConfig": "xpo.config",
-    "XPOTrainer": "xpo.trainer",
-    "ConfigError": "xpo.errors",
+    "XPOConfig": "xpo.training.config",
+    "XPOTrainer": "xpo.training.trainer",
+    "ConfigError": "xpo.config.errors",
     "Judge": "xpo.judges",
     "PairRMJudge": "xpo.judges",
     "RewardJudge": "xpo.judges",

@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from xpo.backlog import Backlog, Entry, count, in_words, send
-from xpo.errors import ConfigError
-from xpo.tracking import first_line, held_points, reach
+from xpo.config.errors import ConfigError
+from xpo.tracking.backlog import Backlog, Entry, count, in_words, send
+from xpo.tracking.mlflow_run import first_line, held_points, reach
 
 ROOTS = (Path("outputs"), Path("multirun"))
 

@@ -16,12 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from xpo.errors import ConfigError, JobFailed
-from xpo.jobs import prepare, repeatable
-from xpo.launch import JobProcess, exit_statuses, explanation, passing_on_signals, signals
-from xpo.overrides import CONF, explain
-from xpo.runs import last_evaluation, resumable_checkpoint
-from xpo.schema import TrainSchema
+from xpo.config.errors import ConfigError, JobFailed
+from xpo.config.explain import CONF, explain
+from xpo.config.options import TrainSchema
+from xpo.launch.jobs import prepare, repeatable
+from xpo.launch.processes import JobProcess, exit_statuses, explanation, passing_on_signals, signals
+from xpo.tracking.runs import last_evaluation, resumable_checkpoint
 
 ConfigStore.instance().store(name="schema", node=TrainSchema)
 
@@ -130,7 +130,7 @@ def _work_as_rank(arguments: list[str]) -> int:
     config, run_dir, choices = compose(arguments)
     if os.environ["RANK"] == "0":
         run_dir = prepare(config, run_dir, choices, arguments)
-    from xpo import worker
+    from xpo.launch import worker
 
     schema: TrainSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
     return worker.run(schema, run_dir)

@@ -47,7 +47,11 @@ class Timing(NamedTuple):
 
 
 def embedded_prompts() -> list[str]:
-    lines = (Path(xpo.__file__).parent / "assets" / "prompts" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (Path(xpo.__file__).parent / "data" / "assets" / "prompts" / "train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     return [json.loads(line)["prompt"][0]["content"] for line in lines]
 
 

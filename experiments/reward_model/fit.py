@@ -5,8 +5,8 @@
 
 Takes about 4 minutes on one core; needs scikit-learn besides the project's own dependencies. The
 human-rated sentences (Hutto & Gilbert, ICWSM 2014; MIT licence) are read from the source distribution
-in memory, and only the fitted head is written: xpo/assets/reward_head/head.safetensors, 385 floats. The
-figures printed are those of the data card, xpo/assets/reward_head/README.md.
+in memory, and only the fitted head is written: xpo/data/assets/reward_head/head.safetensors, 385 floats. The
+figures printed are those of the data card, xpo/data/assets/reward_head/README.md.
 """
 
 import argparse

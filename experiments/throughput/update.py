@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workloads import MODELS, WORKLOADS, draw_prompts, load_tokenizer, model_directory, prompt_ids
 
-from xpo.forward import Forward
-from xpo.memory import keep_freed_memory
-from xpo.rollout import take_pairs, token_batches, tokens_at_once
+from xpo.models.forward import Forward
+from xpo.models.memory import keep_freed_memory
+from xpo.sampling.rollout import take_pairs, token_batches, tokens_at_once
 
 PAIRS = 8
 

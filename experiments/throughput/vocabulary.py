@@ -18,7 +18,7 @@ def peak_mb(vocabulary: int, way: str) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from xpo.forward import Forward
+    from xpo.models.forward import Forward
 
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes))

@@ -91,12 +91,12 @@ def draw_prompts(workload: Workload, tokenizer: PreTrainedTokenizerBase, count: 
 def model_directory(name: str, scratch: Path) -> Path:
     """A directory with weights and tokenizer that both environments can read; random models go to `scratch`."""
     if name == "smollm2-135m":
-        from xpo.models import smollm2_directory
+        from xpo.models.loading import smollm2_directory
 
         return smollm2_directory()
     target = scratch / name
     if name == "tiny":
-        from xpo.models import tiny_model, tiny_tokenizer
+        from xpo.models.loading import tiny_model, tiny_tokenizer
 
         model, tokenizer = tiny_model(), tiny_tokenizer()
     else:
@@ -125,7 +125,7 @@ def model_directory(name: str, scratch: Path) -> Path:
 
 def wide_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the embedded prompts with a ChatML template, filled up with made-up words to `size`."""
-    from xpo.models import tiny_tokenizer
+    from xpo.models.loading import tiny_tokenizer
 
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -19,14 +19,14 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from xpo.agreement import Share, accuracy, agreement, calibration, share
-from xpo.build import build_preference, check_target
-from xpo.errors import ConfigError, JudgeStopped
+from xpo.config.errors import ConfigError, JudgeStopped
+from xpo.config.explain import CONF, explain
+from xpo.config.options import InspectSchema, is_group, needs_reward_model
+from xpo.data.pairs import Pair, load_pairs
+from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
 from xpo.judges.base import Judge, Verdicts
-from xpo.overrides import CONF, explain
-from xpo.pairs import Pair, load_pairs
-from xpo.report import quiet
-from xpo.schema import InspectSchema, is_group, needs_reward_model
+from xpo.launch.build import build_preference, check_target
+from xpo.tracking.terminal import quiet
 
 _CHUNK = 256  # pairs between two movements of the progress bar
 _exit_statuses: list[int] = []

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xpo.prompts import Prompt, plain_text
+from xpo.data.prompts import Prompt, plain_text
 
 
 class Verdicts(NamedTuple):

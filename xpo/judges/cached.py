@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt
+from xpo.data.store import Store
 from xpo.judges.base import Judge, Verdicts
-from xpo.prompts import Prompt
-from xpo.store import Store
+from xpo.models.fingerprints import digest
 
 _VERDICT = struct.Struct("<dd")  # margin, flipped
 
@@ -25,7 +25,7 @@ class CachedJudge(Judge):
 
     Args:
         judge: who is asked.
-        path: an SQLite file; see `xpo.store.Store`.
+        path: an SQLite file; see `xpo.data.store.Store`.
         commit_every: so many verdicts are asked for and then written at a time: what a kill can lose.
 
     Raises:

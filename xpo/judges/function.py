@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from xpo.functions import numbers, resolve
+from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge
-from xpo.prompts import Prompt
+from xpo.rewards.functions import numbers, resolve
 
 
 class FunctionJudge(Judge):

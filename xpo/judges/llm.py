@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from xpo.checks import count, number
-from xpo.errors import ConfigError, JudgeStopped
-from xpo.fingerprints import digest
+from xpo.config.checks import count, number
+from xpo.config.errors import ConfigError, JudgeStopped
+from xpo.data.prompts import Prompt
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
-from xpo.prompts import Prompt
+from xpo.models.fingerprints import digest
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from tokenizers.normalizers import Normalizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from xpo.errors import ConfigError
+from xpo.config.errors import ConfigError
 
 
 class OriginalRanker:

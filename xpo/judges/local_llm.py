@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xpo.checks import count, number, one_of
-from xpo.devices import chosen_device
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest, model_digest
+from xpo.config.checks import count, number, one_of
+from xpo.config.errors import ConfigError
+from xpo.config.options import ModelSchema
+from xpo.data.prompts import Prompt, plain_text, render
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
-from xpo.logprobs import length_mask, positions
-from xpo.models import load_model, load_tokenizer, policy_directory
-from xpo.prompts import Prompt, plain_text, render
-from xpo.schema import ModelSchema
+from xpo.models.devices import chosen_device
+from xpo.models.fingerprints import digest, model_digest
+from xpo.models.loading import load_model, load_tokenizer, policy_directory
+from xpo.models.logprobs import length_mask, positions
 
 logger = logging.getLogger(__name__)
 

@@ -25,14 +25,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DebertaV2Config, DebertaV2Model
 from transformers.initialization import no_init_weights
 
-from xpo.checks import count, number, one_of
-from xpo.devices import chosen_device
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest, weights_digest
-from xpo.hub import local_directory
+from xpo.config.checks import count, number, one_of
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt, plain_text
 from xpo.judges.llm_blender import OriginalPairRM, OriginalRanker
 from xpo.judges.pairwise import PairwiseJudge
-from xpo.prompts import Prompt, plain_text
+from xpo.models.devices import chosen_device
+from xpo.models.fingerprints import digest, weights_digest
+from xpo.models.hub import local_directory
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")  # in the order of their ids
 ANY_MARKER = re.compile("|".join(map(re.escape, MARKERS)))

@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from xpo.errors import ConfigError, nearest
-from xpo.prompts import Prompt, plain_text
+from xpo.config.errors import ConfigError, nearest
+from xpo.data.prompts import Prompt, plain_text
 
 PLACEHOLDERS = ("prompt", "first", "second")
 _PLACEHOLDER = re.compile(r"\{(\w*)\}")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from xpo.fingerprints import digest
+from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge
-from xpo.prompts import Prompt
+from xpo.models.fingerprints import digest
 from xpo.rewards.base import RewardModel
 
 

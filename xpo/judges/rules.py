@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpo.checks import number
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest
+from xpo.config.checks import number
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge, Verdicts, coin
-from xpo.prompts import Prompt
+from xpo.models.fingerprints import digest
 
 
 class LengthControlledJudge(Judge):

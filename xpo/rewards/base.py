@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from xpo.prompts import Prompt
+from xpo.data.prompts import Prompt
 
 
 class Scores(NamedTuple):

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest
-from xpo.prompts import Prompt
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt
+from xpo.data.store import Store
+from xpo.models.fingerprints import digest
 from xpo.rewards.base import RewardModel
-from xpo.store import Store
 
 _SCORE = struct.Struct("<f")
 
@@ -23,7 +23,7 @@ class CachedReward(RewardModel):
 
     Args:
         reward_model: who is asked.
-        path: an SQLite file; see `xpo.store.Store`.
+        path: an SQLite file; see `xpo.data.store.Store`.
         commit_every: so many completions are scored and then written at a time: what a kill can lose.
 
     Raises:

@@ -15,11 +15,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from xpo.devices import chosen_device
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest, model_digest
-from xpo.hub import local_directory
-from xpo.prompts import Prompt, is_conversational, plain_text, render
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt, is_conversational, plain_text, render
+from xpo.models.devices import chosen_device
+from xpo.models.fingerprints import digest, model_digest
+from xpo.models.hub import local_directory
 from xpo.rewards.base import RewardModel
 
 

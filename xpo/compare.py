@@ -1,0 +1,52 @@
+"""`python -m xpo.compare [SWEEP]`: the runs of a sweep beside each other, and which setting is best.
+
+Writes report.html, its plots and table.csv to SWEEP/compare/, and logs them to MLflow as the run "compare NAME".
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from xpo.config.errors import ConfigError
+from xpo.evaluation.compare.log import log
+from xpo.evaluation.compare.plots import plots
+from xpo.evaluation.compare.read import find_sweep
+from xpo.evaluation.compare.report import show, write
+from xpo.evaluation.compare.statistics import WIN_RATE, compare
+
+
+def main() -> None:
+    """The command line. Exit status 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xpo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "sweep",
+        metavar="SWEEP",
+        nargs="?",
+        help="multirun/DATE/TIME, or the name of a sweep in MLflow (tag xpo.sweep); default: the newest in multirun/",
+    )
+    parser.add_argument("--metric", default=WIN_RATE, help="what the best is best by, higher is better (%(default)s)")
+    parser.add_argument("--out", type=Path, help="directory of the report (SWEEP/compare; from MLflow compare/NAME)")
+    parser.add_argument("--tracking-uri", help="MLflow server or database ($MLFLOW_TRACKING_URI, else ./mlflow.db)")
+    parser.add_argument("--experiment", default="xpo", help="MLflow's experiment (%(default)s)")
+    parser.add_argument("--no-log", action="store_true", help="do not log the report to MLflow")
+    options = parser.parse_args()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each run
+    try:
+        sweep = find_sweep(options.sweep, options.tracking_uri, options.experiment)
+        comparison = compare(sweep, options.metric)
+    except ConfigError as error:
+        print(f"xpo: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
+    paths = write(comparison, plots(comparison), out)
+    show(comparison, paths[0])
+    problem = None if options.no_log else log(sweep, paths)
+    if problem:
+        print(f"xpo: the report is not in MLflow: {problem}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Hydra's errors in one line, with the nearest valid word. Layer 0: no torch."""
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
+
+from xpo.config.errors import ConfigError, nearest
+from xpo.config.options import TrainSchema, flatten
+
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
+
+# Groups whose keys are the arguments of their `_target_`: the schema does not list them, their files do.
+_TARGETS = ("judge", "reward_model")
+
+
+def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), schema: type = TrainSchema) -> str | None:
+    """One line for an error that the command line caused; None for any other error.
+
+    Args:
+        error: what composing the configuration raised.
+        conf: the directory of the config groups.
+        arguments: the command line.
+        schema: the dataclass of the configuration.
+    """
+    chain = _chain(error)
+    for cause in chain:
+        if isinstance(cause, ConfigError):  # raised by a range check while OmegaConf built the schema
+            return str(cause)
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error, conf, schema)
+    if isinstance(error, OSError):
+        return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
+    if isinstance(error, OverrideParseException):
+        reason = str(chain[1] if len(chain) > 1 else error).splitlines()[0]
+        return f"{error.override!r} cannot be read ({reason}); write key=value, special characters as 'key=\"a=b\"'"
+    if isinstance(error, yaml.YAMLError):
+        return f"a file of the configuration is no YAML ({' '.join(str(error).split())}); mend it"
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return _group_value(arguments, conf)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    first_line = str(error).splitlines()[0]
+    if twice := re.match(r"Multiple values for ([\w/]+).*: (\S+)'", first_line):
+        return f"{twice[1]} has a value already; choose another with {twice[1]}={twice[2]}, without the +"
+    if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", first_line):
+        return f"{there[1]} has a value already; give another with {there[1]}=..., without the +"
+    for cause in chain:
+        if isinstance(cause, InterpolationResolutionError):
+            return f"{str(cause).splitlines()[0]}; correct what stands in ${{...}}"
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+            return unknown_key(cause.full_key or str(cause.key), conf, schema)
+        if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+            return _wrong_type(cause, first_line, schema)
+    if unknown := re.match(r"Could not override '([^']+)'", first_line):
+        return unknown_key(unknown[1], conf, schema)
+    if "Ambiguous value" in first_line:
+        return f"{first_line}; sweep over the values with -m, or write a list: key=[1,2]"
+    return f"{first_line}; see --hydra-help"
+
+
+def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
+    """The message for a key that does not exist."""
+    owner = _open_owner(key, schema)
+    if owner is not None and owner not in _TARGETS:
+        return f"{owner} has no {key.removeprefix(owner + '.')!r} yet; add it with +{key}=..."
+    return f"unknown config key {key!r}{nearest(key, valid_keys(conf, schema))} (--cfg job lists the keys)"
+
+
+def valid_keys(conf: Path, schema: type = TrainSchema) -> list[str]:
+    """Every dotted key of the schema and of the files of open groups, and every config group."""
+    keys = flatten(OmegaConf.to_container(OmegaConf.structured(schema)))  # type: ignore[arg-type]
+    options = {
+        f"{group}." + str(key)
+        for group in _TARGETS
+        for path in (conf / group).glob("*.yaml")
+        for key in OmegaConf.load(path)
+        if key != "defaults"
+    }
+    groups = [str(path.relative_to(conf)) for path in conf.rglob("*") if path.is_dir()]
+    groups = [group for group in groups if not group.startswith("hydra")]
+    return [*keys, *sorted(options), *groups]
+
+
+def _missing_option(error: MissingConfigException, conf: Path, schema: type) -> str:
+    name = (error.missing_cfg_file or "").removesuffix(".yaml")
+    group, _, option = name.rpartition("/")
+    options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    if not group:
+        return f"--config-name={option} does not exist; leave it out"
+    if not options:
+        return f"there is no config group {group!r}{nearest(group, valid_keys(conf, schema))}; see --help"
+    return f"{group}={option} does not exist{nearest(option, options)}; choose one of {', '.join(options)}"
+
+
+def _group_value(arguments: Sequence[str], conf: Path) -> str:
+    """Hydra says neither which group nor which value: look for a group without a name behind it."""
+    for argument in arguments:
+        group, _, value = argument.lstrip("+").partition("=")
+        if group and (conf / group).is_dir():
+            options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
+            if value not in options:
+                return f"{argument} is no option of the group {group!r}; choose one of {', '.join(options)}"
+    return "a config group takes the name of one of its options, neither null nor a number; see --help"
+
+
+def _wrong_type(error: OmegaConfBaseException, first_line: str, schema: type) -> str:
+    key = str(error.full_key)
+    override = re.search(r"Error merging override \+*([^=]+=.*)", first_line)
+    if override is None:
+        return f"{key}: {str(error).splitlines()[0]}; correct {key}"
+    return f"{override[1]} is of the wrong type; give {_kind(key, schema)}"
+
+
+def _kind(key: str, schema: type) -> str:
+    """What a dotted key takes: "a value of type int" if the schema lists it, "another value" if not."""
+    kind = _schema_types(key, schema)[-1]
+    if kind is None or is_dataclass(kind):
+        return "another value"
+    return f"a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
+
+
+def _open_owner(key: str, schema: type) -> str | None:
+    """The dict in the schema that `key` lies in: "generation.kwargs" for "generation.kwargs.num_beams"."""
+    parts = key.split(".")
+    for depth, kind in enumerate(_schema_types(key, schema)[:-1], start=1):
+        if get_origin(kind) is dict:
+            return ".".join(parts[:depth])
+    return None
+
+
+def _schema_types(key: str, schema: type) -> list[Any]:
+    """The schema's type of each part of a dotted key; None for what it does not list."""
+    kinds: list[Any] = []
+    kind: Any = schema
+    for part in key.split("."):
+        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
+        kind = types.get(part)
+        kinds.append(kind)
+    return kinds
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain

@@ -1,0 +1,324 @@
+"""The plots of a sweep. Colours are Okabe and Ito's, told apart by colour-blind readers; levels are equally spaced."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from xpo.evaluation.compare.statistics import (
+    Comparison,
+    Estimate,
+    Point,
+    cell_means,
+    is_balanced,
+    label,
+    levels,
+    main_effect,
+    rank,
+)
+
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+_STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_GREY = "0.35"
+_MOST_CURVES = 8
+_COLUMNS = 3  # of panels
+
+TITLES = {
+    "eval/win_rate": "win rate",
+    "eval/score": "score",
+    "eval/kl": "KL (nats)",
+    "eval/eos_rate": "EOS rate",
+    "eval/length": "length (tokens)",
+    "loss": "training loss",
+    "preference/win_rate": "win rate in training",
+}
+
+
+def title(metric: str) -> str:
+    """What a metric is called."""
+    return TITLES.get(metric, metric)
+
+
+class Plot(NamedTuple):
+    """A figure, the name of its file, its heading, and how to read it."""
+
+    name: str
+    heading: str
+    caption: str
+    figure: Figure
+
+
+def plots(comparison: Comparison) -> list[Plot]:
+    """All plots for which a sweep has the data."""
+    points, metric, keys = comparison.points, comparison.metric, comparison.sweep.keys
+    drawn = [frontier(points, keys), learning_curves(points, keys, metric)]
+    drawn.append(main_effects(points, keys, metric) if keys else None)
+    drawn += [interaction(points, first, second, metric) for first, second in combinations(keys, 2)]
+    return [plot for plot in drawn if plot is not None]
+
+
+# ---- curves ----------------------------------------------------------------------------------------
+
+
+class Band(NamedTuple):
+    """A metric over the steps at which all runs of a point have it: mean, least and greatest of the runs, (T,) each."""
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def band(point: Point, metric: str) -> Band:
+    """A metric's course at a point; empty if one of its runs does not have it."""
+    histories = [dict(run.history.get(metric, [])) for run in point.runs]
+    steps = sorted(set.intersection(*(set(history) for history in histories)))
+    values = np.array([[history[step] for step in steps] for history in histories])
+    return Band(steps, values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist())
+
+
+def colour_key(keys: Sequence[str]) -> str | None:
+    """The key that colours stand for: the exploration bonus if it is swept, else the first one."""
+    return "loss.alpha" if "loss.alpha" in keys else next(iter(keys), None)
+
+
+class Looks:
+    """Colour by one key, line style and marker by the others together; the legend says which."""
+
+    def __init__(self, points: Sequence[Point], keys: Sequence[str]):
+        self.key = colour_key(keys)
+        self.rest = [key for key in keys if key != self.key]
+        shades = levels(points, self.key) if self.key else ["all runs"]
+        self.colours = dict(zip(shades, palette(len(shades)), strict=True))
+        in_order = sorted(points, key=lambda point: [rank(point.settings[key]) for key in self.rest])
+        self.others = list(dict.fromkeys(self._other(point) for point in in_order))
+
+    def _shade(self, point: Point) -> str:
+        return label(point.settings[self.key]) if self.key else "all runs"
+
+    def _other(self, point: Point) -> str:
+        return ", ".join(_short(label(point.settings[key])) for key in self.rest)
+
+    def of(self, point: Point) -> dict[str, Any]:
+        """Colour, line style and marker of a point."""
+        place = self.others.index(self._other(point))
+        return {
+            "color": self.colours[self._shade(point)],
+            "linestyle": _STYLES[place % len(_STYLES)],
+            "marker": _MARKERS[place % len(_MARKERS)],
+        }
+
+    def width(self) -> float:
+        """Inches that the legend takes."""
+        names = [self.key, *map(_short, self.colours), *self.rest, *self.others] if self.key else []
+        return 0.8 + 0.075 * max(map(len, names)) if names else 0
+
+    def legend(self, figure: Figure, markers: bool) -> None:
+        """To the right of the plots, with a heading for each kind of look."""
+        if not self.key:
+            return
+        handles = [Line2D([], [], linestyle="none", label=self.key)]
+        handles += [Line2D([], [], color=colour, lw=3, label=_short(name)) for name, colour in self.colours.items()]
+        if self.rest:
+            handles.append(Line2D([], [], linestyle="none", label="\n".join(self.rest)))
+            for i, name in enumerate(self.others):
+                style, marker = _STYLES[i % len(_STYLES)], _MARKERS[i % len(_MARKERS)] if markers else None
+                handles.append(Line2D([], [], color=_GREY, linestyle=style, marker=marker, markersize=5, label=name))
+        figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.6)
+
+
+def palette(count: int) -> list[Any]:
+    """So many colours: Okabe and Ito's, or shades of viridis where those do not suffice."""
+    if count <= len(_COLOURS):
+        return list(_COLOURS[:count])
+    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count)))
+
+
+def frontier(points: Sequence[Point], keys: Sequence[str]) -> Plot | None:
+    """Score and win rate against KL over the evaluations; None without KL."""
+    metrics = [metric for metric in ("eval/score", "eval/win_rate") if any(band(p, metric).steps for p in points)]
+    if not metrics or not any(band(p, "eval/kl").steps for p in points):
+        return None
+    looks = Looks(points, keys)
+    figure, axes = _panels(len(metrics), looks)
+    for axis, metric in zip(axes, metrics, strict=True):
+        for point in points:
+            kl, value = band(point, "eval/kl"), band(point, metric)
+            steps = [step for step in kl.steps if step in value.steps]
+            if not steps:
+                continue
+            x = [kl.mean[kl.steps.index(step)] for step in steps]
+            y = [value.mean[value.steps.index(step)] for step in steps]
+            look = looks.of(point)
+            axis.plot(x, y, color=look["color"], linestyle=look["linestyle"], lw=1.3, alpha=0.75)
+            axis.scatter(x[-1], y[-1], color=look["color"], marker=look["marker"], s=55, edgecolor="white", zorder=3)
+        if metric == "eval/win_rate":
+            _parity(axis)
+        axis.set(xlabel="KL to the reference (nats)", ylabel=title(metric))
+    looks.legend(figure, markers=True)
+    return Plot(
+        "frontier",
+        "Reward against KL",
+        "One curve for each setting (mean of its seeds) through the evaluations of training, the marker is the last "
+        "one; higher at the same KL is better.",
+        figure,
+    )
+
+
+def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot | None:
+    """Metrics over the steps; None if none was measured more than once."""
+    wanted = dict.fromkeys([metric, "eval/win_rate", "eval/score", "eval/kl", "eval/length", "eval/eos_rate", "loss"])
+    shown = points[:_MOST_CURVES]
+    metrics = [name for name in wanted if any(len(band(point, name).steps) > 1 for point in shown)]
+    if not metrics:
+        return None
+    looks = Looks(points, keys)
+    figure, axes = _panels(len(metrics), looks)
+    for axis, name in zip(axes, metrics, strict=True):
+        for point in shown:
+            course, look = band(point, name), looks.of(point)
+            axis.plot(course.steps, course.mean, color=look["color"], linestyle=look["linestyle"], lw=1.4)
+            if len(point.runs) > 1:
+                axis.fill_between(course.steps, course.low, course.high, color=look["color"], alpha=0.15, lw=0)
+        if name == "eval/win_rate":
+            _parity(axis)
+        axis.set(xlabel="step", ylabel=title(name))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    looks.legend(figure, markers=False)
+    which = f"The {_MOST_CURVES} best settings" if len(points) > _MOST_CURVES else "All settings"
+    return Plot(
+        "learning_curves",
+        "Learning curves",
+        f"{which}; lines are means over seeds, bands reach from the lowest seed to the highest.",
+        figure,
+    )
+
+
+# ---- effects ---------------------------------------------------------------------------------------
+
+
+def main_effects(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot:
+    """The mean at each value of each key, with every run as a dot."""
+    figure, axes = _panels(len(keys), None, sharey=True)
+    for i, (axis, key) in enumerate(zip(axes, keys, strict=True)):
+        effect = main_effect(points, key, metric)
+        for x, level in enumerate(effect):
+            runs = [run for p in points if label(p.settings[key]) == level for run in p.runs]
+            axis.scatter([x + 0.2] * len(runs), [run.final(metric) for run in runs], s=16, color="0.4", alpha=0.5, lw=0)
+        _with_intervals(axis, list(effect.values()), _COLOURS[0], 0.0, "o")
+        _levels(axis, list(effect), key)
+        if i % _COLUMNS == 0:
+            axis.set_ylabel(title(metric))
+    unbalanced = " Some combinations have fewer runs than others: a difference may be that of another key."
+    return Plot(
+        "main_effects",
+        "Effect of each key",
+        f"Mean {title(metric)} over all runs with a value, whatever their other settings, with its 95 % interval; "
+        f"grey dots are the runs.{'' if is_balanced(points, keys) else unbalanced}",
+        figure,
+    )
+
+
+def interaction(points: Sequence[Point], first: str, second: str, metric: str) -> Plot:
+    """The mean at each pair of values of two keys, as lines and as a table in colours."""
+    cells = cell_means(points, first, second, metric)
+    rows, columns = levels(points, first), levels(points, second)
+    figure = Figure(figsize=(10.5, 4), layout="constrained", dpi=150)
+    lines, heat = figure.subplots(1, 2)
+    for i, (row, colour) in enumerate(zip(rows, palette(len(rows)), strict=True)):
+        shift = 0.08 * (i - (len(rows) - 1) / 2)
+        here = [cells[row, column] for column in columns]
+        _with_intervals(lines, here, colour, shift, _MARKERS[i % len(_MARKERS)], _wrapped(row, 18))
+    _levels(lines, columns, second)
+    lines.set_ylabel(title(metric))
+    lines.legend(title=first, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    values = np.array(
+        [[cell.value if (cell := cells[row, column]) else math.nan for column in columns] for row in rows]
+    )
+    image = heat.imshow(values, cmap="cividis", aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
+    for y, row in enumerate(rows):
+        for x, column in enumerate(columns):
+            cell = cells[row, column]
+            text = f"{cell.value:#.3g}" if cell else "–"
+            colour = "black" if cell is None or cell.value > middle else "white"
+            heat.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
+    _levels(heat, columns, second)
+    heat.set_yticks(range(len(rows)), [_wrapped(row, 18) for row in rows])
+    heat.set_ylabel(first)
+    figure.colorbar(image, ax=heat, label=title(metric))
+    return Plot(
+        f"interaction_{first}_{second}".replace("/", "_"),
+        f"{first} and {second} together",
+        "Parallel lines: each key does the same whatever the other is. Crossing or spreading lines: they interact. "
+        "Bars are 95 % intervals.",
+        figure,
+    )
+
+
+def _with_intervals(
+    axis: Axes, values: Sequence[Estimate | None], colour: Any, shift: float, marker: str, name: str | None = None
+) -> None:
+    """Means at 0, 1, ... joined by a line, with bars where there is an interval."""
+    known = [(x + shift, value) for x, value in enumerate(values) if value is not None]
+    x, y = [place for place, _ in known], [value.value for _, value in known]
+    axis.plot(x, y, color=colour, marker=marker, lw=1.4, markersize=6, label=name)
+    bars = [(place, value) for place, value in known if not math.isnan(value.low)]
+    if bars:
+        reach = [[v.value - v.low for _, v in bars], [v.high - v.value for _, v in bars]]
+        axis.errorbar(
+            [place for place, _ in bars],
+            [v.value for _, v in bars],
+            reach,
+            fmt="none",
+            ecolor=colour,
+            capsize=3,
+            lw=1.2,
+        )
+
+
+def _levels(axis: Axes, names: Sequence[str], key: str) -> None:
+    """Equally spaced ticks, one for each level: null, 0, powers of ten and words look the same."""
+    width = 42 // len(names) - 1  # characters that fit
+    fits = width > 8 or max(map(len, names)) <= width
+    ticks = [_wrapped(name, width) if fits else _short(name) for name in names]
+    axis.set_xticks(range(len(names)), ticks, rotation=0 if fits else 90)
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.set_xlabel(key)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 22 else f"…{text[-21:]}"
+
+
+def _parity(axis: Axes) -> None:
+    axis.axhline(0.5, color="0.6", lw=0.8, linestyle=":")
+
+
+def _panels(count: int, looks: Looks | None, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """So many axes, in rows of at most _COLUMNS."""
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
+    aside = looks.width() if looks is not None else 0
+    figure = Figure(figsize=(max(3.6 * columns, 4.6) + aside, 3.1 * rows + 0.2), layout="constrained", dpi=150)
+    grid = figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten().tolist()
+    for axis in grid:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, lw=0.6)
+    for axis in grid[count:]:
+        axis.remove()
+    return figure, grid[:count]

@@ -1,0 +1,277 @@
+"""A sweep and its runs, from its directory or from MLflow: the same either way."""
+
+import ast
+import json
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from tqdm.auto import tqdm
+
+from xpo.config.errors import ConfigError, nearest
+from xpo.config.options import flatten
+from xpo.tracking.mlflow_run import metric_name, reach, stored_key, tracking_uri
+from xpo.tracking.runs import RunRecord
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as StoredRun
+
+
+@dataclass
+class Run:
+    """One job of a sweep. Of jobs that did not finish only name, state and reason are read.
+
+    Attributes:
+        name: what the sweep calls it.
+        state: "finished", or what became of it: failed, killed, timed out, stopped, not started, running, missing.
+        reason: why it did not finish, if that is known.
+        config: configuration values and choices of groups by dotted key; a key that is not there is null.
+        history: by MLflow's name of a metric, (step, value) in order of steps; finite values only.
+        completions: rows of the last evaluation by column, one for each held-out prompt.
+    """
+
+    name: str
+    state: str
+    reason: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    completions: list[dict[str, Any]] = field(default_factory=list)
+
+    def final(self, metric: str) -> float:
+        """The last value of a metric."""
+        return self.history[metric][-1][1]
+
+
+@dataclass
+class Sweep:
+    """Jobs that differ in some keys and their seeds.
+
+    Attributes:
+        name: of the sweep; MLflow's tag xpo.sweep.
+        command: what started it; None if it was read from MLflow.
+        keys: the swept configuration keys, training.seed left out.
+        runs: all jobs.
+        tracking_uri: where its runs are tracked; None if they are not.
+        experiment: MLflow's experiment.
+        directory: the sweep's; None if it was read from MLflow.
+    """
+
+    name: str
+    command: str | None
+    keys: list[str]
+    runs: list[Run]
+    tracking_uri: str | None
+    experiment: str
+    directory: Path | None = None
+
+
+def find_sweep(sweep: str | None, uri: str | None, experiment: str) -> Sweep:
+    """The sweep that the command line names: a directory, else a name in MLflow; None is the newest directory.
+
+    Raises:
+        ConfigError: there is no such sweep.
+    """
+    if sweep is None:
+        directories = local_sweeps()
+        if not directories:
+            raise ConfigError(
+                "SWEEP is not given and multirun/ holds no sweep.json; give a directory or a sweep's name"
+            )
+        return from_directory(directories[-1])
+    if Path(sweep).is_dir():
+        return from_directory(Path(sweep))
+    return from_mlflow(sweep, tracking_uri(uri), experiment)
+
+
+def local_sweeps() -> list[Path]:
+    """Directories of sweeps below multirun/, oldest first."""
+    records = sorted(Path("multirun").rglob("sweep.json"), key=lambda path: path.stat().st_mtime)
+    return [record.parent for record in records]
+
+
+# ---- directories -----------------------------------------------------------------------------------
+
+
+def from_directory(directory: Path) -> Sweep:
+    """The sweep that a sweep.json describes.
+
+    Raises:
+        ConfigError: there is none in the directory.
+    """
+    path = directory / "sweep.json"
+    if not path.is_file():
+        below = sorted(str(found.parent) for found in directory.rglob("sweep.json"))
+        remedy = f"give {below[-1]}" if below else "give multirun/DATE/TIME of a sweep"
+        raise ConfigError(f"SWEEP={str(directory)!r} holds no sweep.json; {remedy}")
+    record = json.loads(path.read_text())
+    return Sweep(
+        record["name"],
+        record["command"],
+        record["keys"],
+        [_with_swept(_job(job, directory), record["keys"]) for job in record["jobs"]],
+        record["tracking_uri"],
+        record["experiment"],
+        directory,
+    )
+
+
+def _with_swept(run: Run, keys: Iterable[str]) -> Run:
+    """The run, its configuration with all swept keys that it holds in other words.
+
+    MLflow writes some characters of a key in another way; a dictionary was flattened, here and there.
+    """
+    for key in keys:
+        stored = stored_key(key)
+        parts = {name[len(stored) + 1 :]: v for name, v in run.config.items() if name.startswith(f"{stored}.")}
+        value = run.config.get(stored, ", ".join(f"{name}: {v}" for name, v in sorted(parts.items())) or None)
+        if value is not None:
+            run.config.setdefault(key, value)
+    return run
+
+
+def _job(job: dict[str, Any], directory: Path) -> Run:
+    if job["state"] != "finished":
+        return Run(job["name"], job["state"], job["reason"])
+    run_dir = Path(job["run_dir"])
+    if not run_dir.is_dir():
+        run_dir = directory / run_dir.name  # the sweep was moved here from elsewhere
+    if not (run_dir / "metrics.json").is_file():
+        return Run(job["name"], "missing", f"{run_dir} holds no metrics.json")
+    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
+    flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
+    files = sorted((run_dir / "completions").glob("step_*.json"))
+    return Run(
+        job["name"],
+        "finished",
+        None,
+        flat,
+        _history(json.loads((run_dir / "metrics.json").read_text())),
+        _rows(files[-1]) if files else [],
+    )
+
+
+def _history(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The Trainer's log_history by metric. A value that was logged again at its step, by a resumed run, replaces."""
+    points: dict[str, dict[int, float]] = {}
+    for entry in log:
+        if "train_runtime" not in entry:  # the Trainer's summary of a process, which MLflow is not sent
+            for name, value in entry.items():
+                if name != "step" and isinstance(value, Real) and math.isfinite(value):
+                    points.setdefault(metric_name(name), {})[entry["step"]] = float(value)
+    return {name: sorted(values.items()) for name, values in points.items()}
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    table = json.loads(path.read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+
+
+# ---- MLflow ----------------------------------------------------------------------------------------
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client of a tracking server or database that is there; ConfigError if it is not."""
+    try:
+        return reach(uri)
+    except Exception as error:  # of MLflow, SQLAlchemy, a socket, a missing driver
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"--tracking-uri={uri!r} does not answer ({reason}); name the database or server that the runs went to"
+        ) from error
+
+
+def experiment_id(client: "MlflowClient", uri: str, experiment: str) -> str:
+    """The id of an experiment by its name; ConfigError if there is none."""
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        names = [each.name for each in client.search_experiments()]
+        raise ConfigError(
+            f"--experiment={experiment!r} is not in {uri}{nearest(experiment, names)}; it has {', '.join(names)}"
+        )
+    return found.experiment_id
+
+
+def tagged(client: "MlflowClient", experiment: str, tag: str) -> list["StoredRun"]:
+    """All runs of an experiment, by its id, that carry a tag, oldest first."""
+    found: list[StoredRun] = []
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment], f"tags.`{tag}` != ''", order_by=["attributes.start_time ASC"], page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+_STATES = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNNING": "running"}
+
+
+def from_mlflow(name: str, uri: str, experiment: str) -> Sweep:
+    """The sweep whose runs carry the tag xpo.sweep=NAME.
+
+    Raises:
+        ConfigError: the server does not answer, or knows no such sweep.
+    """
+    local = [str(directory) for directory in local_sweeps()]
+    try:
+        client = connect(uri)
+        runs = tagged(client, experiment_id(client, uri, experiment), "xpo.sweep")
+    except ConfigError as error:
+        raise ConfigError(f"SWEEP={name!r} is no directory{nearest(name, local)}, and {error}") from error
+    names = sorted({run.data.tags["xpo.sweep"] for run in runs})
+    mine = [run for run in runs if run.data.tags["xpo.sweep"] == name]
+    if not mine:
+        known = f"the last ones are {', '.join(map(repr, names[-3:]))}" if names else "it has none"
+        raise ConfigError(
+            f"SWEEP={name!r} is neither a directory nor a sweep in {uri}{nearest(name, names + local)}; {known}"
+        )
+    # The newest run has the keys of the last command; older ones may have been finished by an earlier one.
+    keys = [key for key in mine[-1].data.tags.get("xpo.sweep_keys", "").split(",") if key]
+    read = [_with_swept(_stored(client, run), keys) for run in tqdm(mine, desc="Reading", leave=False, disable=None)]
+    return Sweep(name, None, keys, read, uri, experiment)
+
+
+def _stored(client: "MlflowClient", run: "StoredRun") -> Run:
+    state = _STATES.get(run.info.status, "not started")
+    if state != "finished":
+        reason = run.data.tags.get("error", "").strip().splitlines()
+        return Run(run.info.run_name, state, reason[-1] if reason else None)
+    # What the worker and MLflow add is not in a run directory. final/X is the model's that was kept, which may be an
+    # earlier one than the last that was evaluated.
+    names = [key for key in run.data.metrics if not key.startswith(("final/", "system/"))]
+    history: dict[str, list[tuple[int, float]]] = {}
+    for key in names:
+        values = {point.step: point.value for point in client.get_metric_history(run.info.run_id, key)}
+        finite = sorted((step, value) for step, value in values.items() if math.isfinite(value))
+        if finite:
+            history[key] = finite
+    for key, points in history.items():
+        kept = run.data.metrics.get(key.replace("eval/", "final/", 1), math.nan)
+        if key.startswith("eval/") and math.isfinite(kept):
+            points[-1] = (points[-1][0], kept)
+    config = {key: _parsed(text) for key, text in run.data.params.items()}
+    return Run(run.info.run_name, "finished", None, config, history, _stored_rows(client, run.info.run_id))
+
+
+def _stored_rows(client: "MlflowClient", run_id: str) -> list[dict[str, Any]]:
+    files = sorted(file.path for file in client.list_artifacts(run_id, "completions"))
+    if not files:
+        return []
+    with tempfile.TemporaryDirectory() as directory:
+        return _rows(Path(client.download_artifacts(run_id, files[-1], directory)))
+
+
+def _parsed(text: str) -> Any:
+    """A param as the value it was: numbers, booleans and lists; anything else is text."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,234 @@
+"""What a comparison looks like: words, a table on the terminal and as CSV, an HTML page that needs nothing else."""
+
+import base64
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from xpo.evaluation.compare.plots import Plot, title
+from xpo.evaluation.compare.read import Run
+from xpo.evaluation.compare.statistics import SEED, Comparison, Difference, Estimate, Point, estimate, label, levels
+
+_COLUMNS = ("eval/win_rate", "eval/score", "eval/kl", "eval/eos_rate", "eval/length")
+_DIGITS = {"eval/kl": 2, "eval/length": 1}
+_SIDE_BY_SIDE, _PROMPTS = 3, 8
+
+
+# ---- words -----------------------------------------------------------------------------------------
+
+
+def verdict_words(comparison: Comparison) -> list[str]:
+    """The verdict in plain sentences."""
+    verdict, metric, points = comparison.verdict, comparison.metric, comparison.points
+    best = estimate(verdict.best.runs, metric)
+    assert best is not None
+    lines = [f"Best by {title(metric)} (higher is better): {verdict.best.name}, {_number(best, metric)}."]
+    if verdict.runner_up is None:
+        lines.append("It is the only setting: there is nothing to compare it with.")
+    elif verdict.over_runner_up is None:
+        lines.append(
+            f"Whether it is better than the runner-up, {verdict.runner_up.name}, cannot be told: a setting has only "
+            f"one seed, and {title(metric)} is not kept for each prompt."
+        )
+    else:
+        surely = verdict.over_runner_up.distinguishable
+        lines.append(
+            f"{'Better than' if surely else 'Not distinguishable from'} the runner-up, {verdict.runner_up.name}: "
+            f"{_difference(verdict.over_runner_up)}."
+        )
+        lines.append(
+            f"It is the best of all {len(points)} settings in {100 * verdict.best_share:.0f} % of the resamples; "
+            "picked for its figure among several, it will look somewhat better here than on new prompts and seeds."
+        )
+    if verdict.over_parity is not None:
+        sure, value = verdict.over_parity.distinguishable, verdict.over_parity.value
+        words = ("Better than" if value > 0 else "Worse than") if sure else "Not distinguishable from"
+        lines.append(f"{words} the reference (a win rate of 0.5, ties not won): {_difference(verdict.over_parity)}.")
+    lines.append(_basis(comparison))
+    return lines
+
+
+def _difference(value: Difference) -> str:
+    return (
+        f"difference {value.value:+.3f}, 95 % interval {value.low:+.3f} to {value.high:+.3f}, "
+        f"probability of being better {value.probability:.2f}"
+    )
+
+
+def _basis(comparison: Comparison) -> str:
+    verdict = comparison.verdict
+    if verdict.over_runner_up is None and verdict.over_parity is None:
+        return "Run more seeds (training.seed=1,2,3) for intervals."
+    what = "held-out prompts and seeds" if verdict.by_prompt else "seeds"
+    if verdict.seeds == 1 and verdict.by_prompt:
+        return (
+            "Intervals resample the held-out prompts, the same for all runs; a setting has only one seed, so they do "
+            "not say how much another seed would change (training.seed=1,2,3 would)."
+        )
+    rough = f"; with {verdict.seeds} seeds they are rough" if verdict.seeds < 5 else ""
+    return f"Intervals resample the {what}, together for all settings (paired bootstrap){rough}."
+
+
+# ---- tables ----------------------------------------------------------------------------------------
+
+
+def shown_metrics(comparison: Comparison) -> list[str]:
+    """The metrics of the table: those of _COLUMNS that were measured, and the chosen one."""
+    wanted = dict.fromkeys([comparison.metric, *_COLUMNS])
+    return [metric for metric in wanted if any(estimate(point.runs, metric) for point in comparison.points)]
+
+
+def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The table's header and rows as text, from best to worst."""
+    metrics, keys = shown_metrics(comparison), comparison.sweep.keys
+    rows = [
+        [label(point.settings[key]) for key in keys]
+        + [str(len(point.runs))]
+        + [_number(estimate(point.runs, metric), metric) for metric in metrics]
+        for point in comparison.points
+    ]
+    return [*keys, "runs", *(title(metric) for metric in metrics)], rows
+
+
+def _number(value: Estimate | None, metric: str) -> str:
+    """Mean and half the width of the interval; * is an interval over prompts."""
+    if value is None:
+        return ""
+    digits = _DIGITS.get(metric, 3)
+    if math.isnan(value.low):
+        return f"{value.value:.{digits}f}"
+    star = "*" if value.over == "prompts" else ""
+    return f"{value.value:.{digits}f} ± {(value.high - value.low) / 2:.{digits}f}{star}"
+
+
+def table_note(comparison: Comparison) -> str:
+    """What ± means in this table."""
+    over = {
+        each.over
+        for point in comparison.points
+        for metric in shown_metrics(comparison)
+        if (each := estimate(point.runs, metric))
+    }
+    notes = {
+        "seeds": "± is half of the 95 % interval over seeds (Student's t)",
+        "prompts": "±* is half of the 95 % interval over prompts (Wilson), for there is one seed",
+    }
+    return "; ".join(note for kind, note in notes.items() if kind in over)
+
+
+def as_csv(comparison: Comparison) -> str:
+    """The table as CSV: keys, runs, and mean, low and high of each metric; what is not known is empty."""
+    metrics, keys = shown_metrics(comparison), comparison.sweep.keys
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*keys, "runs", *(f"{m}{part}" for m in metrics for part in ("", "/low", "/high"))])
+    for point in comparison.points:
+        row = [label(point.settings[key]) for key in keys] + [str(len(point.runs))]
+        for metric in metrics:
+            value = estimate(point.runs, metric)
+            numbers = (value.value, value.low, value.high) if value else (math.nan,) * 3
+            row += ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
+        writer.writerow(row)
+    return text.getvalue()
+
+
+# ---- terminal --------------------------------------------------------------------------------------
+
+
+def show(comparison: Comparison, report: Path) -> None:
+    """The table, what is left out, the verdict, and where the report is."""
+    console = Console()
+    header, rows = cells(comparison)
+    name = escape(comparison.sweep.name)
+    table = Table(title=f"Sweep {name}", title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.caption = escape(table_note(comparison))
+    for i, name in enumerate(header):
+        table.add_column(
+            escape(name.replace(".", ".\n")), justify="left" if i < len(comparison.sweep.keys) else "right"
+        )
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    for run in comparison.left_out:
+        console.print(escape(left_out_words(run)), highlight=False)
+    for line in verdict_words(comparison):
+        console.print(escape(line), highlight=False)
+    print(f"Report:  {report}", flush=True)  # a path is not to be wrapped
+
+
+def left_out_words(run: Run) -> str:
+    """One line on a job that is not in the figures."""
+    return f"Left out: {run.name}: {run.state}{f', {run.reason}' if run.reason else ''}"
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def write(comparison: Comparison, drawn: Sequence[Plot], out: Path) -> list[Path]:
+    """Writes report.html, a PNG for each plot and table.csv to a directory; their paths, the report first."""
+    out.mkdir(parents=True, exist_ok=True)
+    images = []
+    paths = [out / "report.html", out / "table.csv"]
+    for plot in drawn:
+        path = out / f"{plot.name}.png"
+        plot.figure.savefig(path)
+        images.append({"plot": plot, "data": base64.b64encode(path.read_bytes()).decode()})
+        paths.append(path)
+    paths[1].write_text(as_csv(comparison))
+    header, rows = cells(comparison)
+    template = Path(__file__).with_name("report.html.j2").read_text()
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(template).render(
+        sweep=comparison.sweep,
+        settings={key: ", ".join(levels(comparison.points, key)) for key in comparison.sweep.keys},
+        verdict=verdict_words(comparison),
+        header=header,
+        rows=rows,
+        note=table_note(comparison),
+        images=images,
+        samples=side_by_side(comparison.points),
+        left_out=comparison.left_out,
+        runs=sum(len(point.runs) for point in comparison.points),
+    )
+    paths[0].write_text(page)
+    return paths
+
+
+def side_by_side(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The first prompts with the reference's answer and those of the best points, each from its first seed."""
+    best = [point for point in points if point.runs[0].completions][:_SIDE_BY_SIDE]
+    if not best:
+        return []
+    verdicts = {"policy": "wins", "reference": "loses", "none": "no preference"}
+    samples = []
+    for i, row in enumerate(best[0].runs[0].completions[:_PROMPTS]):
+        answers = [{"name": "reference", "text": row["reference"], "verdict": "", "score": _score(row["ref_score"])}]
+        for point in best:
+            own = point.runs[0].completions[i]
+            answers.append(
+                {
+                    "name": f"{point.name}{_seed(point.runs[0])}",
+                    "text": own["completion"],
+                    "verdict": verdicts[own["verdict"]],
+                    "score": _score(own["score"]),
+                }
+            )
+        samples.append({"prompt": row["prompt"], "answers": answers})
+    return samples
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"score {value:.2f}"
+
+
+def _seed(run: Run) -> str:
+    return f", seed {run.config[SEED]}" if SEED in run.config else ""

@@ -1,0 +1,308 @@
+"""Statistics of a sweep: means with intervals, effects of the swept keys, and whether the best is the best. Pure.
+
+A point is one setting of the swept keys; its runs differ in their seeds. All runs answer the same held-out prompts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from xpo.config.errors import ConfigError, nearest
+from xpo.evaluation.agreement import share
+from xpo.evaluation.compare.read import Run, Sweep
+
+WIN_RATE = "eval/win_rate"
+SEED = "training.seed"
+_DRAWS = 4000
+
+Array = NDArray[np.float64]
+
+
+class Estimate(NamedTuple):
+    """A mean over runs with its 95 % interval; low and high are NaN where there is none.
+
+    Attributes:
+        value: the mean.
+        low, high: the interval.
+        runs: how many.
+        over: what the interval is about: "seeds", "prompts" (a win rate of one run) or "".
+    """
+
+    value: float
+    low: float
+    high: float
+    runs: int
+    over: str
+
+
+class Point(NamedTuple):
+    """One setting of the swept keys, and its runs in order of their seeds."""
+
+    settings: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{key}={label(value)}" for key, value in self.settings.items()) or "all runs"
+
+
+class Difference(NamedTuple):
+    """How much better one thing is than another.
+
+    Attributes:
+        value: the difference.
+        low, high: its 95 % interval.
+        probability: that it is positive: the share of resamples in which it is, ties by half.
+    """
+
+    value: float
+    low: float
+    high: float
+    probability: float
+
+    @property
+    def distinguishable(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+class Verdict(NamedTuple):
+    """The best point, and how sure that is.
+
+    Attributes:
+        best: the point with the highest mean.
+        runner_up: the next one; None if there is none.
+        over_runner_up: the difference of the two; None without a runner-up, or where nothing can be resampled.
+        over_parity: the best win rate less 0.5; None for other metrics.
+        best_share: in which share of resamples the best is the best of all points; NaN where nothing can be resampled.
+        seeds: the smallest number of runs at a point.
+        by_prompt: whether prompts were resampled, too: the metric is known for each of them.
+    """
+
+    best: Point
+    runner_up: Point | None
+    over_runner_up: Difference | None
+    over_parity: Difference | None
+    best_share: float
+    seeds: int
+    by_prompt: bool
+
+
+class Comparison(NamedTuple):
+    """What there is to say of a sweep: `points` from best to worst by `metric`, `left_out` are the other jobs."""
+
+    sweep: Sweep
+    metric: str
+    points: list[Point]
+    left_out: list[Run]
+    verdict: Verdict
+
+
+def compare(sweep: Sweep, metric: str = WIN_RATE) -> Comparison:
+    """Groups the finished runs, ranks the points by the last value of a metric (higher is better), judges the best.
+
+    Raises:
+        ConfigError: no finished run, a metric that none has, or runs with different held-out prompts.
+    """
+    finished = [run for run in sweep.runs if run.state == "finished"]
+    if not finished:
+        states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in sweep.runs).items())
+        raise ConfigError(f"SWEEP={sweep.name!r} has no finished run ({states}); run its command again")
+    known = sorted({name for run in finished for name in run.history})
+    if metric not in known:
+        raise ConfigError(
+            f"--metric={metric!r} is in no finished run{nearest(metric, known)}; they have "
+            f"{', '.join(name for name in known if name.startswith('eval/')) or 'no evaluation'}"
+        )
+    runs = [run for run in finished if metric in run.history]
+    check_prompts(runs)
+    without = [Run(run.name, "finished", f"without {metric}") for run in finished if metric not in run.history]
+    points = group(runs, sweep.keys)
+    points.sort(key=lambda point: -mean([run.final(metric) for run in point.runs]))
+    left_out = [run for run in sweep.runs if run.state != "finished"] + without
+    return Comparison(sweep, metric, points, left_out, judge_best(points, metric))
+
+
+def check_prompts(runs: Sequence[Run]) -> None:
+    """ConfigError unless all runs whose completions are kept were evaluated on the same prompts in the same order."""
+    kept = [run for run in runs if run.completions]
+    for run in kept[1:]:
+        if [row["prompt"] for row in run.completions] != [row["prompt"] for row in kept[0].completions]:
+            raise ConfigError(
+                f"data.eval: {run.name!r} was evaluated on other prompts than {kept[0].name!r}, so that they do not "
+                "compare; sweep with the same data.eval, data.eval_split and data.eval_limit"
+            )
+
+
+# ---- settings --------------------------------------------------------------------------------------
+
+
+def label(value: Any) -> str:
+    """A configuration value as text: null, 1e-05, 0.1."""
+    if value is None:
+        return "null"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
+
+
+def rank(value: Any) -> tuple[int, float, str]:
+    """Sorts values: null, then numbers, then anything else by its text."""
+    if value is None:
+        return 0, 0.0, ""
+    if isinstance(value, int | float):
+        return 1, float(value), ""
+    return 2, 0.0, label(value)
+
+
+def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
+    """One point for each setting of the keys, in order of their values; its runs in order of their seeds."""
+    points: dict[tuple[str, ...], Point] = {}
+    for run in sorted(runs, key=lambda run: rank(run.config.get(SEED))):
+        settings = {key: run.config.get(key) for key in keys}
+        place = tuple(label(value) for value in settings.values())
+        points.setdefault(place, Point(settings, [])).runs.append(run)
+    return sorted(points.values(), key=lambda point: [rank(value) for value in point.settings.values()])
+
+
+# ---- means and effects -----------------------------------------------------------------------------
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
+    """The mean of the runs' last values of a metric; None if none of them has it.
+
+    Student's t interval over the runs. One run has none; for its win rate, Wilson's interval over the prompts
+    is given instead, which knows nothing of other seeds.
+    """
+    having = [run for run in runs if metric in run.history]
+    if not having:
+        return None
+    values = [run.final(metric) for run in having]
+    n, value = len(values), mean(values)
+    if n > 1:
+        half = student.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+        return Estimate(value, value - half, value + half, n, "seeds")
+    if metric == WIN_RATE and having[0].completions:
+        wins = share(torch.tensor([row["verdict"] == "policy" for row in having[0].completions]))
+        return Estimate(value, wins.low, wins.high, 1, "prompts")
+    return Estimate(value, math.nan, math.nan, 1, "")
+
+
+def levels(points: Sequence[Point], key: str) -> list[str]:
+    """The values of a swept key, in their order, as texts."""
+    values = {label(point.settings[key]): rank(point.settings[key]) for point in points}
+    return sorted(values, key=lambda text: values[text])
+
+
+def is_balanced(points: Sequence[Point], keys: Sequence[str]) -> bool:
+    """Whether all combinations of the keys' values are there, with the same number of runs."""
+    full = math.prod(len(levels(points, key)) for key in keys)
+    return len(points) == full and len({len(point.runs) for point in points}) == 1
+
+
+def main_effect(points: Sequence[Point], key: str, metric: str) -> dict[str, Estimate | None]:
+    """By each value of a key, the mean over all runs that have it, whatever their other settings are."""
+    return {
+        level: estimate([run for p in points if label(p.settings[key]) == level for run in p.runs], metric)
+        for level in levels(points, key)
+    }
+
+
+def cell_means(points: Sequence[Point], first: str, second: str, metric: str) -> dict[tuple[str, str], Estimate | None]:
+    """The mean at each pair of values of two keys; None where there is no run. Parallel rows: no interaction."""
+    return {
+        (a, b): estimate(
+            [run for p in points if (label(p.settings[first]), label(p.settings[second])) == (a, b) for run in p.runs],
+            metric,
+        )
+        for a in levels(points, first)
+        for b in levels(points, second)
+    }
+
+
+# ---- the best point --------------------------------------------------------------------------------
+
+
+def by_prompt(run: Run, metric: str) -> Array | None:
+    """The value of a metric for each held-out prompt, (P,), NaN where it is missing; None if it is not kept."""
+    verdicts = {WIN_RATE: "policy", "eval/lose_rate": "reference"}
+    if not run.completions or metric not in (*verdicts, "eval/score"):
+        return None
+    if metric in verdicts:
+        return np.array([row["verdict"] == verdicts[metric] for row in run.completions], dtype=float)
+    return np.array([math.nan if row["score"] is None else row["score"] for row in run.completions])
+
+
+def resampled_means(values: Sequence[Array], same_seeds: bool, draws: int = _DRAWS, seed: int = 0) -> Array:
+    """Means of points under the paired bootstrap of prompts and seeds, (draws, points).
+
+    Prompts are resampled for all points together, and seeds too where all points have the same ones, since
+    evaluations with one seed share noise and reference. Of n seeds n - 1 are drawn, so that the variance of a
+    mean is estimated without bias (Rao and Wu 1988), which matters with few of them; a single seed stays.
+
+    Args:
+        values: for each point, a value for each of its runs and each prompt, (S, P); NaN is missing.
+        same_seeds: whether the rows of all points belong to the same seeds.
+    """
+    generator = np.random.default_rng(seed)
+
+    def counts(n: int, drawn: int) -> Array:
+        return generator.multinomial(drawn, np.full(n, 1 / n), size=draws).astype(float)
+
+    def seeds(n: int) -> Array:
+        return counts(n, max(n - 1, 1))
+
+    prompts = counts(values[0].shape[1], values[0].shape[1])
+    shared = seeds(len(values[0])) if same_seeds else None
+    columns = []
+    for point in values:
+        known = np.isfinite(point)
+        with np.errstate(invalid="ignore"):
+            by_run = prompts @ np.where(known, point, 0).T / (prompts @ known.T.astype(float))  # (draws, S)
+        weights = seeds(len(point)) if shared is None else shared
+        columns.append((weights * by_run).sum(1) / weights.sum(1))
+    return np.round(np.stack(columns, 1), 12)  # equal means are equal, however they were summed
+
+
+def difference(value: float, resampled: Array) -> Difference:
+    """A difference and its resamples, (draws,), as value, percentile interval and probability."""
+    low, high = np.nanpercentile(resampled, [2.5, 97.5]).tolist()
+    known = resampled[np.isfinite(resampled)]
+    return Difference(value, low, high, float(((known > 0) + 0.5 * (known == 0)).mean()))
+
+
+def judge_best(points: Sequence[Point], metric: str) -> Verdict:
+    """The first of `points`, which are in order from best to worst, against the second and against parity."""
+    rows = [[by_prompt(run, metric) for run in point.runs] for point in points]
+    each_prompt = all(row is not None for point in rows for row in point)
+    values: list[Array] = (
+        [np.stack([row for row in point if row is not None]) for point in rows]
+        if each_prompt
+        else [np.array([[run.final(metric)] for run in point.runs]) for point in points]
+    )
+    means = [mean([run.final(metric) for run in point.runs]) for point in points]
+    fewest = min(len(point.runs) for point in points)
+    runner_up = points[1] if len(points) > 1 else None
+    over_runner_up = over_parity = None
+    best_share = math.nan
+    if each_prompt or fewest > 1:
+        seeds = [[run.config.get(SEED) for run in point.runs] for point in points]
+        draws = resampled_means(values, all(each == seeds[0] for each in seeds))
+        if runner_up is not None:
+            over_runner_up = difference(means[0] - means[1], draws[:, 0] - draws[:, 1])
+        if metric == WIN_RATE:
+            over_parity = difference(means[0] - 0.5, draws[:, 0] - 0.5)
+        leading = draws == np.nanmax(draws, 1, keepdims=True)
+        best_share = float((leading[:, 0] / leading.sum(1)).mean())
+    return Verdict(points[0], runner_up, over_runner_up, over_parity, best_share, fewest, each_prompt)

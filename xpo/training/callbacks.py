@@ -1,0 +1,201 @@
+"""What happens beside training: stopping on a signal, logging, keeping completions, a profile, progress."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from numbers import Real
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.profiler import profile, supported_activities
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from xpo.evaluation.evaluator import Evaluator
+from xpo.tracking.mlflow_run import (
+    TABLE_NAME,
+    TABLE_TAG,
+    TABLE_TAG_VALUE,
+    MLflowRun,
+    completion_rows,
+    metric_name,
+    write_table,
+)
+
+logger = logging.getLogger(__name__)
+
+_ECHO_S = 2.0
+# The Trainer's summary of a call of train(): about this process, not about the run.
+_SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step in progress, with a checkpoint, when a signal asks for it.
+
+    SIGINT and SIGTERM do, and so does the death of the parent process. A second signal after two
+    seconds, or one outside of training, raises KeyboardInterrupt at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.in_training = False
+        self._parent = os.getppid()
+        self._first_at = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # A launcher passes on the signal that the terminal has sent to everybody already.
+        now = time.monotonic()
+        again = self.signal is not None and now - self._first_at > _ECHO_S
+        if self.signal is None:
+            self.signal, self._first_at = number, now
+        if again or not self.in_training:
+            raise KeyboardInterrupt
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.in_training = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.signal is None and os.getppid() != self._parent:
+            self.signal = signal.SIGTERM
+        if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
+            number = torch.tensor(self.signal or 0, device=args.device)
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+            self.signal = int(number) or None
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After a signal in an evaluation, the step that it belongs to is the last one."""
+        if self.in_training and args.save_strategy != SaveStrategy.BEST:  # which would save the best only
+            self.on_step_end(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.in_training = False
+
+
+class MLflowCallback(TrainerCallback):
+    """Sends every logged metric to a run. On a resumed run, first what its checkpoint knows of."""
+
+    def __init__(self, run: MLflowRun):
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            for entry in state.log_history:
+                self._log(entry, entry["step"])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self._log(logs or {}, state.global_step)
+
+    def _log(self, logs: dict[str, Any], step: int) -> None:
+        metrics = {  # Real: NumPy's numbers too
+            metric_name(name): float(value)
+            for name, value in logs.items()
+            if isinstance(value, Real) and name != "step" and name not in _SUMMARY
+        }
+        self.run.log_metrics(metrics, step)
+
+
+class KeepCompletions(TrainerCallback):
+    """Writes the completions of each evaluation to a file, and all of them to one table for MLflow."""
+
+    def __init__(self, evaluator: Evaluator, directory: Path, run: MLflowRun | None):
+        self.evaluator = evaluator
+        self.directory = directory
+        self.run = run
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = self.directory / f"step_{state.global_step:06d}.json"
+        write_table(path, completion_rows(self.evaluator.records, state.global_step))
+        if self.run is None:
+            return
+        table = self.directory / TABLE_NAME
+        files = sorted(self.directory.glob("step_*.json"))
+        write_table(table, [row for file in files for row in json.loads(file.read_text())["data"]])
+        self.run.log_file(path, "completions")
+        self.run.log_file(table)
+        self.run.set_tag(TABLE_TAG, TABLE_TAG_VALUE)
+
+
+class Profile(TrainerCallback):
+    """Records the second optimizer step of this process with torch's profiler: rollout, preference, reference, update.
+
+    Args:
+        path: of the trace, which chrome://tracing and https://ui.perfetto.dev open; it ends in .json.gz.
+        run: where the trace is an artifact too.
+    """
+
+    def __init__(self, path: Path, run: MLflowRun | None):
+        self.path = path
+        self.run = run
+        self._steps = 0
+        self._profiler = profile(activities=supported_activities(), record_shapes=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._steps += 1
+        if self._steps == 1:
+            self._profiler.start()
+        elif self._steps == 2:
+            self._profiler.stop()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self.path))
+            if self.run is not None:
+                self.run.log_file(self.path)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._steps == 1:
+            self._profiler.stop()
+        if self._steps < 2:
+            logger.warning("xpo: training.profile records the second step, and there was none")
+
+
+class Progress(ProgressCallback):
+    """transformers' progress bar, with one short line per log instead of every metric."""
+
+    _SHOWN = {
+        "loss": "loss",
+        "preference/win_rate": "wins",
+        "objective/scores_margin": "reward margin",
+        "objective/kl_policy": "kl",
+        "completions/length": "length",
+    }
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the metrics of a training step above the bar; those of evaluations have their table."""
+        if logs is None or self.training_bar is None or "loss" not in logs:
+            return
+        values = [f"{label} {logs[name]:.3f}" for name, label in self._SHOWN.items() if name in logs]
+        self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(values))
+        sys.stdout.flush()  # into a pipe or a file, too, a line appears with its step

@@ -1,0 +1,212 @@
+"""XPOConfig: transformers' TrainingArguments and what XPO adds to them. Layer 0."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from transformers import TrainingArguments
+
+from xpo.config import checks
+from xpo.config.errors import ConfigError
+from xpo.models.forward import PairForward
+from xpo.models.zero import connect, prepare_environment
+from xpo.objectives.losses import LabelType, LossType
+
+LOSS_TYPES = get_args(LossType)
+PAIR_FORWARDS = get_args(PairForward)
+LABELS = ("hard", "soft", "sampled")
+PROMPT_OVERFLOWS = ("drop", "truncate", "error")
+SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+DICTIONARIES = {  # of options, and an example of each
+    "generation_kwargs": "{'no_repeat_ngram_size': 2}",
+    "chat_template_kwargs": "{'enable_thinking': False}",
+    "model_init_kwargs": "{'attn_implementation': 'eager'}",
+}
+TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_message"}
+
+
+@dataclass
+class XPOConfig(TrainingArguments):
+    """Arguments of `XPOTrainer`. Names and meanings are those of TRL's XPOConfig.
+
+    Everything of `transformers.TrainingArguments` applies too. Other defaults than there:
+    learning_rate 5e-7, logging_steps 10, bf16 on GPUs that have it, report_to "none",
+    remove_unused_columns and logging_nan_inf_filter False.
+
+    Args:
+        alpha: weight of the exploration bonus; a list gives one value per epoch, the last one for the rest.
+        beta: strength of the KL regularisation (for loss_type "ipo": tau); a list as for alpha.
+        loss_type: "sigmoid" (DPO) or "ipo".
+        missing_eos_penalty: subtracted from the score of a completion without an EOS token; None for nothing.
+        labels: "hard", the likelier winner has won; "soft", the loss weighs both directions by
+            sigmoid(margin / label_temperature); "sampled", the winner is drawn with that probability.
+        label_temperature: of soft and sampled labels.
+        tie_threshold: margins of at most this size are ties, which carry no preference.
+        normalize_scores: scale the reward model's scores to mean 0 and standard deviation 1 over all scores
+            of the run so far; the EOS penalty is in these units then. Evaluation reports raw scores.
+        clip_scores: the largest score by absolute value, after normalization; None for no limit.
+        max_new_tokens: tokens of a completion at most.
+        max_length: tokens of prompt and completion at most.
+        prompt_overflow: what happens to prompts longer than max_length - max_new_tokens: "drop" (with a
+            count), "truncate" (keeps the end of the prompt) or "error".
+        chat_template_kwargs: what the chat template takes beside the messages of a prompt, such as
+            {"enable_thinking": False} for Qwen3.
+        temperature: of the sampling distribution; 0 decodes greedily.
+        top_p: smallest set of tokens with this probability is kept; 1 keeps all.
+        top_k: number of likeliest tokens kept; 0 keeps all.
+        min_p: tokens at least this probable, relative to the likeliest, are kept; None keeps all.
+        repetition_penalty: above 1 discourages tokens that occurred before.
+        generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
+        generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
+        eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
+        pair_forward: "packed", one row [prompt | y | y~ | next prompt | ...] without padding; "shared", one row
+            [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first of them that the
+            architecture allows, but packed on CPUs only (on a GPU it compiles FlexAttention). The results are
+            the same up to rounding. Under gradient checkpointing packed becomes shared.
+        tokens_per_micro_batch: pairs of a micro-batch go through forward and backward in parts of at most so many
+            tokens, with padding if they are not packed, which bounds memory; None: 1,536 on a CPU, 16,384 elsewhere.
+        reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
+            None or "off" draws them afresh.
+        reference_batch_size: where the store lacks completions, those of the next steps are drawn along with this
+            step's, up to so many prompts in all; 1 draws each step's own.
+        ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
+            from it; False fetches it layer by layer, token after token, which is slower and needs less memory.
+        shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
+        disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
+        model_init_kwargs: for `from_pretrained` when the model is given by name; it is loaded in float32 unless they
+            say otherwise.
+        trust_remote_code: allow models that bring their own code.
+        reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
+    """
+
+    learning_rate: float = 5e-7
+    logging_steps: float = 10
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    use_cpu: bool = False
+    dataloader_pin_memory: bool = True
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str | None = None
+    report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
+    bf16: bool | None = None  # resolved to a bool in __post_init__
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *DICTIONARIES]
+
+    # list[float] is what HfArgumentParser can read from a command line; a single number is welcome too.
+    alpha: list[float] = field(default_factory=lambda: [1e-5])
+    beta: list[float] = field(default_factory=lambda: [0.1])
+    loss_type: LossType = "sigmoid"
+    missing_eos_penalty: float | None = None
+    labels: LabelType = "hard"
+    label_temperature: float = 1.0
+    tie_threshold: float = 0.0
+    normalize_scores: bool = False
+    clip_scores: float | None = None
+    max_new_tokens: int = 64
+    max_length: int = 512
+    prompt_overflow: str = "drop"
+    chat_template_kwargs: dict[str, Any] | str | None = None
+    temperature: float = 0.9
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] | str | None = None
+    generation_batch_size: int | None = None
+    eval_greedy: bool = False
+    pair_forward: PairForward = "auto"
+    tokens_per_micro_batch: int | None = None
+    reference_store: str | None = None
+    reference_batch_size: int = 32
+    ds3_gather_for_generation: bool = True
+    shard_reference: bool = False
+    disable_dropout: bool = True
+    model_init_kwargs: dict[str, Any] | str | None = None
+    trust_remote_code: bool = False
+    reward_model_path: str | None = None
+
+    def __post_init__(self) -> None:
+        checks.per_epoch("alpha", self.alpha, minimum=0)
+        checks.per_epoch("beta", self.beta, above=0)
+        checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
+        checks.one_of("prompt_overflow", self.prompt_overflow, PROMPT_OVERFLOWS)
+        if self.missing_eos_penalty is not None:
+            checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
+        if self.tokens_per_micro_batch is not None:
+            checks.count("tokens_per_micro_batch", self.tokens_per_micro_batch)
+        checks.one_of("pair_forward", self.pair_forward, PAIR_FORWARDS)
+        checks.one_of("labels", self.labels, LABELS)
+        checks.number("label_temperature", self.label_temperature, above=0)
+        checks.number("tie_threshold", self.tie_threshold, minimum=0)
+        if self.clip_scores is not None:
+            checks.number("clip_scores", self.clip_scores, above=0)
+        checks.count("reference_batch_size", self.reference_batch_size)
+        if self.generation_batch_size is not None:
+            checks.count("generation_batch_size", self.generation_batch_size)
+        # Without this, several processes without a GPU would each believe to be alone. Apple's MPS knows no float64.
+        if not torch.accelerator.is_available() or torch.backends.mps.is_available():
+            self.use_cpu = True
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, imported by others, warns that it found none
+        if self.bf16 is None:
+            gpu = torch.cuda.is_available() and not (self.fp16 or self.use_cpu)
+            self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = "win_rate"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        zero = bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if zero and self.tokens_per_micro_batch is not None:
+            raise ConfigError(
+                f"tokens_per_micro_batch={self.tokens_per_micro_batch} does not go with DeepSpeed, whose processes "
+                "do equally many passes; lower per_device_train_batch_size and raise gradient_accumulation_steps"
+            )
+        if self.shard_reference and not zero:
+            raise ConfigError("shard_reference=True needs DeepSpeed; choose a deepspeed configuration")
+        if self.fsdp:
+            raise ConfigError(
+                f"fsdp={self.fsdp!r} is not supported, as rollouts need whole parameters; "
+                "use DeepSpeed ZeRO-3 (deepspeed=zero3)"
+            )
+        if zero:
+            prepare_environment(self.use_cpu)
+        super().__post_init__()  # makes dictionaries of those given as JSON
+        self._check_dictionaries()
+        self._check_sampling()
+        if zero:
+            connect(self.device)
+        # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
+        self._n_gpu = min(self.n_gpu, 1)
+        if self.accelerator_config.dispatch_batches is None:
+            # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
+            self.accelerator_config.dispatch_batches = False
+
+    def _check_dictionaries(self) -> None:
+        for name, example in DICTIONARIES.items():
+            value = getattr(self, name)
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"{name}={value!r} is no dictionary; give one such as {example}")
+        for name in TEMPLATE_ARGUMENTS.intersection(self.chat_template_kwargs or {}):
+            raise ConfigError(f"chat_template_kwargs.{name} is set for each prompt; leave it out")
+
+    def _check_sampling(self) -> None:
+        """Checks the options of sampling; those that generation_kwargs repeats win, and become the fields' values."""
+        rest = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
+        for name in SAMPLING_FIELDS:
+            setattr(self, name, rest.pop(name, getattr(self, name)))
+        self.generation_kwargs = rest or None
+        checks.lengths("max_new_tokens", self.max_new_tokens, "max_length", self.max_length)
+        checks.number("temperature", self.temperature, minimum=0)
+        checks.fraction("top_p", self.top_p)
+        checks.count("top_k", self.top_k, minimum=0)
+        checks.number("repetition_penalty", self.repetition_penalty, above=0)
+        if self.min_p is not None:
+            checks.fraction("min_p", self.min_p)
+
+
+def value_at_epoch(values: float | Sequence[float], epoch: float | None) -> float:
+    """The value in force at a (fractional) epoch: one per epoch, the last one for all the rest."""
+    if not isinstance(values, Sequence):
+        return float(values)
+    return float(values[min(int(epoch or 0), len(values) - 1)])
