@@ -16,7 +16,7 @@ from transformers import TrainerState
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.models.loading import tiny_model, tiny_tokenizer
-from xpo.sampling.rollout import Sampler
+from xpo.sampling.sampler import Sampler
 from xpo.tracking.runs import last_complete_checkpoint
 
 MOMENTS = ("mid_rollout", "mid_update", "mid_save")

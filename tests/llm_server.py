@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from xpo.config.options import ModelSchema
+from xpo.config.options import ModelOptions
 from xpo.models.loading import load_model, load_tokenizer, policy_directory
 
 THINKS_FIRST = {"max_tokens": "refuse_max_tokens", "temperature": "refuse_temperature", "logprobs": "forbid_logprobs"}
@@ -78,7 +78,7 @@ class LLMServer:
         hang_s: float = 30,
         delay_s: float = 0,
     ):
-        schema = ModelSchema(name=model)
+        schema = ModelOptions(name=model)
         directory = policy_directory(model, None)
         self.network = sharpened(load_model(directory, schema).eval(), 6 if model == "embedded:tiny" else 1)
         self.tokenizer = load_tokenizer(directory, schema)

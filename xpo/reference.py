@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 
 from xpo.config.errors import ConfigError
 from xpo.config.explain import CONF, explain
-from xpo.config.options import TrainSchema
+from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
 from xpo.launch.jobs import check_keys
 from xpo.launch.worker import loaded, prompts, training_arguments
 from xpo.models.loading import load_model, load_tokenizer, policy_directory
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
-from xpo.sampling.rollout import EVAL_REFERENCE, REFERENCE, Sampler
+from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
+from xpo.sampling.sampler import Sampler
 from xpo.tracking import terminal as report
 from xpo.train import choose_preset, compose
 from xpo.training.trainer import (

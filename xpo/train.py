@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from xpo.config.errors import ConfigError, JobFailed
 from xpo.config.explain import CONF, explain
-from xpo.config.options import TrainSchema
+from xpo.config.schema import TrainSchema
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, explanation, passing_on_signals, signals
 from xpo.tracking.runs import last_evaluation, resumable_checkpoint

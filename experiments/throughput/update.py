@@ -27,7 +27,7 @@ from workloads import MODELS, WORKLOADS, draw_prompts, load_tokenizer, model_dir
 
 from xpo.models.forward import Forward
 from xpo.models.memory import keep_freed_memory
-from xpo.sampling.rollout import take_pairs, token_batches, tokens_at_once
+from xpo.sampling.completions import take_pairs, token_batches, tokens_at_once
 
 PAIRS = 8
 

@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from xpo.compare import main
 from xpo.config.errors import ConfigError
-from xpo.config.options import flatten
+from xpo.config.schema import flatten
 from xpo.evaluation.compare.log import TAG, log
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import Run, Sweep, _with_swept, find_sweep, from_directory, from_mlflow

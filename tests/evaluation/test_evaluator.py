@@ -21,7 +21,8 @@ from xpo.data.prompts import Prompt
 from xpo.evaluation.evaluator import Evaluator, summarize
 from xpo.models.loading import tiny_model
 from xpo.rewards import FunctionReward
-from xpo.sampling.rollout import Completions, Sampler
+from xpo.sampling.completions import Completions
+from xpo.sampling.sampler import Sampler
 
 
 def ending(seed: int = 0) -> LlamaForCausalLM:

@@ -12,7 +12,7 @@ from xpo.data.prompts import Prompt
 from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.judges.labelling import Preference, Rules, judge_pairs
 from xpo.rewards import FunctionReward, RewardModel
-from xpo.sampling.rollout import Completions
+from xpo.sampling.completions import Completions
 from xpo.tracking.metrics import preference_metrics
 
 NAN, INF = math.nan, math.inf

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xpo import train
 from xpo.config.errors import ConfigError, RunInUse
-from xpo.config.options import TrainSchema
+from xpo.config.schema import TrainSchema
 from xpo.launch import processes as launch
 from xpo.launch import worker
 from xpo.launch.jobs import run_name

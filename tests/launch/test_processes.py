@@ -14,7 +14,7 @@ from filelock import FileLock
 from omegaconf import OmegaConf
 
 from xpo.config.errors import ConfigError
-from xpo.config.options import LaunchSchema
+from xpo.config.options import LaunchOptions
 from xpo.launch import processes as launch
 from xpo.launch.processes import JobProcess, Outcome, command, environment
 from xpo.tracking.runs import RunRecord
@@ -155,10 +155,10 @@ def test_the_command_of_a_job(tmp_path: Path):
     """Plain Python, torchrun, or the user's."""
     python = [sys.executable, "-m", "xpo.launch.worker", str(tmp_path)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    assert command(LaunchSchema(), tmp_path, with_deepspeed=False) == python
-    assert command(LaunchSchema(), tmp_path, with_deepspeed=True) == [*torchrun, "1", *python[1:]]
-    assert command(LaunchSchema(num_processes=4), tmp_path, with_deepspeed=False) == [*torchrun, "4", *python[1:]]
-    own = LaunchSchema(num_processes=4, command="accelerate launch --num_processes {num_processes} -m")
+    assert command(LaunchOptions(), tmp_path, with_deepspeed=False) == python
+    assert command(LaunchOptions(), tmp_path, with_deepspeed=True) == [*torchrun, "1", *python[1:]]
+    assert command(LaunchOptions(num_processes=4), tmp_path, with_deepspeed=False) == [*torchrun, "4", *python[1:]]
+    own = LaunchOptions(num_processes=4, command="accelerate launch --num_processes {num_processes} -m")
     words = ["accelerate", "launch", "--num_processes", "4", "-m", "xpo.launch.worker", str(tmp_path)]
     assert command(own, tmp_path, with_deepspeed=True) == words
 
@@ -167,16 +167,16 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
     """Its devices, and its share of the cores."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert environment(LaunchSchema(), None, 1) == {"XPO_PROCESSES": "1"}
-    assert environment(LaunchSchema(num_processes=2), [4, 5], 2) == {
+    assert environment(LaunchOptions(), None, 1) == {"XPO_PROCESSES": "1"}
+    assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == {
         "XPO_PROCESSES": "2",
         "CUDA_VISIBLE_DEVICES": "4,5",
         "OMP_NUM_THREADS": "4",
     }
     # Without a sweep; what the training process leaves is free for a judge.
-    assert environment(LaunchSchema(devices=[2, 3]), None, 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert environment(LaunchOptions(devices=[2, 3]), None, 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert "OMP_NUM_THREADS" not in environment(LaunchSchema(num_processes=2), None, 2)
+    assert "OMP_NUM_THREADS" not in environment(LaunchOptions(num_processes=2), None, 2)
 
 
 def test_signals_are_passed_on_and_remembered():

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from xpo import train
-from xpo.config.options import LaunchSchema
+from xpo.config.options import LaunchOptions
 from xpo.launch import processes as launch
 from xpo.launch import sweep
 from xpo.launch.processes import Outcome
@@ -219,8 +219,8 @@ def test_too_few_devices(command: Command, capfd: pytest.CaptureFixture[str], mo
 def test_the_devices_of_the_environment_are_shared(monkeypatch: pytest.MonkeyPatch):
     """As launch.devices would be."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
-    assert sweep.slots(LaunchSchema(jobs=2, num_processes=2)) == [[2, 3], [5, 7]]
-    assert sweep.slots(LaunchSchema(num_processes=2)) == [None]
+    assert sweep.slots(LaunchOptions(jobs=2, num_processes=2)) == [[2, 3], [5, 7]]
+    assert sweep.slots(LaunchOptions(num_processes=2)) == [None]
 
 
 # ---- what goes wrong ---------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from xpo.models.logprobs import (
     shared_prompt_logps,
     token_logps,
 )
-from xpo.sampling.rollout import take_pairs
+from xpo.sampling.completions import take_pairs
 
 
 def test_a_completion_ends_at_its_first_eos():

@@ -13,13 +13,15 @@ from conftest import TrainerFactory, prompts, step_logs
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
+from xpo.sampling.UNKNOWN import Sampling
 
 from xpo.config.errors import ConfigError
 from xpo.data.store import Store
 from xpo.models.loading import tiny_model
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
-from xpo.sampling.rollout import EVAL_REFERENCE, REFERENCE, Sampler, Sampling
+from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
+from xpo.sampling.sampler import Sampler
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]

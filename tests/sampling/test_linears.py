@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from xpo.sampling.UNKNOWN import Sampling
 
 from xpo.sampling import linears
 from xpo.sampling.linears import packed_linears
-from xpo.sampling.rollout import Sampler, Sampling, sampling_noise
+from xpo.sampling.noise import sampling_noise
+from xpo.sampling.sampler import Sampler
 
 
 def layers(bias: bool = True) -> nn.Sequential:

@@ -4,20 +4,14 @@ import pytest
 import torch
 from conftest import gpt2
 from transformers import GenerationConfig, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from xpo.sampling.UNKNOWN import Rollout, Sampling
 
 from xpo.config.errors import ConfigError
 from xpo.sampling import rollout
+from xpo.sampling.completions import Completions, same_width, token_batches
 from xpo.sampling.kv_cache import roomy_cache
-from xpo.sampling.rollout import (
-    Completions,
-    InverseTransformSampler,
-    Rollout,
-    Sampler,
-    Sampling,
-    same_width,
-    sampling_noise,
-    token_batches,
-)
+from xpo.sampling.noise import InverseTransformSampler, sampling_noise
+from xpo.sampling.sampler import Sampler
 
 KEY = (42, 3, 0)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]

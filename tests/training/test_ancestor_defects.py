@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from xpo import ClassifierReward, ConfigError, PairRMJudge, XPOConfig
 from xpo.models.loading import tiny_model, tiny_tokenizer
-from xpo.sampling.rollout import POLICY, REFERENCE, sampling_noise
+from xpo.sampling.noise import POLICY, REFERENCE, sampling_noise
 
 # Where the rest of the rows are tested.
 ELSEWHERE = {

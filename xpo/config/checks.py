@@ -1,4 +1,4 @@
-"""Checks of single values, shared by XPOConfig and the Hydra schema. Layer 0: no heavy imports.
+"""Checks of single values: of the configuration's keys (`xpo.config.options`), and of arguments of judges and rewards.
 
 Each raises ConfigError with one line: key, value, remedy.
 """
@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from xpo.config.errors import ConfigError, nearest
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # of weights; auto: as they are stored
 
 
 def number(key: str, value: Any, minimum: float | None = None, above: float | None = None) -> None:
@@ -50,14 +52,3 @@ def one_of(key: str, value: Any, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
-
-
-def lengths(max_new_tokens_key: str, max_new_tokens: int, max_length_key: str, max_length: int) -> None:
-    """Completions must leave room for a prompt."""
-    count(max_new_tokens_key, max_new_tokens)
-    count(max_length_key, max_length)
-    if max_new_tokens >= max_length:
-        raise ConfigError(
-            f"{max_new_tokens_key}={max_new_tokens} leaves no room for a prompt in {max_length_key}={max_length}; "
-            f"raise {max_length_key} or lower {max_new_tokens_key}"
-        )

@@ -3,9 +3,9 @@
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -18,7 +18,7 @@ from omegaconf.errors import (
 )
 
 from xpo.config.errors import ConfigError, nearest
-from xpo.config.options import TrainSchema, flatten
+from xpo.config.schema import TrainSchema, flatten
 
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -147,8 +147,7 @@ def _schema_types(key: str, schema: type) -> list[Any]:
     kinds: list[Any] = []
     kind: Any = schema
     for part in key.split("."):
-        types = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {}
-        kind = types.get(part)
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
         kinds.append(kind)
     return kinds
 

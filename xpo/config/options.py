@@ -1,155 +1,245 @@
-"""The types of the Hydra configuration. Layer 0: no torch, so that `--cfg job` answers at once.
+"""Every key of the configuration, once: its type, default and range, and what it has to do with a run's numbers.
 
-Every group of conf/ has one dataclass here, but for judge, reward_model and experiment; values are documented where
-they are set, in the YAML files. A value of the wrong type or out of range raises ConfigError before anything is loaded.
+One dataclass for each group of conf/, whose files say what the keys mean. The Hydra schema contains these classes,
+`XPOConfig` inherits them or quotes their defaults, sampler and labeller receive them. What a key is, is written
+behind its type: a check (`positive`), its `Role` unless that is IDENTITY, its `Argument` in XPOConfig.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import Enum, auto
+from functools import partial
+from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
 
 from omegaconf import MISSING
 
 from xpo.config import checks
 from xpo.config.errors import ConfigError
 
+Check = Callable[[str, Any], None]
+
+positive = partial(checks.number, above=0)
+not_negative = partial(checks.number, minimum=0)
+at_least_one = checks.count
+whole = partial(checks.count, minimum=0)
+
+
+def one_of(*words: str) -> Check:
+    """The value is one of these words."""
+    return partial(checks.one_of, choices=words)
+
+
+class Role(Enum):
+    """What a key has to do with the numbers of a run."""
+
+    IDENTITY = auto()  # it names the run: with another value it is another one
+    LENGTH = auto()  # it names the run, which may go on with another value all the same
+    OPERATION = auto()  # it changes no number
+
+
+@dataclass(frozen=True)
+class Argument:
+    """The name of a key in XPOConfig, where that is not the same; None: it has none."""
+
+    name: str | None
+
+
+class Key(NamedTuple):
+    """What is declared of a key: see the head of this file."""
+
+    group: str
+    name: str
+    default: Any
+    check: Check | None
+    role: Role
+    argument: str | None
+
+    def check_value(self, spelled: str, value: Any) -> None:
+        """ConfigError if a value is out of range; null is in range where it is the default."""
+        if self.check is not None and not (value is None and self.default is None):
+            self.check(spelled, value)
+
 
 @dataclass
-class ModelSchema:
+class Options:
+    """A group of conf/; building one checks its values."""
+
+    GROUP: ClassVar[str] = ""
+    ARE_ARGUMENTS: ClassVar[bool] = False  # whether XPOConfig has the keys by the same names
+
+    def __post_init__(self) -> None:
+        for key in keys(type(self)):
+            key.check_value(f"{key.group}.{key.name}", vars(self)[key.name])
+
+
+def keys(group: type[Options]) -> list[Key]:
+    """The keys of a group, as they are declared."""
+    hints = get_type_hints(group, include_extras=True)
+    found = []
+    for one in fields(group):
+        declared = getattr(hints[one.name], "__metadata__", ())  # of Annotated; a plain type has none
+        check, role, argument = None, Role.IDENTITY, one.name if group.ARE_ARGUMENTS else None
+        for part in declared:
+            if isinstance(part, Role):
+                role = part
+            elif isinstance(part, Argument):
+                argument = part.name
+            else:
+                check = part
+        found.append(Key(group.GROUP, one.name, one.default, check, role, argument))
+    return found
+
+
+# ---- the groups --------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelOptions(Options):
+    GROUP = "model"
+
     name: str = MISSING
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Annotated[str, one_of(*checks.DTYPES)] = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
     reference: str | None = None
 
-    def __post_init__(self) -> None:
-        checks.one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+
+def _modules(key: str, value: Any) -> None:
+    names = value if isinstance(value, list) else [value]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{key}={value!r} names no modules; give all-linear or a list such as {key}=[q_proj,v_proj]")
 
 
 @dataclass
-class LoraSchema:
-    r: int = 0
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: Any = "all-linear"
+class LoraOptions(Options):
+    GROUP = "lora"
+
+    r: Annotated[int, whole] = 0
+    alpha: Annotated[int, at_least_one] = 32
+    dropout: Annotated[float, not_negative] = 0.0
+    target_modules: Annotated[Any, _modules] = "all-linear"
+
+
+@dataclass
+class DataOptions(Options):
+    GROUP = "data"
+
+    train: str = MISSING
+    train_split: str = "train"
+    train_limit: Annotated[int | None, at_least_one] = None
+    eval: str | None = None
+    eval_split: str = "test"
+    eval_limit: Annotated[int | None, at_least_one] = None
+    prompt_column: str = "prompt"
+    prompt_overflow: Annotated[str, one_of("drop", "truncate", "error"), Argument("prompt_overflow")] = "drop"
+    chat_template_kwargs: Annotated[dict[str, Any], Argument("chat_template_kwargs")] = field(default_factory=dict)
+
+
+@dataclass
+class LossOptions(Options):
+    GROUP = "loss"
+    ARE_ARGUMENTS = True
+
+    alpha: Annotated[Any, partial(checks.per_epoch, minimum=0)] = 1e-5
+    beta: Annotated[Any, partial(checks.per_epoch, above=0)] = 0.1
+    loss_type: Annotated[str, one_of("sigmoid", "ipo")] = "sigmoid"
+    missing_eos_penalty: Annotated[float | None, positive] = None
+
+
+@dataclass
+class PreferenceOptions(Options):
+    GROUP = "preference"
+    ARE_ARGUMENTS = True
+
+    labels: Annotated[str, one_of("hard", "soft", "sampled")] = "hard"
+    label_temperature: Annotated[float, positive] = 1.0
+    tie_threshold: Annotated[float, not_negative] = 0.0
+    normalize_scores: bool = False
+    clip_scores: Annotated[float | None, positive] = None
+
+
+@dataclass
+class SamplingOptions(Options):
+    GROUP = "generation"
+    ARE_ARGUMENTS = True
+
+    max_new_tokens: Annotated[int, at_least_one] = 64
+    max_length: Annotated[int, at_least_one] = 512
+    temperature: Annotated[float, not_negative] = 0.9
+    top_p: Annotated[float, checks.fraction] = 1.0
+    top_k: Annotated[int, whole] = 0
+    min_p: Annotated[float | None, checks.fraction] = None
+    repetition_penalty: Annotated[float, positive] = 1.0
+
+
+@dataclass
+class GenerationOptions(SamplingOptions):
+    batch_size: Annotated[int | None, at_least_one, Argument("generation_batch_size")] = None
+    kwargs: Annotated[dict[str, Any], Argument("generation_kwargs")] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks.number("lora.r", self.r, minimum=0)
-        checks.number("lora.alpha", self.alpha, minimum=1)
-        checks.number("lora.dropout", self.dropout, minimum=0)
-        modules = self.target_modules if isinstance(self.target_modules, list) else [self.target_modules]
-        if not modules or not all(isinstance(module, str) for module in modules):
+        super().__post_init__()
+        check_lengths(self)
+
+
+def _scorers(key: str, scorers: Mapping[str, Any]) -> None:
+    for name, scorer in scorers.items():
+        if not is_group(scorer):
             raise ConfigError(
-                f"lora.target_modules={self.target_modules!r} names no modules; "
-                "give all-linear or a list such as lora.target_modules=[q_proj,v_proj]"
+                f"{key}.{name}={scorer!r} has no _target_; give one, or remove the scorer with ~{key}.{name}"
             )
 
 
 @dataclass
-class DataSchema:
-    train: str = MISSING
-    train_split: str = "train"
-    train_limit: int | None = None
-    eval: str | None = None
-    eval_split: str = "test"
-    eval_limit: int | None = None
-    prompt_column: str = "prompt"
-    prompt_overflow: str = "drop"
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+class EvaluationOptions(Options):
+    GROUP = "evaluation"
 
-    def __post_init__(self) -> None:
-        checks.one_of("data.prompt_overflow", self.prompt_overflow, ("drop", "truncate", "error"))
-        for key in ("train_limit", "eval_limit"):
-            if getattr(self, key) is not None:
-                checks.number(f"data.{key}", getattr(self, key), minimum=1)
-
-
-@dataclass
-class LossSchema:
-    alpha: Any = 1e-5
-    beta: Any = 0.1
-    loss_type: str = "sigmoid"
-    missing_eos_penalty: float | None = None
-
-    def __post_init__(self) -> None:
-        checks.per_epoch("loss.alpha", self.alpha, minimum=0)
-        checks.per_epoch("loss.beta", self.beta, above=0)
-        checks.one_of("loss.loss_type", self.loss_type, ("sigmoid", "ipo"))
-        if self.missing_eos_penalty is not None:
-            checks.number("loss.missing_eos_penalty", self.missing_eos_penalty, above=0)
-
-
-@dataclass
-class PreferenceSchema:
-    labels: str = "hard"
-    label_temperature: float = 1.0
-    tie_threshold: float = 0.0
-    normalize_scores: bool = False
-    clip_scores: float | None = None
-
-    def __post_init__(self) -> None:
-        checks.one_of("preference.labels", self.labels, ("hard", "soft", "sampled"))
-        checks.number("preference.label_temperature", self.label_temperature, above=0)
-        checks.number("preference.tie_threshold", self.tie_threshold, minimum=0)
-        if self.clip_scores is not None:
-            checks.number("preference.clip_scores", self.clip_scores, above=0)
-
-
-@dataclass
-class GenerationSchema:
-    max_new_tokens: int = 64
-    max_length: int = 512
-    temperature: float = 0.9
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    batch_size: int | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        checks.lengths("generation.max_new_tokens", self.max_new_tokens, "generation.max_length", self.max_length)
-        checks.number("generation.temperature", self.temperature, minimum=0)
-        checks.fraction("generation.top_p", self.top_p)
-        checks.number("generation.top_k", self.top_k, minimum=0)
-        if self.min_p is not None:
-            checks.fraction("generation.min_p", self.min_p)
-        checks.number("generation.repetition_penalty", self.repetition_penalty, above=0)
-        if self.batch_size is not None:
-            checks.number("generation.batch_size", self.batch_size, minimum=1)
-
-
-@dataclass
-class EvaluationSchema:
     before: bool = True
     after: bool = True
-    greedy: bool = False
-    show: int = 3
-    scorers: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        checks.number("evaluation.show", self.show, minimum=0)
-        for name, scorer in self.scorers.items():
-            if not isinstance(scorer, dict) or not scorer.get("_target_"):
-                raise ConfigError(
-                    f"evaluation.scorers.{name}={scorer!r} has no _target_; "
-                    f"give one, or remove the scorer with ~evaluation.scorers.{name}"
-                )
+    greedy: Annotated[bool, Argument("eval_greedy")] = False
+    show: Annotated[int, whole, Role.OPERATION] = 3
+    scorers: Annotated[dict[str, Any], _scorers] = field(default_factory=dict)
 
 
 @dataclass
-class TrainingSchema:
-    """Names and meanings of transformers.TrainingArguments; conf/training/default.yaml has the few others."""
+class ReferenceOptions(Options):
+    GROUP = "reference"
 
-    max_steps: int = -1
-    num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 8
-    per_device_eval_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-7
+    store: Annotated[str | None, Role.OPERATION, Argument("reference_store")] = None
+    batch_size: Annotated[int, at_least_one, Role.OPERATION, Argument("reference_batch_size")] = 32
+
+
+def _max_steps(key: str, value: Any) -> None:
+    if value != -1:
+        checks.count(key, value)
+
+
+def _without_keys(key: str, given: Mapping[str, Any]) -> None:
+    for word, value in given.items():
+        if word in TrainingOptions.__dataclass_fields__:
+            raise ConfigError(f"{key}.{word}={value!r} has its own key; set training.{word}")
+
+
+@dataclass
+class TrainingOptions(Options):
+    """Names and meanings of transformers.TrainingArguments, but for a few that conf/training/default.yaml explains.
+
+    The defaults are the command line's; XPOConfig keeps transformers' where they differ.
+    """
+
+    GROUP = "training"
+    ARE_ARGUMENTS = True
+
+    max_steps: Annotated[int, _max_steps, Role.LENGTH] = -1
+    num_train_epochs: Annotated[float, positive] = 1.0
+    per_device_train_batch_size: Annotated[int, at_least_one] = 8
+    per_device_eval_batch_size: Annotated[int, at_least_one] = 16
+    gradient_accumulation_steps: Annotated[int, at_least_one] = 1
+    learning_rate: Annotated[float, not_negative] = 5e-7
     lr_scheduler_type: str = "linear"
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
-    warmup_steps: float = 0.0
+    warmup_steps: Annotated[float, not_negative] = 0.1
     optim: str = "adamw_torch_fused"
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -160,94 +250,60 @@ class TrainingSchema:
     fp16: bool = False
     tf32: bool | None = None
     gradient_checkpointing: bool = False
-    pair_forward: str = "auto"
-    tokens_per_micro_batch: int | None = None
+    pair_forward: Annotated[str, one_of("auto", "packed", "shared", "separate")] = "auto"
+    tokens_per_micro_batch: Annotated[int | None, at_least_one] = None
     torch_compile: bool = False
     use_liger_kernel: bool = False
     use_cpu: bool = False
-    seed: int = 42
+    seed: Annotated[int, whole] = 42
     data_seed: int | None = None
     full_determinism: bool = False
-    logging_steps: float = 10
+    logging_steps: Annotated[float, positive] = 10
     logging_first_step: bool = False
-    eval_strategy: str = "no"
-    eval_steps: float | None = None
-    save_strategy: str = "steps"
-    save_steps: float = 500
-    save_total_limit: int | None = None
-    save_only_model: bool = False
+    eval_strategy: Annotated[str, one_of("no", "steps", "epoch")] = "no"
+    eval_steps: Annotated[float | None, positive] = None
+    save_strategy: Annotated[str, one_of("no", "steps", "epoch", "best"), Role.LENGTH] = "steps"
+    save_steps: Annotated[float, positive, Role.LENGTH] = 100
+    save_total_limit: Annotated[int | None, Role.OPERATION] = 2
+    save_only_model: Annotated[bool, Role.LENGTH] = False
     load_best_model_at_end: bool = False
     metric_for_best_model: str | None = None
     greater_is_better: bool | None = None
     dataloader_num_workers: int = 0
     dataloader_drop_last: bool = False
     ddp_timeout: int = 1800
-    disable_tqdm: bool = False
+    disable_tqdm: Annotated[bool, Role.OPERATION] = False
     push_to_hub: bool = False
     hub_model_id: str | None = None
     hub_strategy: str = "every_save"
     hub_private_repo: bool | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    keep_training_state: bool = True
-    profile: bool = False
-    resume: str | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            checks.number(f"training.{key}", getattr(self, key), minimum=1)
-        checks.number("training.learning_rate", self.learning_rate, minimum=0)
-        checks.number("training.warmup_steps", self.warmup_steps, minimum=0)
-        if self.max_steps != -1:
-            checks.number("training.max_steps", self.max_steps, minimum=1)
-        if self.eval_steps is not None:
-            checks.number("training.eval_steps", self.eval_steps, above=0)
-        checks.number("training.num_train_epochs", self.num_train_epochs, above=0)
-        checks.number("training.seed", self.seed, minimum=0)
-        checks.number("training.logging_steps", self.logging_steps, above=0)
-        checks.number("training.save_steps", self.save_steps, above=0)
-        if self.tokens_per_micro_batch is not None:
-            checks.number("training.tokens_per_micro_batch", self.tokens_per_micro_batch, minimum=1)
-        checks.one_of("training.pair_forward", self.pair_forward, ("auto", "packed", "shared", "separate"))
-        checks.one_of("training.eval_strategy", self.eval_strategy, ("no", "steps", "epoch"))
-        checks.one_of("training.save_strategy", self.save_strategy, ("no", "steps", "epoch", "best"))
-        for word, name in self.kwargs.items():
-            if word in self.__dataclass_fields__:
-                raise ConfigError(f"training.kwargs.{word}={name!r} has its own key; set training.{word}")
+    kwargs: Annotated[dict[str, Any], _without_keys, Argument(None)] = field(default_factory=dict)
+    keep_training_state: Annotated[bool, Role.OPERATION, Argument(None)] = True
+    profile: Annotated[bool, Role.OPERATION, Argument(None)] = False
+    resume: Annotated[str | None, Role.OPERATION, Argument(None)] = None
 
 
 @dataclass
-class ReferenceSchema:
-    store: str | None = None
-    batch_size: int = 32
+class DeepspeedOptions(Options):
+    GROUP = "deepspeed"
 
-    def __post_init__(self) -> None:
-        checks.number("reference.batch_size", self.batch_size, minimum=1)
-
-
-@dataclass
-class DeepspeedSchema:
-    config: dict[str, Any] = field(default_factory=dict)
-    gather_for_generation: bool = True
-    shard_reference: bool = False
-
-    def __post_init__(self) -> None:
-        if self.shard_reference and not self.config:
-            raise ConfigError("deepspeed.shard_reference=True needs DeepSpeed; choose deepspeed=zero1, zero2 or zero3")
+    config: Annotated[dict[str, Any], Argument("deepspeed")] = field(default_factory=dict)
+    gather_for_generation: Annotated[bool, Argument("ds3_gather_for_generation")] = True
+    shard_reference: Annotated[bool, Argument("shard_reference")] = False
 
 
 @dataclass
-class LaunchSchema:
-    num_processes: int = 1
-    command: str | None = None
-    jobs: int = 1
-    devices: list[int] | None = None
-    timeout: float | None = None
+class LaunchOptions(Options):
+    GROUP = "launch"
+
+    num_processes: Annotated[int, at_least_one] = 1
+    command: Annotated[str | None, Role.OPERATION] = None
+    jobs: Annotated[int, at_least_one, Role.OPERATION] = 1
+    devices: Annotated[list[int] | None, Role.OPERATION] = None
+    timeout: Annotated[float | None, positive, Role.OPERATION] = None
 
     def __post_init__(self) -> None:
-        checks.number("launch.num_processes", self.num_processes, minimum=1)
-        checks.number("launch.jobs", self.jobs, minimum=1)
-        if self.timeout is not None:
-            checks.number("launch.timeout", self.timeout, above=0)
+        super().__post_init__()
         if self.devices is not None and len(self.devices) < self.jobs * self.num_processes:
             raise ConfigError(
                 f"launch.devices={self.devices} is too few for launch.jobs={self.jobs} with "
@@ -256,127 +312,94 @@ class LaunchSchema:
 
 
 @dataclass
-class SweepSchema:
-    name: str | None = None
-    seeds: int = 1
-    rerun: bool = False
+class SweepOptions(Options):
+    GROUP = "sweep"
 
-    def __post_init__(self) -> None:
-        checks.number("sweep.seeds", self.seeds, minimum=1)
-
-
-@dataclass
-class TrackingSchema:
-    enabled: bool = True
-    uri: str | None = None
-    experiment: str = "xpo"
-    run_name: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
+    name: Annotated[str | None, Role.OPERATION] = None
+    seeds: Annotated[int, at_least_one, Role.OPERATION] = 1
+    rerun: Annotated[bool, Role.OPERATION] = False
 
 
 @dataclass
-class TrainSchema:
-    model: ModelSchema = field(default_factory=ModelSchema)
-    lora: LoraSchema = field(default_factory=LoraSchema)
-    judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
-    reward_model: dict[str, Any] = field(default_factory=dict)
-    data: DataSchema = field(default_factory=DataSchema)
-    preference: PreferenceSchema = field(default_factory=PreferenceSchema)
-    loss: LossSchema = field(default_factory=LossSchema)
-    generation: GenerationSchema = field(default_factory=GenerationSchema)
-    evaluation: EvaluationSchema = field(default_factory=EvaluationSchema)
-    reference: ReferenceSchema = field(default_factory=ReferenceSchema)
-    training: TrainingSchema = field(default_factory=TrainingSchema)
-    deepspeed: DeepspeedSchema = field(default_factory=DeepspeedSchema)
-    launch: LaunchSchema = field(default_factory=LaunchSchema)
-    sweep: SweepSchema = field(default_factory=SweepSchema)
-    tracking: TrackingSchema = field(default_factory=TrackingSchema)
+class TrackingOptions(Options):
+    GROUP = "tracking"
 
-    def __post_init__(self) -> None:
-        if not is_group(self.judge):
-            raise ConfigError("judge has no _target_; choose one with judge=reward or judge=pair_rm")
-        if needs_reward_model(self.judge) and not is_group(self.reward_model):
+    enabled: Annotated[bool, Role.OPERATION] = True
+    uri: Annotated[str | None, Role.OPERATION] = None
+    experiment: Annotated[str, Role.OPERATION] = "xpo"
+    run_name: Annotated[str | None, Role.OPERATION] = None
+    tags: Annotated[dict[str, str], Role.OPERATION] = field(default_factory=dict)
+
+
+GROUPS: list[type[Options]] = [
+    ModelOptions,
+    LoraOptions,
+    DataOptions,
+    LossOptions,
+    PreferenceOptions,
+    GenerationOptions,
+    EvaluationOptions,
+    ReferenceOptions,
+    TrainingOptions,
+    DeepspeedOptions,
+    LaunchOptions,
+    SweepOptions,
+    TrackingOptions,
+]
+
+
+# ---- rules about several keys ------------------------------------------------------------------
+
+Spelling = Callable[[str], str]  # from "generation.max_length" to what the user calls the key
+
+
+def dotted(key: str) -> str:
+    """As the command line calls a key."""
+    return key
+
+
+def as_argument(key: str) -> str:
+    """As XPOConfig calls a key."""
+    return next(one.argument for group in GROUPS for one in keys(group) if f"{one.group}.{one.name}" == key) or key
+
+
+def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
+    """Completions must leave room for a prompt."""
+    new, length = spelled("generation.max_new_tokens"), spelled("generation.max_length")
+    if options.max_new_tokens >= options.max_length:
+        raise ConfigError(
+            f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
+            f"raise {length} or lower {new}"
+        )
+
+
+def check_scaling(options: PreferenceOptions, compares_scores: bool, spelled: Spelling = dotted) -> None:
+    """Scores can be scaled only where their differences are the margins."""
+    for name, neutral in (("normalize_scores", False), ("clip_scores", None)):
+        value = vars(options)[name]
+        if value != neutral and not compares_scores:
             raise ConfigError(
-                "judge=reward needs a reward model and reward_model=none; choose a reward_model or another judge"
-            )
-        if self.judge["_target_"] != REWARD_JUDGE or "reward_model" in self.judge:
-            for key, neutral in (("normalize_scores", False), ("clip_scores", None)):
-                value = getattr(self.preference, key)
-                if value != neutral:
-                    raise ConfigError(
-                        f"preference.{key}={value!r} changes the scores that judge=reward compares; choose that judge, "
-                        f"or preference.{key}={'null' if neutral is None else 'false'}"
-                    )
-        if self.training.eval_steps is not None and self.training.eval_strategy == "no":
-            raise ConfigError(
-                f"training.eval_steps={self.training.eval_steps} has no effect with training.eval_strategy=no; "
-                "set training.eval_strategy=steps"
-            )
-        if self.training.tokens_per_micro_batch is not None and self.deepspeed.config:
-            raise ConfigError(
-                f"training.tokens_per_micro_batch={self.training.tokens_per_micro_batch} does not go with deepspeed, "
-                "whose processes do equally many passes; lower training.per_device_train_batch_size and raise "
-                "training.gradient_accumulation_steps"
-            )
-        if self.training.push_to_hub and not self.training.hub_model_id:
-            raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")
-        if self.training.load_best_model_at_end and self.training.eval_strategy == "no":
-            raise ConfigError(
-                "training.load_best_model_at_end=True needs evaluations; set training.eval_strategy=steps"
-            )
-        if self.training.eval_strategy != "no" and self.data.eval is None:
-            raise ConfigError(
-                f"training.eval_strategy={self.training.eval_strategy!r} needs held-out prompts and data.eval=None; "
-                "set data.eval, or training.eval_strategy=no"
+                f"{spelled(f'preference.{name}')}={value!r} changes the scores that judge=reward compares; "
+                f"choose that judge, or leave {spelled(f'preference.{name}')} at {neutral}"
             )
 
 
-@dataclass
-class InspectSchema:
-    """The configuration of `python -m xpo.judges`."""
-
-    judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
-    other: dict[str, Any] = field(default_factory=dict)
-    reward_model: dict[str, Any] = field(default_factory=dict)
-    pairs: str = MISSING
-    pairs_split: str = "train"
-    limit: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for judge in (self.judge, self.other):
-            if needs_reward_model(judge) and not is_group(self.reward_model):
-                raise ConfigError("judge=reward needs a reward model and reward_model=none; choose a reward_model")
-        if self.limit is not None:
-            checks.number("limit", self.limit, minimum=1)
-
-
-REWARD_JUDGE = "xpo.judges.RewardJudge"
+def check_deepspeed(
+    tokens_per_micro_batch: int | None, shard_reference: bool, deepspeed: bool, spelled: Spelling = dotted
+) -> None:
+    """What goes with DeepSpeed only, and what does not."""
+    if tokens_per_micro_batch is not None and deepspeed:
+        raise ConfigError(
+            f"{spelled('training.tokens_per_micro_batch')}={tokens_per_micro_batch} does not go with deepspeed, whose "
+            f"processes do equally many passes; lower {spelled('training.per_device_train_batch_size')} and raise "
+            f"{spelled('training.gradient_accumulation_steps')}"
+        )
+    if shard_reference and not deepspeed:
+        raise ConfigError(
+            f"{spelled('deepspeed.shard_reference')}=True needs DeepSpeed; choose a deepspeed configuration"
+        )
 
 
 def is_group(value: Any) -> bool:
     """Whether a value of the configuration stands for an object: it has a `_target_`."""
     return isinstance(value, dict) and bool(value.get("_target_"))
-
-
-def needs_reward_model(judge: dict[str, Any]) -> bool:
-    """Whether a judge, or one of those it is made of, compares the scores of the run's reward model."""
-    if judge.get("_target_") == REWARD_JUDGE and "reward_model" not in judge:
-        return True
-    return any(needs_reward_model(value) for value in judge.values() if isinstance(value, dict))
-
-
-def to_dict(config: TrainSchema) -> dict[str, Any]:
-    """The configuration as plain containers, as it is written to config.yaml."""
-    return asdict(config)
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"loss": {"alpha": 1}} as {"loss.alpha": 1}; empty dicts vanish, lists stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -11,20 +11,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from xpo.config.errors import JudgeStopped
 from xpo.data.prompts import plain_text
-from xpo.judges import Judge
-from xpo.judges.labelling import Rules, judge_pairs, one_per_pair
-from xpo.models.forward import Forward
+from xpo.judges.labelling import Labeller, one_per_pair
+from xpo.models.forward import Forward, eval_mode
 from xpo.models.reference import base_model
 from xpo.models.zero import is_divided, sampling
 from xpo.rewards import RewardModel
+from xpo.sampling.completions import Completions
 from xpo.sampling.draws import ReferenceDraws
-from xpo.sampling.rollout import EVAL_POLICY, EVAL_REFERENCE, Completions, Sampler, eval_mode, sampling_noise
+from xpo.sampling.noise import EVAL_POLICY, EVAL_REFERENCE, sampling_noise
+from xpo.sampling.sampler import Sampler
 from xpo.tracking.metrics import distinct_bigrams
-from xpo.training.config import XPOConfig
 
 Record = dict[str, Any]
 
@@ -43,9 +43,11 @@ class Evaluator:
         sampler: draws the completions.
         draws: the reference's answers.
         forwards: how the log-probabilities of policy and reference are computed.
-        judge: says who wins.
-        reward_model: gives `score`; None for no score.
+        labeller: says who wins, and gives `score` if there is a reward model.
         scorers: further reward models by metric name, which training never sees.
+        greedy: take the likeliest tokens instead of drawing some.
+        gather: see `xpo.models.zero.sampling`.
+        in_step: whether the reference's processes compute together, so that none may end early.
     """
 
     def __init__(
@@ -53,16 +55,20 @@ class Evaluator:
         sampler: Sampler,
         draws: ReferenceDraws,
         forwards: tuple[Forward, Forward],
-        judge: Judge,
-        reward_model: RewardModel | None,
+        labeller: Labeller,
         scorers: dict[str, RewardModel],
+        greedy: bool = False,
+        gather: bool = True,
+        in_step: bool = False,
     ):
         self.sampler = sampler
         self.draws = draws
         self.forwards = forwards
-        self.judge = judge
-        self.reward_model = reward_model
+        self.labeller = labeller
         self.scorers = scorers
+        self.greedy = greedy
+        self.gather = gather
+        self.in_step = in_step
         self.records: list[Record] = []  # of the latest evaluation, one per prompt, on every rank
         # The reference's completions of a data set by its prefix, and what they are the answer to.
         self._answers: dict[str, tuple[Any, list[Completions]]] = {}
@@ -72,7 +78,7 @@ class Evaluator:
         policy: PreTrainedModel,
         dataset: Dataset | IterableDataset,
         accelerator: Accelerator,
-        args: XPOConfig,
+        args: TrainingArguments,
         prefix: str = "eval",
         engine: nn.Module | None = None,
     ) -> dict[str, float]:
@@ -98,13 +104,18 @@ class Evaluator:
         """
         started = time.perf_counter()
         rows = list(dataset)
-        mine, chunks = shares(len(rows), args.eval_batch_size, args.process_index, args.world_size)
-        question = ([rows[i]["prompt_ids"] for i in mine], args.eval_batch_size, args.eval_greedy, args.seed)
+        chunks, own = shares(len(rows), args.eval_batch_size, args.process_index, args.world_size)
+        question = (
+            [rows[i]["prompt_ids"] for chunk in chunks[:own] for i in chunk],
+            self.greedy,
+            args.seed,
+            len(chunks),
+        )
         answered, answers = self._answers.get(prefix, (None, []))
         if answered != question:
             answers = []
         records: list[Record] = []
-        stopped: list[str] = []
+        stopped: str | None = None
         silent = args.disable_tqdm or not accelerator.is_local_main_process
         for number, chunk in enumerate(tqdm(chunks, desc="Evaluating", leave=False, disable=silent)):
             prompts = [rows[i] for i in chunk]
@@ -112,38 +123,43 @@ class Evaluator:
                 with accelerator.autocast():
                     answers.append(self._reference_answer(prompts, args))
             with accelerator.autocast():  # as in training; judge and reward model keep their own precision
-                with sampling(policy, engine, args.ds3_gather_for_generation) as synced:
+                with sampling(policy, engine, self.gather) as synced:
                     completions = self._policy_answer(policy, prompts, chunk, args, synced)
                     policy_logps = self._logps(policy, self.forwards[0], prompts, completions, args)
                 with self.draws.reference.model() as reference:
                     ratio = policy_logps - self._logps(reference, self.forwards[1], prompts, completions, args)
-            mine_are_done = number * args.eval_batch_size >= len(mine)  # the others need this rank's company
-            if stopped or mine_are_done:
+            if stopped is not None or number >= own:  # the other ranks need this one's company
                 continue
             try:
-                records += self._compare(prompts, chunk, completions, answers[number], ratio, args)
+                records += self._compare(prompts, chunk, completions, answers[number], ratio)
             except JudgeStopped as error:  # the other ranks wait for this one below
-                stopped.append(str(error))
-                if not (is_divided(policy) or args.shard_reference):
+                stopped = str(error)
+                if not (is_divided(policy) or self.in_step):
                     break
         self._answers[prefix] = (question, answers)
-        for reason in gather_object(stopped):
-            raise JudgeStopped(reason)
+        reasons = [reason for reason in gather_object([stopped]) if reason is not None]
+        if reasons:
+            raise JudgeStopped(reasons[0])
         self.records = sorted(gather_object(records), key=lambda record: record["index"])
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     def _policy_answer(
-        self, policy: PreTrainedModel, prompts: Sequence[Record], indices: Sequence[int], args: XPOConfig, synced: bool
+        self,
+        policy: PreTrainedModel,
+        prompts: Sequence[Record],
+        indices: Sequence[int],
+        args: TrainingArguments,
+        synced: bool,
     ) -> Completions:
         noise = sampling_noise((args.seed, 0, EVAL_POLICY), list(indices), self.sampler.max_new_tokens)
         ids = [prompt["prompt_ids"] for prompt in prompts]
-        return self.sampler.sample(base_model(policy), ids, noise, args.device, args.eval_greedy, synced)
+        return self.sampler.sample(base_model(policy), ids, noise, args.device, self.greedy, synced)
 
-    def _reference_answer(self, prompts: Sequence[Record], args: XPOConfig) -> Completions:
+    def _reference_answer(self, prompts: Sequence[Record], args: TrainingArguments) -> Completions:
         ids = [prompt["prompt_ids"] for prompt in prompts]
         equal = [prompt.get("occurrence", 0) for prompt in prompts]
-        draw = self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, args.eval_greedy, occurrences=equal)
+        draw = self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, self.greedy, occurrences=equal)
         return draw.completions
 
     def _compare(
@@ -153,11 +169,9 @@ class Evaluator:
         completions: Completions,
         answers: Completions,
         ratio: Tensor,
-        args: XPOConfig,
     ) -> list[Record]:
         prompts = [row["prompt"] for row in rows]
-        rules = Rules(tie_threshold=args.tie_threshold)
-        preference = judge_pairs(self.judge, self.reward_model, prompts, completions, answers, rules)
+        labelled = self.labeller(prompts, completions, answers)
         extra = {
             name: torch.stack(
                 [one_per_pair(name, scorer.scores(prompts, c.texts), prompts) for c in (completions, answers)]
@@ -171,18 +185,18 @@ class Evaluator:
                 "prompt": plain_text(prompts[i]),
                 "completion": completions.texts[i],
                 "reference": answers.texts[i],
-                "margin": preference.margin[i].item(),
-                "label": preference.labels.label[i].item(),
-                "flipped": None if preference.flipped[i].isnan() else bool(preference.flipped[i]),
+                "margin": labelled.margin[i].item(),
+                "label": labelled.labels.label[i].item(),
+                "flipped": None if labelled.flipped[i].isnan() else bool(labelled.flipped[i]),
                 "log_ratio": ratio[i].item(),
                 "ended": completions.ended[i].item(),
                 "ref_ended": answers.ended[i].item(),
                 "tokens": completions.ids[i][completions.mask[i]].tolist(),
                 "ref_tokens": answers.ids[i][answers.mask[i]].tolist(),
             }
-            if preference.scores is not None:
-                record |= {"score": preference.scores[0, i].item(), "ref_score": preference.scores[1, i].item()}
-            parts = {f"score_{name}": part for name, part in preference.parts.items()}
+            if labelled.scores is not None:
+                record |= {"score": labelled.scores[0, i].item(), "ref_score": labelled.scores[1, i].item()}
+            parts = {f"score_{name}": part for name, part in labelled.parts.items()}
             for name, scores in (extra | parts).items():
                 record |= {name: scores[0, i].item(), f"ref_{name}": scores[1, i].item()}
             records.append(record)
@@ -195,7 +209,7 @@ class Evaluator:
         forward: Forward,
         rows: Sequence[Record],
         completions: Completions,
-        args: XPOConfig,
+        args: TrainingArguments,
     ) -> Tensor:
         """The log-probability of each completion, (b,)."""
         ids, mask = self.sampler.pad_prompts([row["prompt_ids"] for row in rows], args.device)
@@ -209,15 +223,16 @@ class Evaluator:
             return forward(model, batch)[0]
 
 
-def shares(count: int, batch: int, rank: int, world: int) -> tuple[range, list[Sequence[int]]]:
-    """The rows of a data set that a rank answers, and these in batches: equally many on every rank.
+def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence[int]], int]:
+    """The rows of a data set that a rank answers, in equally many batches on every rank; and how many are its own.
 
     Ranks with fewer rows end with the first row of the data set, for company: under ZeRO-3 no rank can work alone.
     """
     mine = range(rank, count, world)
     batches: list[Sequence[int]] = [mine[i : i + batch] for i in range(0, len(mine), batch)]
     of_rank_0 = math.ceil(math.ceil(count / world) / batch)
-    return mine, batches + [[0]] * (of_rank_0 - len(batches))
+    company: list[Sequence[int]] = [[0]] * (of_rank_0 - len(batches))
+    return batches + company, len(batches)
 
 
 def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:

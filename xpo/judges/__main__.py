@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from xpo.config.errors import ConfigError, JudgeStopped
 from xpo.config.explain import CONF, explain
-from xpo.config.options import InspectSchema, is_group, needs_reward_model
+from xpo.config.schema import InspectSchema, is_group, needs_reward_model
 from xpo.data.pairs import Pair, load_pairs
 from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
 from xpo.judges.base import Judge, Verdicts

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xpo.data.prompts import Prompt, plain_text
+from xpo.rewards.base import Scores
 
 
 class Verdicts(NamedTuple):
@@ -18,10 +19,12 @@ class Verdicts(NamedTuple):
         margin: log-odds that the first completion beats the second; see `Judge.margins`, (B,).
         flipped: 1 where the verdict changed with the order of the completions, 0 where both orders agreed, NaN
             where they were not both asked, (B,).
+        scores: of the first and of the second completions, where the margin is their difference.
     """
 
     margin: Tensor
     flipped: Tensor
+    scores: tuple[Scores, Scores] | None = None
 
 
 class Judge(ABC):

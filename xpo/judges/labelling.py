@@ -1,41 +1,33 @@
-"""From completions to labels: scores, the judge's margins, the missing-EOS penalty."""
+"""From completions to labels: the judge's margins, scores, the missing-EOS penalty.
+
+Notation for shapes: B pairs; of (2, B), index 0 is the first completion, index 1 the second.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import PreferenceOptions
 from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge
-from xpo.judges.reward import RewardJudge
-from xpo.objectives.losses import Labels, LabelType, missing_eos_cost, preference_labels
+from xpo.objectives.labels import Labels, missing_eos_cost, preference_labels
 from xpo.rewards.base import RewardModel
-from xpo.sampling.rollout import Completions
+from xpo.sampling.completions import Completions
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How margins become labels; see `xpo.objectives.losses.preference_labels` and `missing_eos_cost`."""
-
-    missing_eos_penalty: float | None = None
-    tie_threshold: float = 0.0
-    labels: LabelType = "hard"
-    temperature: float = 1.0
-
-
-class Preference(NamedTuple):
-    """What is known of B pairs (y, y~), after the EOS penalty; on the CPU.
+class Labelled(NamedTuple):
+    """What is known of B pairs, after the EOS penalty; on the CPU.
 
     Attributes:
-        margin: log-odds that y beats y~, NaN where the judge could not tell, (B,).
+        margin: log-odds that the first completion beats the second, NaN where the judge could not tell, (B,).
         labels: who won, or how surely, (B,) each.
-        flipped: 1 where the judge's verdict changed with the order of y and y~, 0 where it did not, NaN
+        flipped: 1 where the judge's verdict changed with the order of the completions, 0 where it did not, NaN
             where that is not known, (B,).
-        scores: rewards of y and of y~, (2, B); None without a reward model.
+        scores: rewards, (2, B); None without a reward model.
         parts: of a mix of reward models, the scores of each by name, before everything else, (2, B).
     """
 
@@ -46,60 +38,72 @@ class Preference(NamedTuple):
     parts: dict[str, Tensor]
 
 
-def judge_pairs(
-    judge: Judge,
-    reward_model: RewardModel | None,
-    prompts: Sequence[Prompt],
-    policy: Completions,
-    reference: Completions,
-    rules: Rules,
-    scale: "ScoreScale | None" = None,
-    uniform: Tensor | None = None,
-) -> Preference:
-    """Labels pairs of completions.
-
-    The judge says who wins; a reward model beside it only scores. Identical texts are a tie whatever
-    the judge says, before the penalty.
+class Labeller:
+    """Labels pairs of completions. The judge says who wins; a reward model beside it only scores.
 
     Args:
-        scale: changes the scores before anything is made of them; None leaves them alone.
-        uniform: numbers in [0, 1) for sampled labels, (B,).
-
-    Raises:
-        ConfigError: a judge or reward model returned another shape than one number per pair.
+        judge: gives the margins, and perhaps the scores that they are the differences of.
+        reward_model: another one than the judge's, whose scores are reported instead; None for the judge's, if any.
+        options: how margins become labels.
+        missing_eos_penalty: what an unfinished completion costs, in units of margin and score; None for nothing.
+        sum_over_ranks: a collective that adds a float64 tensor up over the ranks, for `normalize_scores`.
     """
-    scores: Tensor | None = None
-    parts: dict[str, Tensor] = {}
-    if reward_model is not None:
-        scores, parts = _scores(reward_model, prompts, policy, reference)
-        scores = scores if scale is None else scale(scores)
-    if judged_by(judge, reward_model) and scores is not None:
-        margin = scores[0] - scores[1]  # what the judge would compute, without scoring again
-        flipped = torch.full_like(margin, torch.nan)
-    else:
-        verdicts = judge.verdicts(prompts, policy.texts, reference.texts)
-        margin, flipped = (one_per_pair("judge", values, prompts) for values in verdicts)
-    identical = torch.tensor([y == z for y, z in zip(policy.texts, reference.texts, strict=True)])
-    margin = torch.where(identical, torch.zeros_like(margin), margin)
-    cost = missing_eos_cost(torch.stack([policy.ended, reference.ended]).cpu(), rules.missing_eos_penalty)
-    margin = margin - (cost[0] - cost[1])
-    if scores is not None:
-        scores = scores - cost
-    labels = preference_labels(margin, rules.tie_threshold, rules.labels, rules.temperature, uniform)
-    return Preference(margin, labels, flipped, scores, parts)
 
+    def __init__(
+        self,
+        judge: Judge,
+        reward_model: RewardModel | None,
+        options: PreferenceOptions,
+        missing_eos_penalty: float | None = None,
+        sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values,
+    ):
+        self.judge = judge
+        self.reward_model = reward_model
+        self.options = options
+        self.missing_eos_penalty = missing_eos_penalty
+        self.scale = ScoreScale(options.normalize_scores, options.clip_scores, sum_over_ranks)
 
-def judged_by(judge: Judge, reward_model: RewardModel | None) -> bool:
-    """Whether the judge's margins are the differences of this reward model's scores."""
-    return type(judge) is RewardJudge and judge.reward_model is reward_model
+    def __call__(
+        self, prompts: Sequence[Prompt], first: Completions, second: Completions, uniform: Tensor | None = None
+    ) -> Labelled:
+        """The labels of B pairs. Identical texts are a tie whatever the judge says, before the penalty.
 
+        Args:
+            uniform: numbers in [0, 1) for sampled labels, (B,).
 
-def _scores(
-    reward_model: RewardModel, prompts: Sequence[Prompt], policy: Completions, reference: Completions
-) -> tuple[Tensor, dict[str, Tensor]]:
-    y, z = (reward_model.scores_with_parts(prompts, c.texts) for c in (policy, reference))
-    total = torch.stack([one_per_pair("reward_model", scores.total, prompts) for scores in (y, z)])
-    return total, {name: torch.stack([y.parts[name], z.parts[name]]) for name in y.parts}
+        Raises:
+            ConfigError: a judge or reward model returned another shape than one number per pair.
+            JudgeStopped: the judge cannot go on.
+        """
+        verdicts = self.judge.verdicts(prompts, first.texts, second.texts)
+        margin, flipped = (one_per_pair("judge", values, prompts) for values in verdicts[:2])
+        scored = verdicts.scores
+        if self.reward_model is not None:
+            one, two = (self.reward_model.scores_with_parts(prompts, c.texts) for c in (first, second))
+            scored = one, two
+        scores: Tensor | None = None
+        parts: dict[str, Tensor] = {}
+        if scored is not None:
+            scores = torch.stack([one_per_pair("reward_model", each.total, prompts) for each in scored])
+            parts = {name: torch.stack([each.parts[name] for each in scored]) for name in scored[0].parts}
+            scores = self.scale(scores)
+            if self.reward_model is None:
+                margin = scores[0] - scores[1]  # of the scaled ones
+        identical = torch.tensor([one == two for one, two in zip(first.texts, second.texts, strict=True)])
+        margin = torch.where(identical, torch.zeros_like(margin), margin)
+        cost = missing_eos_cost(torch.stack([first.ended, second.ended]).cpu(), self.missing_eos_penalty)
+        margin = margin - (cost[0] - cost[1])
+        labels = preference_labels(margin, self.options, uniform)
+        return Labelled(margin, labels, flipped, None if scores is None else scores - cost, parts)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"judge": self.judge.state(), "scale": self.scale.moments}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state` returned."""
+        self.judge.load_state(state["judge"])
+        self.scale.moments = state["scale"]
 
 
 def one_per_pair(key: str, values: Tensor, prompts: Sequence[Prompt]) -> Tensor:

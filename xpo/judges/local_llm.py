@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo.config.checks import count, number, one_of
 from xpo.config.errors import ConfigError
-from xpo.config.options import ModelSchema
+from xpo.config.options import ModelOptions
 from xpo.data.prompts import Prompt, plain_text, render
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
@@ -157,7 +157,7 @@ def _load(
     name: str, revision: str | None, dtype: str, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """ConfigError: there is no such model, or what is there is no causal language model."""
-    schema = ModelSchema(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    schema = ModelOptions(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     directory = policy_directory(name, revision, "judge.model", with_code=trust_remote_code)
     try:
         return load_model(directory, schema), load_tokenizer(directory, schema)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from xpo.data.prompts import Prompt
-from xpo.judges.base import Judge
+from xpo.judges.base import Judge, Verdicts
 from xpo.models.fingerprints import digest
 from xpo.rewards.base import RewardModel
 
@@ -21,6 +22,14 @@ class RewardJudge(Judge):
 
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         return self.reward_model.scores(prompts, first) - self.reward_model.scores(prompts, second)
+
+    def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
+        """The margins with the scores that they are the differences of; a subclass may have margins of its own."""
+        if type(self) is not RewardJudge:
+            return super().verdicts(prompts, first, second)
+        one, two = (self.reward_model.scores_with_parts(prompts, texts) for texts in (first, second))
+        margin = one.total - two.total
+        return Verdicts(margin, torch.full_like(margin, torch.nan), (one, two))
 
     @property
     def fingerprint(self) -> str | None:

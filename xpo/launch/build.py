@@ -8,7 +8,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 
 from xpo.config.errors import ConfigError, nearest
-from xpo.config.options import REWARD_JUDGE, is_group, needs_reward_model
+from xpo.config.schema import REWARD_JUDGE, is_group, needs_reward_model
 from xpo.judges import CachedJudge, Judge
 from xpo.rewards import CachedReward, RewardModel
 

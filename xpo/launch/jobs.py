@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from xpo.config.errors import ConfigError, RunInUse
 from xpo.config.explain import CONF, unknown_key
-from xpo.config.options import TrainSchema, flatten, to_dict
+from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.tracking.runs import OPERATION, RunRecord, job_key, resolve_resume
 
 

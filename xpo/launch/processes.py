@@ -17,7 +17,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from xpo.config.errors import ConfigError, RunInUse
-from xpo.config.options import LaunchSchema
+from xpo.config.options import LaunchOptions
 from xpo.tracking.runs import RunRecord, in_use
 
 _END_S = 30.0  # for killed processes to be gone
@@ -70,7 +70,7 @@ class JobProcess:
     ):
         config = OmegaConf.load(run_dir / "config.yaml")
         self.run_dir = run_dir
-        self.launch = LaunchSchema(**config.launch)
+        self.launch = LaunchOptions(**config.launch)
         self._signal: int | None = None
         self._deadline = time.monotonic() + self.launch.timeout if self.launch.timeout else None
         words = command(self.launch, run_dir, with_deepspeed=bool(config.deepspeed.config))
@@ -156,7 +156,7 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def command(launch: LaunchSchema, run_dir: Path, with_deepspeed: bool) -> list[str]:
+def command(launch: LaunchOptions, run_dir: Path, with_deepspeed: bool) -> list[str]:
     """The command line that starts the processes of a job."""
     worker = ["xpo.launch.worker", str(run_dir)]
     if launch.command is not None:
@@ -167,7 +167,7 @@ def command(launch: LaunchSchema, run_dir: Path, with_deepspeed: bool) -> list[s
     return [*torchrun, "--nproc_per_node", str(launch.num_processes), "-m", *worker]
 
 
-def environment(launch: LaunchSchema, devices: Sequence[int] | None, at_once: int) -> dict[str, str]:
+def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: int) -> dict[str, str]:
     """What a job's processes see beside the environment: their number, their GPUs, their share of the CPU cores."""
     added = {"XPO_PROCESSES": str(launch.num_processes)}
     devices = launch.devices if devices is None else devices

@@ -28,7 +28,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from xpo.config.errors import ConfigError, RunInUse
-from xpo.config.options import LaunchSchema, TrainSchema, to_dict
+from xpo.config.options import LaunchOptions
+from xpo.config.schema import TrainSchema, to_dict
 from xpo.launch.jobs import checked, prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
 from xpo.tracking.mlflow_run import chart_link, mark_ended, save_view, set_tags, tracking_uri
@@ -193,7 +194,7 @@ def _continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainS
     return sweep
 
 
-def slots(launch: LaunchSchema) -> list[list[int] | None]:
+def slots(launch: LaunchOptions) -> list[list[int] | None]:
     """The GPUs of each job that runs at the same time; None for all of them, or where there are none.
 
     Raises:

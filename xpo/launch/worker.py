@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from transformers import ProgressCallback
 
 from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, nearest
-from xpo.config.options import TrainSchema, flatten, to_dict
+from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.data.prompt_sets import load_prompts
 from xpo.launch.build import build, build_preference, check_target
 from xpo.models.loading import load_model, load_tokenizer, lora_config, policy_directory

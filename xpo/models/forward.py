@@ -8,7 +8,6 @@ are what the output embedding returns, which `why_not` finds out by trying.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,6 @@ from xpo.config.errors import ConfigError
 from xpo.models.attention import blocks_of_pairs, lengths_of_pairs, packed_attention
 from xpo.models.logprobs import Layout, block_mask, completion_logps, replaced_forward, shared_prompt_logps
 
-PairForward = Literal["auto", "packed", "shared", "separate"]
 _MASKS = {"packed": ("sdpa",), "shared": ("sdpa", "eager")}  # attention implementations that can be told who sees whom
 
 
@@ -38,16 +36,14 @@ class Forward:
         ConfigError: "packed" or "shared" was asked for and would be wrong.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, how: PairForward, longest: int, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, how: str, longest: int, device: torch.device | None = None) -> None:
         self._model = model
         self._head: nn.Module | None = model.get_output_embeddings()
-        self._way: PairForward = "separate"
+        self._way: str = "separate"
         self.reason: str | None = "as asked for"
         if how == "auto":
             on_cpu = (device or model.device).type == "cpu"
-            ways: tuple[PairForward, ...] = ("packed", "shared") if on_cpu else ("shared",)
+            ways: tuple[str, ...] = ("packed", "shared") if on_cpu else ("shared",)
         else:
             ways = () if how == "separate" else (how,)
         for way in ways:
@@ -59,14 +55,14 @@ class Forward:
                 raise ConfigError(f"pair_forward={how!r} is wrong for this model: {self.reason}; set pair_forward=auto")
 
     @property
-    def way(self) -> PairForward:
+    def way(self) -> str:
         """The way in force: gradient checkpointing computes layers again when the packed attention is gone."""
         if self._way == "packed" and any(vars(part).get("gradient_checkpointing") for part in self._model.modules()):
             return "shared"
         return self._way
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """float32 (K, b), from what `Rollout.pairs` returns.
+        """float32 (K, b), from what `PairBatch.rows` returns.
 
         Args:
             model: the same model, wrapped for distributed training or not.
@@ -81,7 +77,7 @@ class Forward:
 
 
 @contextmanager
-def _layout(way: PairForward, model: PreTrainedModel) -> Iterator[Layout]:
+def _layout(way: str, model: PreTrainedModel) -> Iterator[Layout]:
     """How pairs are put before a model, for as long as the block lasts."""
     if way == "packed":
         with packed_attention(model):
@@ -92,7 +88,7 @@ def _layout(way: PairForward, model: PreTrainedModel) -> Iterator[Layout]:
 
 
 @torch.no_grad()
-def why_not(way: PairForward, model: PreTrainedModel, longest: int) -> str | None:
+def why_not(way: str, model: PreTrainedModel, longest: int) -> str | None:
     """Why completions must not share their prompt's forward; None if they may.
 
     Args:
@@ -117,17 +113,14 @@ def why_not(way: PairForward, model: PreTrainedModel, longest: int) -> str | Non
     head = model.get_output_embeddings()
     if head is None:
         return "it has no output embedding"
-    training = model.training
-    model.eval()
     try:
-        return _tried(way, model, head)
+        with eval_mode(model):
+            return _tried(way, model, head)
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         return f"it refuses such a row ({str(error).splitlines()[0]:.80})"
-    finally:
-        model.train(training)
 
 
-def _tried(way: PairForward, model: PreTrainedModel, head: nn.Module) -> str | None:
+def _tried(way: str, model: PreTrainedModel, head: nn.Module) -> str | None:
     """The logits of a row; both ways on two pairs of made-up tokens, one prompt padded. The reason if they differ."""
     device = model.device
     tokens = torch.arange(34, device=device) * 7 % min(model.config.get_text_config().vocab_size, 500)
@@ -152,3 +145,14 @@ def _tried(way: PairForward, model: PreTrainedModel, head: nn.Module) -> str | N
     if (shared[1] - mixed[1]).abs().max() > close or (shared - apart).abs().max() > close:
         return "its completions see each other, or its positions are not those that it is given"
     return None
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, put back into training mode afterwards if it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from xpo.config.errors import ConfigError, nearest
-from xpo.config.options import LoraSchema, ModelSchema
+from xpo.config.options import LoraOptions, ModelOptions
 from xpo.models.hub import local_directory
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def policy_directory(name: str, revision: str | None, key: str = "model.name", w
     )
 
 
-def load_model(directory: str, config: ModelSchema) -> PreTrainedModel:
+def load_model(directory: str, config: ModelOptions) -> PreTrainedModel:
     """The causal language model in `directory` (see `policy_directory`), in the configured dtype."""
     if directory == f"embedded:{TINY}":
         return tiny_model()
@@ -68,14 +68,24 @@ def load_model(directory: str, config: ModelSchema) -> PreTrainedModel:
     )
 
 
-def load_tokenizer(directory: str, config: ModelSchema) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: str, config: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer in `directory`."""
     if directory == f"embedded:{TINY}":
         return tiny_tokenizer()
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
 
 
-def lora_config(config: LoraSchema) -> LoraConfig | None:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
+    shipped = model.generation_config.eos_token_id
+    shipped = [] if shipped is None else [shipped] if isinstance(shipped, int) else list(shipped)
+    tokens = [token for token in dict.fromkeys([tokenizer.eos_token_id, *shipped]) if token is not None]
+    if not tokens:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; set tokenizer.eos_token")
+    return tokens
+
+
+def lora_config(config: LoraOptions) -> LoraConfig | None:
     """The PEFT configuration; None when the whole model is trained."""
     if config.r == 0:
         return None

@@ -1,75 +1,18 @@
-"""The XPO objective, per pair. Pure functions of tensors. Layer 0: torch only.
+"""The XPO objective, per pair. Pure functions of tensors.
 
-Notation for shapes: B pairs. `label` is +1 where the policy's completion y won, -1 where the
-reference's completion y~ won, 0 where the pair carries no preference (a tie, or an invalid verdict).
-`win_probability` is how sure that is: the probability that y beats y~.
+Notation for shapes: B pairs of a first completion y and a second one y~; of (2, B), index 0 is the first.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LossType = Literal["sigmoid", "ipo"]
-LabelType = Literal["hard", "soft", "sampled"]
+from xpo.objectives.labels import Labels
 
 
-class Labels(NamedTuple):
-    """What the loss learns of each pair; see the notation above. Both (B,), in the dtype of the margins."""
-
-    label: Tensor
-    win_probability: Tensor
-
-
-def preference_labels(
-    margin: Tensor,
-    tie_threshold: float = 0.0,
-    labels: LabelType = "hard",
-    temperature: float = 1.0,
-    uniform: Tensor | None = None,
-) -> Labels:
-    """Labels from margins. Pairs whose margin is within the threshold, or not finite, carry no preference.
-
-    Args:
-        margin: log-odds that y beats y~, (B,).
-        tie_threshold: margins of at most this size are ties.
-        labels: "hard", the likelier winner wins; "soft", both may have won, y with probability
-            sigmoid(margin / temperature); "sampled", the winner is drawn with that probability
-            (Bradley-Terry).
-        temperature: of the last two.
-        uniform: for "sampled", numbers in [0, 1), (B,).
-
-    Returns:
-        The label (for "soft", of the likelier winner), and the probability of a win that the loss uses.
-    """
-    decided = margin.isfinite() & (margin.abs() > tie_threshold)
-    probability = torch.sigmoid(margin / temperature)
-    if labels == "sampled":
-        assert uniform is not None
-        sign = torch.where(uniform < probability, 1.0, -1.0).to(margin.dtype)
-    else:
-        sign = margin.sign()
-    label = torch.where(decided, sign, torch.zeros_like(margin))
-    if labels == "soft":
-        return Labels(label, torch.where(decided, probability, torch.full_like(margin, 0.5)))
-    return Labels(label, (label + 1) / 2)
-
-
-def missing_eos_cost(ended: Tensor, penalty: float | None) -> Tensor:
-    """What each completion loses for not having ended by itself. It is subtracted from its score.
-
-    Args:
-        ended: whether each completion contains an EOS token, bool, any shape.
-        penalty: the cost of an unfinished completion, in units of the reward; None for nothing.
-
-    Returns:
-        float32, the shape of `ended`.
-    """
-    return (~ended).float() * (penalty or 0.0)
-
-
-def preference_loss(logratio_difference: Tensor, beta: float, loss_type: LossType = "sigmoid") -> Tensor:
+def preference_loss(logratio_difference: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor:
     """The preference loss of labelled pairs.
 
     Args:
@@ -81,25 +24,28 @@ def preference_loss(logratio_difference: Tensor, beta: float, loss_type: LossTyp
     Returns:
         Loss of each pair, (B,).
     """
-    if loss_type == "sigmoid":
-        return -F.logsigmoid(beta * logratio_difference)
-    return (logratio_difference - 1 / (2 * beta)) ** 2
+    match loss_type:
+        case "sigmoid":
+            return -F.logsigmoid(beta * logratio_difference)
+        case "ipo":
+            return (logratio_difference - 1 / (2 * beta)) ** 2
+    raise ValueError(f"loss_type={loss_type!r} is no preference loss")
 
 
-def exploration_loss(reference_completion_logps: Tensor, alpha: float) -> Tensor:
+def exploration_loss(second_logps: Tensor, alpha: float) -> Tensor:
     """The optimism term, alpha * log pi(y~) (XPO, arXiv 2405.21046, Algorithm 1, step 5).
 
-    The sign is plus and the loss is minimised: it makes the reference's completions less likely,
+    The sign is plus and the loss is minimised: it makes the second completions, the reference's, less likely,
     whether they won or lost. Without length normalisation.
 
     Args:
-        reference_completion_logps: the policy's summed log-probability of y~, (B,).
+        second_logps: the policy's summed log-probability of y~, (B,).
         alpha: the weight of the bonus.
 
     Returns:
         Loss of each pair, (B,).
     """
-    return alpha * reference_completion_logps
+    return alpha * second_logps
 
 
 class XPOLoss(NamedTuple):
@@ -115,14 +61,14 @@ def xpo_loss(
     labels: Labels,
     alpha: float,
     beta: float,
-    loss_type: LossType = "sigmoid",
+    loss_type: str = "sigmoid",
 ) -> XPOLoss:
-    """The XPO objective of pairs (y ~ policy, y~ ~ reference).
+    """The XPO objective of pairs: the second completion is the one that the bonus makes less likely.
 
     Args:
         policy_logps: log pi(y) and log pi(y~), summed over completion tokens, (2, B).
         reference_logps: the same under the reference, (2, B).
-        labels: which completion won, or how surely; see `preference_labels`.
+        labels: which completion won, or how surely; see `xpo.objectives.labels`.
         alpha: the weight of the exploration bonus.
         beta: the KL regularisation strength.
         loss_type: see `preference_loss`.
@@ -130,8 +76,8 @@ def xpo_loss(
     Returns:
         The preference loss (0 for pairs without preference) and the exploration loss (every pair).
     """
-    logratio, reference_logratio = policy_logps - reference_logps
-    difference = logratio - reference_logratio
+    first, second = policy_logps - reference_logps
+    difference = first - second
     won = preference_loss(difference, beta, loss_type)
     lost = preference_loss(-difference, beta, loss_type)
     loss = labels.win_probability * won + (1 - labels.win_probability) * lost

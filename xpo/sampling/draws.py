@@ -8,7 +8,6 @@ ratio of exactly 0, and a run that finds its draws has the numbers of the one th
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import repeat
 from typing import NamedTuple
 
@@ -20,7 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from xpo.data.store import Store
 from xpo.models.fingerprints import digest
 from xpo.models.reference import Reference
-from xpo.sampling.rollout import Completions, Sampler, sampling_noise
+from xpo.sampling.completions import Completions
+from xpo.sampling.noise import sampling_noise
+from xpo.sampling.sampler import Sampler
 
 
 class Draw(NamedTuple):
@@ -50,8 +51,7 @@ class ReferenceDraws:
         self._source = ""
         self._drawn_ahead: set[str] = set()  # keys of what this run has put into the store and not asked for yet
         if store is not None:
-            settings = (asdict(sampler.sampling) | {"batch_size": None}, sampler.eos_token_ids, precision)
-            self._source = digest(reference.fingerprint, settings)
+            self._source = digest(reference.fingerprint, (*sampler.settings, precision))
 
     def draw(
         self,
@@ -69,7 +69,7 @@ class ReferenceDraws:
         Args:
             prompts: token ids of B prompts.
             seed: of the run.
-            stream: see `xpo.sampling.rollout`.
+            stream: see `xpo.sampling.noise`.
             number: how often these prompts were drawn before: the epoch.
             device: where the reference is.
             greedy: take the likeliest token instead of drawing one.

@@ -1,34 +1,44 @@
-"""XPOConfig: transformers' TrainingArguments and what XPO adds to them. Layer 0."""
+"""XPOConfig: transformers' TrainingArguments and what XPO adds to them."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from xpo.config import checks
 from xpo.config.errors import ConfigError
-from xpo.models.forward import PairForward
+from xpo.config.options import (
+    GROUPS,
+    DataOptions,
+    DeepspeedOptions,
+    EvaluationOptions,
+    GenerationOptions,
+    LossOptions,
+    PreferenceOptions,
+    ReferenceOptions,
+    SamplingOptions,
+    TrainingOptions,
+    as_argument,
+    check_deepspeed,
+    check_lengths,
+    keys,
+)
 from xpo.models.zero import connect, prepare_environment
-from xpo.objectives.losses import LabelType, LossType
+from xpo.sampling.completions import tokens_at_once
+from xpo.sampling.sampler import check_generation_kwargs
 
-LOSS_TYPES = get_args(LossType)
-PAIR_FORWARDS = get_args(PairForward)
-LABELS = ("hard", "soft", "sampled")
-PROMPT_OVERFLOWS = ("drop", "truncate", "error")
-SAMPLING_FIELDS = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-DICTIONARIES = {  # of options, and an example of each
+_DICTIONARIES = {  # of options, and an example of each
     "generation_kwargs": "{'no_repeat_ngram_size': 2}",
     "chat_template_kwargs": "{'enable_thinking': False}",
     "model_init_kwargs": "{'attn_implementation': 'eager'}",
 }
-TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_message"}
+_TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass
-class XPOConfig(TrainingArguments):
+class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArguments):
     """Arguments of `XPOTrainer`. Names and meanings are those of TRL's XPOConfig.
 
     Everything of `transformers.TrainingArguments` applies too. Other defaults than there:
@@ -81,8 +91,9 @@ class XPOConfig(TrainingArguments):
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
     """
 
-    learning_rate: float = 5e-7
-    logging_steps: float = 10
+    # transformers' own, with other defaults
+    learning_rate: float = TrainingOptions.learning_rate
+    logging_steps: float = TrainingOptions.logging_steps
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     use_cpu: bool = False
@@ -92,59 +103,30 @@ class XPOConfig(TrainingArguments):
     report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
     bf16: bool | None = None  # resolved to a bool in __post_init__
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *DICTIONARIES]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
 
-    # list[float] is what HfArgumentParser can read from a command line; a single number is welcome too.
-    alpha: list[float] = field(default_factory=lambda: [1e-5])
-    beta: list[float] = field(default_factory=lambda: [0.1])
-    loss_type: LossType = "sigmoid"
-    missing_eos_penalty: float | None = None
-    labels: LabelType = "hard"
-    label_temperature: float = 1.0
-    tie_threshold: float = 0.0
-    normalize_scores: bool = False
-    clip_scores: float | None = None
-    max_new_tokens: int = 64
-    max_length: int = 512
-    prompt_overflow: str = "drop"
+    # Of the groups of conf/. list[float] is what HfArgumentParser can read; a single number is welcome too.
+    alpha: list[float] = field(default_factory=lambda: [LossOptions.alpha])
+    beta: list[float] = field(default_factory=lambda: [LossOptions.beta])
+    prompt_overflow: str = DataOptions.prompt_overflow
     chat_template_kwargs: dict[str, Any] | str | None = None
-    temperature: float = 0.9
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] | str | None = None
-    generation_batch_size: int | None = None
-    eval_greedy: bool = False
-    pair_forward: PairForward = "auto"
-    tokens_per_micro_batch: int | None = None
-    reference_store: str | None = None
-    reference_batch_size: int = 32
-    ds3_gather_for_generation: bool = True
-    shard_reference: bool = False
+    generation_batch_size: int | None = GenerationOptions.batch_size
+    eval_greedy: bool = EvaluationOptions.greedy
+    pair_forward: str = TrainingOptions.pair_forward
+    tokens_per_micro_batch: int | None = TrainingOptions.tokens_per_micro_batch
+    reference_store: str | None = ReferenceOptions.store
+    reference_batch_size: int = ReferenceOptions.batch_size
+    ds3_gather_for_generation: bool = DeepspeedOptions.gather_for_generation
+    shard_reference: bool = DeepspeedOptions.shard_reference
+
+    # of the library only
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: bool = False
     reward_model_path: str | None = None
 
     def __post_init__(self) -> None:
-        checks.per_epoch("alpha", self.alpha, minimum=0)
-        checks.per_epoch("beta", self.beta, above=0)
-        checks.one_of("loss_type", self.loss_type, LOSS_TYPES)
-        checks.one_of("prompt_overflow", self.prompt_overflow, PROMPT_OVERFLOWS)
-        if self.missing_eos_penalty is not None:
-            checks.number("missing_eos_penalty", self.missing_eos_penalty, above=0)
-        if self.tokens_per_micro_batch is not None:
-            checks.count("tokens_per_micro_batch", self.tokens_per_micro_batch)
-        checks.one_of("pair_forward", self.pair_forward, PAIR_FORWARDS)
-        checks.one_of("labels", self.labels, LABELS)
-        checks.number("label_temperature", self.label_temperature, above=0)
-        checks.number("tie_threshold", self.tie_threshold, minimum=0)
-        if self.clip_scores is not None:
-            checks.number("clip_scores", self.clip_scores, above=0)
-        checks.count("reference_batch_size", self.reference_batch_size)
-        if self.generation_batch_size is not None:
-            checks.count("generation_batch_size", self.generation_batch_size)
         # Without this, several processes without a GPU would each believe to be alone. Apple's MPS knows no float64.
         if not torch.accelerator.is_available() or torch.backends.mps.is_available():
             self.use_cpu = True
@@ -157,13 +139,7 @@ class XPOConfig(TrainingArguments):
             self.metric_for_best_model = "win_rate"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         zero = bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        if zero and self.tokens_per_micro_batch is not None:
-            raise ConfigError(
-                f"tokens_per_micro_batch={self.tokens_per_micro_batch} does not go with DeepSpeed, whose processes "
-                "do equally many passes; lower per_device_train_batch_size and raise gradient_accumulation_steps"
-            )
-        if self.shard_reference and not zero:
-            raise ConfigError("shard_reference=True needs DeepSpeed; choose a deepspeed configuration")
+        check_deepspeed(self.tokens_per_micro_batch, self.shard_reference, zero, as_argument)
         if self.fsdp:
             raise ConfigError(
                 f"fsdp={self.fsdp!r} is not supported, as rollouts need whole parameters; "
@@ -171,9 +147,10 @@ class XPOConfig(TrainingArguments):
             )
         if zero:
             prepare_environment(self.use_cpu)
-        super().__post_init__()  # makes dictionaries of those given as JSON
+        TrainingArguments.__post_init__(self)  # makes dictionaries of those given as JSON
         self._check_dictionaries()
-        self._check_sampling()
+        self._take_generation_kwargs()
+        self._check_values()
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
@@ -182,27 +159,35 @@ class XPOConfig(TrainingArguments):
             # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
             self.accelerator_config.dispatch_batches = False
 
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a pass through a model: `tokens_per_micro_batch`, or what suits the device."""
+        return self.tokens_per_micro_batch or tokens_at_once(self.device)
+
+    def _check_values(self) -> None:
+        """The checks of the groups' keys."""
+        for group in GROUPS:
+            for key in keys(group):
+                if key.argument is not None and key.check is not None:
+                    key.check_value(key.argument, vars(self)[key.argument])
+        check_lengths(self, as_argument)
+
     def _check_dictionaries(self) -> None:
-        for name, example in DICTIONARIES.items():
-            value = getattr(self, name)
+        for name, example in _DICTIONARIES.items():
+            value = vars(self)[name]
             if not isinstance(value, dict | None):
                 raise ConfigError(f"{name}={value!r} is no dictionary; give one such as {example}")
-        for name in TEMPLATE_ARGUMENTS.intersection(self.chat_template_kwargs or {}):
+        for name in _TEMPLATE_ARGUMENTS.intersection(self.chat_template_kwargs or {}):
             raise ConfigError(f"chat_template_kwargs.{name} is set for each prompt; leave it out")
 
-    def _check_sampling(self) -> None:
-        """Checks the options of sampling; those that generation_kwargs repeats win, and become the fields' values."""
+    def _take_generation_kwargs(self) -> None:
+        """Options of sampling that generation_kwargs repeats win, and become the fields' values."""
         rest = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
-        for name in SAMPLING_FIELDS:
-            setattr(self, name, rest.pop(name, getattr(self, name)))
+        for key in keys(SamplingOptions):
+            if key.name != "max_length":  # of prompt and completion here
+                setattr(self, key.name, rest.pop(key.name, vars(self)[key.name]))
+        check_generation_kwargs(rest)
         self.generation_kwargs = rest or None
-        checks.lengths("max_new_tokens", self.max_new_tokens, "max_length", self.max_length)
-        checks.number("temperature", self.temperature, minimum=0)
-        checks.fraction("top_p", self.top_p)
-        checks.count("top_k", self.top_k, minimum=0)
-        checks.number("repetition_penalty", self.repetition_penalty, above=0)
-        if self.min_p is not None:
-            checks.fraction("min_p", self.min_p)
 
 
 def value_at_epoch(values: float | Sequence[float], epoch: float | None) -> float:

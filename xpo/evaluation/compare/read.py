@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
 from xpo.config.errors import ConfigError, nearest
-from xpo.config.options import flatten
+from xpo.config.schema import flatten
 from xpo.tracking.mlflow_run import metric_name, reach, stored_key, tracking_uri
 from xpo.tracking.runs import RunRecord
 

@@ -1,0 +1,178 @@
+"""The whole configuration: its groups together, the rules between them, and what of it names a run.
+
+A value of the wrong type or out of range raises ConfigError before anything is loaded.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from xpo.config import checks
+from xpo.config.errors import ConfigError
+from xpo.config.options import (
+    GROUPS,
+    DataOptions,
+    DeepspeedOptions,
+    EvaluationOptions,
+    GenerationOptions,
+    LaunchOptions,
+    LoraOptions,
+    LossOptions,
+    ModelOptions,
+    PreferenceOptions,
+    ReferenceOptions,
+    Role,
+    SweepOptions,
+    TrackingOptions,
+    TrainingOptions,
+    check_deepspeed,
+    check_scaling,
+    is_group,
+    keys,
+)
+
+REWARD_JUDGE = "xpo.judges.RewardJudge"
+# Arguments of judges that say how they are asked, not what they answer.
+_JUDGE_OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
+
+
+@dataclass
+class TrainSchema:
+    """`python -m xpo.train`. The groups judge and reward_model are the arguments of their `_target_`."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
+    reward_model: dict[str, Any] = field(default_factory=dict)
+    data: DataOptions = field(default_factory=DataOptions)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    deepspeed: DeepspeedOptions = field(default_factory=DeepspeedOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+
+    def __post_init__(self) -> None:
+        training = self.training
+        if not is_group(self.judge):
+            raise ConfigError("judge has no _target_; choose one with judge=reward or judge=pair_rm")
+        check_reward_model(self.judge, self.reward_model)
+        own_scores = self.judge["_target_"] == REWARD_JUDGE and "reward_model" not in self.judge
+        check_scaling(self.preference, own_scores)
+        check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
+        if training.eval_steps is not None and training.eval_strategy == "no":
+            raise ConfigError(
+                f"training.eval_steps={training.eval_steps} has no effect with training.eval_strategy=no; "
+                "set training.eval_strategy=steps"
+            )
+        if training.push_to_hub and not training.hub_model_id:
+            raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")
+        if training.load_best_model_at_end and training.eval_strategy == "no":
+            raise ConfigError(
+                "training.load_best_model_at_end=True needs evaluations; set training.eval_strategy=steps"
+            )
+        if training.eval_strategy != "no" and self.data.eval is None:
+            raise ConfigError(
+                f"training.eval_strategy={training.eval_strategy!r} needs held-out prompts and data.eval=None; "
+                "set data.eval, or training.eval_strategy=no"
+            )
+
+
+@dataclass
+class InspectSchema:
+    """`python -m xpo.judges`."""
+
+    judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
+    other: dict[str, Any] = field(default_factory=dict)
+    reward_model: dict[str, Any] = field(default_factory=dict)
+    pairs: str = MISSING
+    pairs_split: str = "train"
+    limit: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for judge in (self.judge, self.other):
+            check_reward_model(judge, self.reward_model)
+        if self.limit is not None:
+            checks.count("limit", self.limit)
+
+
+def check_reward_model(judge: dict[str, Any], reward_model: dict[str, Any]) -> None:
+    """ConfigError for a judge that compares scores without a reward model that gives them."""
+    if needs_reward_model(judge) and not is_group(reward_model):
+        raise ConfigError(
+            "judge=reward needs a reward model and reward_model=none; choose a reward_model or another judge"
+        )
+
+
+def needs_reward_model(judge: dict[str, Any]) -> bool:
+    """Whether a judge, or one of those it is made of, compares the scores of the run's reward model."""
+    if judge.get("_target_") == REWARD_JUDGE and "reward_model" not in judge:
+        return True
+    return any(needs_reward_model(value) for value in judge.values() if isinstance(value, dict))
+
+
+def to_dict(config: TrainSchema) -> dict[str, Any]:
+    """The configuration as plain containers, as it is written to config.yaml."""
+    return asdict(config)
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"loss": {"alpha": 1}} as {"loss.alpha": 1}; empty dicts vanish, lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def trainer_arguments(config: TrainSchema) -> Iterator[tuple[str, Any]]:
+    """The arguments of XPOConfig that a configuration gives, by name; null and {} leave XPOConfig's own default."""
+    for group in GROUPS:
+        for key in keys(group):
+            value = vars(vars(config)[group.GROUP])[key.name]
+            if key.argument is not None and value is not None and value != {}:
+                yield key.argument, value
+
+
+# ---- what names a run --------------------------------------------------------------------------
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that tells one run from another."""
+    roles = {group.GROUP: {key.name: key.role for key in keys(group)} for group in GROUPS}
+    parts = {
+        group: {name: value for name, value in values.items() if roles[group][name] is not Role.OPERATION}
+        for group, values in config.items()
+        if group in roles
+    }
+    named = {group: part for group, part in parts.items() if part}
+    named["launch"] = named["launch"]["num_processes"]  # as the names of earlier runs have it
+    return named | {"judge": _without_operation(config["judge"]), "reward_model": config["reward_model"]}
+
+
+def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
+    inner = {key: _without_operation(value) if isinstance(value, dict) else value for key, value in judge.items()}
+    return {key: value for key, value in inner.items() if key not in _JUDGE_OPERATION}
+
+
+def may_change(key: str) -> bool:
+    """Whether a run that goes on with another value of a dotted key is still the same experiment.
+
+    More steps stretch a schedule that depends on them.
+    """
+    if key.startswith("judge."):
+        return key.rpartition(".")[2] in _JUDGE_OPERATION
+    return any(
+        f"{key}.".startswith(f"{one.group}.{one.name}.") and one.role is not Role.IDENTITY
+        for options in GROUPS
+        for one in keys(options)
+    )

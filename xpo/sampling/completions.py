@@ -1,0 +1,145 @@
+"""Completions, the pairs that they make, and parts of them.
+
+Notation for shapes: B pairs of the optimizer step on this rank, P prompt tokens (padded on the left),
+C completion tokens (padded on the right).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Completions of B prompts by one model.
+
+    Attributes:
+        ids: tokens up to and including the EOS, then padding, (B, C).
+        mask: True on real tokens, (B, C).
+        ended: whether the completion contains an EOS token, (B,).
+        texts: decoded without special tokens, B strings.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    ended: Tensor
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """The pairs of one optimizer step: prompts x and two completions of each, padded to one width.
+
+    Attributes:
+        prompt_ids: left-padded, (B, P).
+        prompt_mask: True on real tokens, (B, P).
+        first: y, the policy's.
+        second: y~, whose log-probability is the exploration bonus.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    first: Completions
+    second: Completions
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of each pair: its prompt and both completions, (B,)."""
+        return self.prompt_mask.sum(dim=1) + self.first.mask.sum(dim=1) + self.second.mask.sum(dim=1)
+
+    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Some rows, without the columns that are padding in all of them.
+
+        Returns:
+            prompt_ids and prompt_mask, (b, P); completion_ids and completion_mask, (2, b, C). Index 0 of
+            the first dimension holds y, index 1 y~.
+        """
+        whole = {
+            "prompt_ids": self.prompt_ids,
+            "prompt_mask": self.prompt_mask,
+            "completion_ids": torch.stack([self.first.ids, self.second.ids]),
+            "completion_mask": torch.stack([self.first.mask, self.second.mask]),
+        }
+        return take_pairs(whole, rows)
+
+
+def micro_batches(pairs: PairBatch, known: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+    """The pairs in micro-batches of these sizes; similar lengths go together.
+
+    Args:
+        known: what else a micro-batch holds of its pairs, such as labels; the last dimension is that of the pairs.
+
+    Returns:
+        What `PairBatch.rows` returns, with the pairs' part of `known`.
+    """
+    (order,) = token_batches(pairs.tokens, range(sum(sizes)), None)
+    batches, start = [], 0
+    for size in sizes:
+        rows = order[start : start + size]
+        part = {name: values[..., rows].to(pairs.prompt_ids.device) for name, values in known.items()}
+        batches.append(pairs.rows(rows) | part)
+        start += size
+    return batches
+
+
+# Where the pairs are in what a micro-batch holds: the second dimension of what there is once per completion.
+_PAIR_DIMENSION = {"completion_ids": 1, "completion_mask": 1, "reference_logps": 1}
+
+
+def take_pairs(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tensor]:
+    """Some pairs of a micro-batch, without the columns that are padding in all of them."""
+    index = torch.tensor(list(rows), device=batch["prompt_ids"].device)
+    part = {name: values.index_select(_PAIR_DIMENSION.get(name, 0), index) for name, values in batch.items()}
+    first_column = int(part["prompt_mask"].any(dim=0).int().argmax())
+    width = int(part["completion_mask"].sum(dim=2).max())
+    for name in ("prompt_ids", "prompt_mask"):
+        part[name] = part[name][:, first_column:]
+    for name in ("completion_ids", "completion_mask"):
+        part[name] = part[name][..., :width]
+    return part
+
+
+def token_batches(lengths: Tensor, rows: Sequence[int], budget: int | None, packed: bool = False) -> list[list[int]]:
+    """Rows of similar length together, as many as fit: the longest times their number is at most `budget`.
+
+    Args:
+        lengths: tokens of each row, (B,).
+        rows: which of the B rows to batch.
+        budget: tokens with padding; a row that is longer has a batch of its own. None: one batch.
+        packed: there is no padding, so the sum of the lengths is at most `budget`.
+
+    Returns:
+        Batches of rows, the longest first.
+    """
+    length = lengths.tolist()
+    batches: list[list[int]] = []
+    for row in sorted(rows, key=length.__getitem__, reverse=True):
+        batch = batches[-1] if batches else []
+        more = [*batch, row]
+        tokens = sum(length[i] for i in more) if packed else length[more[0]] * len(more)
+        if batch and (budget is None or tokens <= budget):
+            batch.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens of a forward pass beyond which more in one pass no longer gain speed, and only cost padding."""
+    return 1536 if device.type == "cpu" else 16_384
+
+
+def pad_columns(ids: Tensor, width: int, value: int) -> Tensor:
+    """`ids` (N, C) with columns of `value` appended up to `width`."""
+    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=value)
+
+
+def same_width(first: Completions, second: Completions, pad_token_id: int) -> tuple[Completions, Completions]:
+    """Two sets of completions padded to one width."""
+    width = max(first.ids.shape[1], second.ids.shape[1])
+    return tuple(  # type: ignore[return-value]
+        Completions(pad_columns(c.ids, width, pad_token_id), pad_columns(c.mask, width, 0), c.ended, c.texts)
+        for c in (first, second)
+    )

@@ -1,0 +1,75 @@
+"""The pairs of an optimizer step: the first completion of each prompt is the policy's, the second the reference's."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from xpo.data.prompts import Prompt
+from xpo.models.reference import base_model
+from xpo.models.zero import sampling
+from xpo.sampling.completions import PairBatch, same_width
+from xpo.sampling.draws import ReferenceDraws
+from xpo.sampling.noise import POLICY, REFERENCE, sampling_noise
+from xpo.sampling.sampler import Sampler
+
+
+class StepPrompts(NamedTuple):
+    """The prompts of one optimizer step on this process, B in all its micro-batches.
+
+    Attributes:
+        prompts: texts or messages, B.
+        ids: their tokens, B.
+        rows: the place of each in the optimizer batch of all processes, B.
+        sizes: how many each micro-batch has.
+        ahead: tokens of prompts of the next steps, which the reference may answer along with these.
+        occurrences: of `ids` and `ahead`; see `xpo.data.prompt_sets.tokenize_prompts`.
+    """
+
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    rows: list[int]
+    sizes: list[int]
+    ahead: list[list[int]]
+    occurrences: list[int]
+
+
+class PairSampler:
+    """Draws both completions of each prompt.
+
+    Args:
+        sampler: draws the policy's.
+        draws: draws the reference's, or finds them.
+        seed: of the run.
+        device: where the models are.
+        gather: see `xpo.models.zero.sampling`.
+    """
+
+    def __init__(self, sampler: Sampler, draws: ReferenceDraws, seed: int, device: torch.device, gather: bool):
+        self.sampler = sampler
+        self.draws = draws
+        self.seed = seed
+        self.device = device
+        self.gather = gather
+
+    def __call__(
+        self, policy: PreTrainedModel, engine: nn.Module | None, step: StepPrompts, number: int, epoch: int
+    ) -> tuple[PairBatch, Tensor]:
+        """The pairs of a step, and which second completions this run has computed, bool (B,).
+
+        Args:
+            policy: unwrapped.
+            engine: the ZeRO-3 engine around it, if there is one.
+            step: its prompts.
+            number: of the optimizer step.
+            epoch: how often these prompts were drawn before.
+        """
+        noise = sampling_noise((self.seed, number, POLICY), step.rows, self.sampler.max_new_tokens)
+        with sampling(policy, engine, self.gather) as synced:
+            first = self.sampler.sample(base_model(policy), step.ids, noise, self.device, synced=synced)
+        second, fresh = self.draws.draw(
+            step.ids, self.seed, REFERENCE, epoch, self.device, ahead=step.ahead, occurrences=step.occurrences
+        )
+        prompt_ids, prompt_mask = self.sampler.pad_prompts(step.ids, self.device)
+        return PairBatch(prompt_ids, prompt_mask, *same_width(first, second, self.sampler.pad_token_id)), fresh

@@ -1,0 +1,198 @@
+"""What XPOTrainer asks of its base: checkpoints from which a run goes on exactly, and no step on bad numbers."""
+
+import errno
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer
+
+from xpo.config.errors import ConfigError
+from xpo.judges.labelling import Labeller
+from xpo.models.reference import base_model
+from xpo.models.zero import is_divided
+from xpo.tracking.card import model_card
+from xpo.tracking.metrics import Meter
+from xpo.tracking.runs import is_complete, last_complete_checkpoint
+from xpo.training.config import XPOConfig, value_at_epoch
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
+
+    Subclasses set `meter` and `labeller` before they train.
+    """
+
+    args: XPOConfig
+    meter: Meter
+    labeller: Labeller
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Raises:
+            ConfigError: a checkpoint of other DeepSpeed processes, or none to resume.
+        """
+        if resume_from_checkpoint is True:  # a killed run may leave a half-written checkpoint, which the Trainer takes
+            newest = last_complete_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = None if newest is None else str(newest)
+            if newest is None:
+                raise ConfigError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint; "
+                    "leave it out"
+                )
+        if isinstance(resume_from_checkpoint, str):
+            check_same_zero(Path(resume_from_checkpoint), self.args)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def keep_checkpoint(self) -> None:
+        """A checkpoint of the last finished step, unless there is one, for a run that cannot go on."""
+        step = self.state.global_step
+        if step and not is_complete(Path(self.args.output_dir) / f"checkpoint-{step}"):
+            self._save_checkpoint(self.model, trial=None)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """On a full disk, training goes on without this checkpoint. Several processes stop: one of them may have it."""
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # safetensors and torch have errors of their own
+            if self.args.world_size > 1 or not _is_full_disk(error):
+                raise
+            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            logger.warning("xpo: no room for %s; training goes on without it (%s)", checkpoint, str(error)[:100])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
+        # checkpoint is complete, so no rank may lag behind.
+        super()._save_rng_state(output_dir)
+        state = self.labeller.state() | {
+            "meter": self.meter.state(),
+            "zero_stage": _zero_stage(self.args),
+            "processes": self.args.world_size,
+        }
+        _state_file(output_dir, self.args.process_index).write_text(json.dumps(state))
+        if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
+            # DeepSpeed reads this on every machine and writes it on the first one only.
+            (Path(output_dir) / "latest").write_text(f"global_step{self.model_wrapped.global_steps}")
+        self.accelerator.wait_for_everyone()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md into the output directory, with the run's own numbers. Arguments are ignored."""
+        if self.is_world_process_zero():
+            name = base_model(self.model).config.name_or_path or type(base_model(self.model)).__name__
+            card = model_card(self.args, name, self.state.log_history, isinstance(self.model, PeftModel))
+            (Path(self.args.output_dir) / "README.md").write_text(card)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = _read_state(checkpoint, self.args.process_index)
+        if state is not None:
+            self.meter.load_state(state["meter"])
+            self.labeller.load_state(state)
+        elif (first := _read_state(checkpoint, 0)) is not None:  # more processes than before share what was scored
+            self.labeller.scale.moments = first["scale"]
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        # They are on the device. Under DeepSpeed in bf16 the Trainer would round the reference's log-probabilities.
+        return inputs
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        # The last look before the optimizer step: a bad gradient must not reach weights or checkpoints.
+        # A scaler (fp16) skips such steps by itself.
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if grad_norm is not None and self.accelerator.scaler is None and not math.isfinite(grad_norm):
+            raise self.diverged(f"the gradient norm is {float(grad_norm)}")
+        return grad_norm
+
+    def diverged(self, what: str) -> FloatingPointError:
+        """The error that ends a run whose numbers are lost."""
+        return FloatingPointError(
+            f"{what} at step {self.state.global_step + 1}; lower learning_rate or alpha, or raise beta "
+            f"(the checkpoints up to step {self.state.global_step} in {self.args.output_dir} are sound)"
+        )
+
+    @property
+    def alpha(self) -> float:
+        """The weight of the exploration bonus in force."""
+        return value_at_epoch(self.args.alpha, self.state.epoch)
+
+    @property
+    def beta(self) -> float:
+        """The strength of the KL regularisation in force."""
+        return value_at_epoch(self.args.beta, self.state.epoch)
+
+    @property
+    def zero3_engine(self) -> nn.Module | None:
+        """The DeepSpeed engine that divides the policy's parameters; None before training and below ZeRO-3."""
+        return self.model_wrapped if self.model_wrapped is not self.model and is_divided(self.model) else None
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """A collective that adds a tensor up over the ranks; on the CPU."""
+        return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
+
+
+def _state_file(checkpoint: str | Path, rank: int) -> Path:
+    return Path(checkpoint) / f"xpo_state_{rank}.json"
+
+
+def _read_state(checkpoint: str | Path, rank: int) -> dict[str, Any] | None:
+    """What a rank left in a checkpoint; None if it left nothing."""
+    file = _state_file(checkpoint, rank)
+    if not file.is_file():
+        return None
+    state: dict[str, Any] = json.loads(file.read_text())
+    if "metrics" in state:  # of xpo 0.1, whose meter kept seconds and tokens among the means
+        sums = state.pop("metrics")
+        seconds = {name[5:-2]: sums.pop(name) for name in list(sums) if name.startswith("perf/") and name[-2:] == "_s"}
+        steps = max((int(count) for _, count in seconds.values()), default=0)
+        tokens = sums.pop("generated_tokens", (0, 0))[0]
+        totals = {part: total for part, (total, _) in seconds.items()}
+        state["meter"] = {"sums": sums, "seconds": totals, "steps": steps, "tokens": tokens, "last": {}}
+    return state
+
+
+def _is_full_disk(error: Exception) -> bool:
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return no_room or any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed writing"))
+
+
+def _zero_stage(args: XPOConfig) -> int | None:
+    """The stage of DeepSpeed ZeRO; None without DeepSpeed."""
+    return None if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+
+
+def check_same_zero(checkpoint: Path, args: XPOConfig) -> None:
+    """ConfigError unless DeepSpeed can read the optimizer state in a checkpoint: each process has its own part.
+
+    Without it, another number of processes is another batch, of which a warning tells.
+    """
+    state = _read_state(checkpoint, 0)
+    if state is None:
+        return
+    then, now = (state["zero_stage"], state["processes"]), (_zero_stage(args), args.world_size)
+    if then != now and (then[0] is not None or now[0] is not None):
+
+        def say(stage: int | None, processes: int) -> str:
+            return f"{'no DeepSpeed' if stage is None else f'ZeRO-{stage}'} and {processes} processes"
+
+        raise ConfigError(
+            f"resume: {str(checkpoint)!r} was written with {say(*then)}, not {say(*now)}; go on with these"
+        )
+    if then != now:
+        logger.warning(
+            "xpo: %s was written by %d processes, not %d: unless per_device_train_batch_size or "
+            "gradient_accumulation_steps make up for it, a step now has another number of prompts",
+            checkpoint,
+            then[1],
+            now[1],
+        )

@@ -1,0 +1,66 @@
+"""The prompts of an optimizer step, and a look at those of the next ones."""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from xpo.sampling.pairs import StepPrompts
+from xpo.training.config import XPOConfig
+
+MicroBatch = dict[str, list[Any]]  # see `xpo.data.prompt_sets.collate_prompts`
+
+
+class PromptQueue:
+    """Takes the micro-batches of an epoch, and reads ahead as far as the reference's draws look.
+
+    Args:
+        args: of the trainer.
+        reads_ahead: whether there is a store that keeps what is drawn early.
+    """
+
+    def __init__(self, args: XPOConfig, reads_ahead: bool):
+        self.args = args
+        self.reads_ahead = reads_ahead
+        self._epoch: Iterator[MicroBatch] | None = None
+        self._waiting: deque[MicroBatch] = deque()  # of this epoch, read already
+
+    def step(self, epoch: Iterator[MicroBatch], number: int, steps_left: int) -> StepPrompts:
+        """The prompts of `number` micro-batches, of fewer at the end of the epoch.
+
+        Args:
+            epoch: the rest of it.
+            number: micro-batches of an optimizer step.
+            steps_left: optimizer steps of the whole run, this one included: nothing is read for later ones.
+        """
+        if epoch is not self._epoch:
+            self._epoch, self._waiting = epoch, deque()
+        prompts = sum(len(batch["prompt_ids"]) for batch in self._waiting)
+        while len(self._waiting) < number or (
+            self.reads_ahead
+            and len(self._waiting) < steps_left * self.args.gradient_accumulation_steps
+            and prompts + self.args.per_device_train_batch_size <= self.args.reference_batch_size
+        ):
+            batch = next(epoch, None)
+            if batch is None:
+                break
+            self._waiting.append(batch)
+            prompts += len(batch["prompt_ids"])
+        batches = [self._waiting.popleft() for _ in range(min(number, len(self._waiting)))]
+
+        def column(name: str, *parts: Any) -> list[Any]:
+            return [value for part in parts for batch in part for value in batch[name]]
+
+        sizes = [len(batch["prompt"]) for batch in batches]
+        return StepPrompts(
+            prompts=column("prompt", batches),
+            ids=column("prompt_ids", batches),
+            rows=self._rows(sizes),
+            sizes=sizes,
+            ahead=column("prompt_ids", self._waiting),
+            occurrences=column("occurrence", batches, self._waiting),
+        )
+
+    def _rows(self, sizes: list[int]) -> list[int]:
+        """Micro-batch m of rank r is number m * world + r of the optimizer batch, as accelerate deals them."""
+        world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
+        return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]

@@ -1,0 +1,257 @@
+"""What the arguments of a trainer stand for: names become models, TRL's words ours, functions judges."""
+
+import sqlite3
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from xpo.config.errors import ConfigError
+from xpo.config.options import as_argument, check_scaling
+from xpo.data.prompt_sets import tokenize_prompts
+from xpo.data.store import Store
+from xpo.judges import FunctionJudge, Judge, RewardJudge
+from xpo.models.checks import check_adapters, check_models, warn_of_half_precision
+from xpo.models.forward import Forward
+from xpo.models.hub import local_directory
+from xpo.models.reference import Reference, base_model
+from xpo.models.zero import divide, gathered, loading_whole
+from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
+from xpo.sampling.draws import ReferenceDraws
+from xpo.sampling.sampler import Sampler
+from xpo.training.config import XPOConfig
+
+PromptDataset: TypeAlias = Dataset | IterableDataset
+
+
+# ---- judge and reward model --------------------------------------------------------------------
+
+
+def who_judges(
+    judge: Judge | Callable[..., Any] | None,
+    reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: XPOConfig,
+) -> tuple[Judge, RewardModel | None]:
+    """The judge, and a reward model beside it, if that is another one than the judge's own.
+
+    Raises:
+        ConfigError: there is neither, or scores are to be scaled that nobody compares.
+    """
+    if judge is None and reward_model is None:
+        raise ConfigError("neither judge nor reward_model is given; pass one of them to say who wins a pair")
+    with loading_whole():
+        scorer = as_reward_model(reward_model, tokenizer, args.device)
+    made = as_judge(judge, scorer)
+    if scorer is None and isinstance(made, RewardJudge):
+        scorer = made.reward_model
+    compares_scores = type(made) is RewardJudge and made.reward_model is scorer
+    check_scaling(args, compares_scores, as_argument)
+    return made, None if compares_scores else scorer
+
+
+def as_judge(judge: Judge | Callable[..., Any] | None, reward_model: RewardModel | None) -> Judge:
+    """The judge that `judge` stands for; without one, the reward model judges."""
+    if judge is None:
+        assert reward_model is not None
+        return RewardJudge(reward_model)
+    if isinstance(judge, Judge):
+        return judge
+    if callable(judge):
+        return FunctionJudge(judge)
+    raise ConfigError(f"judge={judge!r} is no judge; pass an xpo.judges.Judge or a function (prompts, first, second)")
+
+
+def as_reward_model(
+    reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+) -> RewardModel | None:
+    """The reward model that `reward_model` stands for."""
+    if reward_model is None or isinstance(reward_model, RewardModel):
+        return reward_model
+    if isinstance(reward_model, str):
+        return ClassifierReward.from_pretrained(reward_model, device=str(device), tokenizer=tokenizer)
+    if isinstance(reward_model, PreTrainedModel):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward_model.config.name_or_path)
+        return ClassifierReward(reward_model.to(device), tokenizer)
+    if callable(reward_model):
+        return FunctionReward(reward_model)
+    raise ConfigError(
+        f"reward_model={reward_model!r} is no reward model; pass an xpo.rewards.RewardModel, a sequence "
+        "classifier, or a function (prompts, completions)"
+    )
+
+
+def only(key: str, value: Any) -> Any:
+    """The one thing in a list, as TRL takes several reward functions; anything else as it is."""
+    if not isinstance(value, list | tuple):
+        return value
+    if len(value) != 1:
+        raise ConfigError(f"{key} holds {len(value)}; pass one, such as an xpo.rewards.MixReward of several")
+    return value[0]
+
+
+# ---- models ------------------------------------------------------------------------------------
+
+
+def prepare_models(
+    model: PreTrainedModel | PeftModel | str,
+    ref_model: PreTrainedModel | str | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    peft_config: PeftConfig | None,
+    args: XPOConfig,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Policy, reference and tokenizer, loaded, checked and with adapters.
+
+    Raises:
+        ConfigError: they cannot be trained, or their numbers would be wrong.
+    """
+    if isinstance(model, str):
+        model = load_by_name("model", model, args)
+    if isinstance(ref_model, str):
+        with loading_whole():
+            ref_model = load_by_name("ref_model", ref_model, args)
+    check_models(model, ref_model, peft_config, args.max_length)
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(base_model(model).config.name_or_path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if args.disable_dropout:
+        for part in [model] if ref_model is None else [model, ref_model]:
+            without_dropout(part)
+    if peft_config is not None:
+        model = with_adapters(model, peft_config, args.seed)
+    if isinstance(model, PeftModel):
+        check_adapters(model, ref_model)
+    if args.deepspeed_plugin is None:
+        warn_of_half_precision(model)
+    return model, ref_model, tokenizer
+
+
+def build_reference(
+    args: XPOConfig,
+    model: PreTrainedModel | PeftModel,
+    ref_model: PreTrainedModel | None,
+    policy_engine: Callable[[], nn.Module | None] = lambda: None,
+) -> Reference:
+    """The reference, divided among the processes if `shard_reference` says so."""
+    reference = Reference(model, ref_model, args.device, reference_dtype(args), policy_engine)
+    if args.shard_reference and reference.frozen is not None:
+        divide(reference.frozen, args.deepspeed_plugin.deepspeed_config)
+    return reference
+
+
+def build_forwards(
+    args: XPOConfig, model: PreTrainedModel | PeftModel, reference: Reference
+) -> tuple[Forward, Forward]:
+    """How log-probabilities under policy and reference are computed."""
+
+    def build(model: PreTrainedModel | PeftModel) -> Forward:
+        with gathered(model):
+            return Forward(base_model(model), args.pair_forward, args.max_length + args.max_new_tokens, args.device)
+
+    policy_forward = build(model)
+    return policy_forward, policy_forward if reference.frozen is None else build(reference.frozen)
+
+
+def load_by_name(key: str, name: str, args: XPOConfig) -> PreTrainedModel:
+    """A causal language model by hub name or directory, in float32 unless `model_init_kwargs` say otherwise."""
+    directory = local_directory(key, name, with_code=args.trust_remote_code)
+    given = dictionary(args.model_init_kwargs)
+    if "torch_dtype" in given:  # an older name, which transformers ignores beside the newer one
+        given["dtype"] = given.pop("torch_dtype")
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        trust_remote_code=args.trust_remote_code,
+        **{"dtype": torch.float32} | given,  # not the checkpoint's own, often bfloat16
+    )
+
+
+def with_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> PeftModel:
+    """The model with new adapters."""
+    set_seed(seed)  # the adapters' first weights are random
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"peft_config: {reason}; correct target_modules (lora.target_modules)") from error
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Sets every dropout of a model to 0, but that of adapters, which has its own setting."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Rates that functions are called with: dropout, attention_dropout, layerdrop, resid_pdrop.
+        for rate, value in vars(module).items():
+            if "drop" in rate and isinstance(value, float):
+                vars(module)[rate] = 0.0
+
+
+# ---- prompts and draws -------------------------------------------------------------------------
+
+
+def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Any]:
+    """A function (data set, several by name, or None; what it is called) that tokenizes prompts, once."""
+
+    def tokenize(dataset: Any, key: str) -> Any:
+        if dataset is None:
+            return None
+        if isinstance(dataset, dict):
+            return {name: tokenize(part, f"{key}[{name!r}]") for name, part in dataset.items()}
+        if "prompt_ids" in (dataset.column_names or ()):  # a mapped stream does not know its columns
+            return dataset
+        room, template = args.max_length - args.max_new_tokens, dictionary(args.chat_template_kwargs)
+        return tokenize_prompts(dataset, tokenizer, room, args.prompt_overflow, key, template)
+
+    return tokenize
+
+
+def build_sampler(args: XPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int]) -> Sampler:
+    """The sampler of these arguments."""
+    return Sampler(tokenizer, args, eos_token_ids, args.generation_batch_size, dictionary(args.generation_kwargs))
+
+
+def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
+    """The reference's draws, with the store that these arguments name.
+
+    Raises:
+        ConfigError: the store cannot be written.
+    """
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
+    if args.reference_store in ("off", False, None):
+        return ReferenceDraws(reference, sampler, None, precision)
+    try:
+        store = Store(args.reference_store)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"reference_store={args.reference_store!r} cannot be written ({error}); choose another file, or off"
+        ) from error
+    return ReferenceDraws(reference, sampler, store, precision)
+
+
+def reference_dtype(args: XPOConfig) -> torch.dtype | None:
+    """Of a second model; None leaves its own."""
+    # Under DeepSpeed the policy is trained in half precision, without autocast.
+    if args.deepspeed_plugin is None:
+        return None
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def dictionary(options: dict[str, Any] | str | None) -> dict[str, Any]:
+    """Options of XPOConfig as a dictionary of their own."""
+    assert not isinstance(options, str)  # TrainingArguments has parsed JSON from a command line
+    return dict(options or {})
