@@ -14,6 +14,7 @@ from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import show, write
 from xpo.evaluation.compare.statistics import WIN_RATE, compare
+from xpo.launch.command import exit_status
 
 
 def main() -> None:
@@ -38,8 +39,7 @@ def main() -> None:
         sweep = find_sweep(options.sweep, options.tracking_uri, options.experiment)
         comparison = compare(sweep, options.metric)
     except ConfigError as error:
-        print(f"xpo: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_status(error))
     out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
     paths = write(comparison, plots(comparison), out)
     show(comparison, paths[0])

@@ -12,19 +12,17 @@ import torch
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
+from xpo.config.compose import check_keys, choose_preset, compose
 from xpo.config.errors import ConfigError
-from xpo.config.explain import CONF, explain
 from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
-from xpo.launch.jobs import check_keys
+from xpo.launch.command import exit_status
 from xpo.launch.worker import loaded, prompts, training_arguments
 from xpo.models.loading import load_model, load_tokenizer, policy_directory
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
-from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
-from xpo.sampling.sampler import Sampler
+from xpo.sampling.rollout import EVAL_REFERENCE, REFERENCE, Sampler
 from xpo.tracking import terminal as report
-from xpo.train import choose_preset, compose
 from xpo.training.trainer import (
     end_tokens,
     precision,
@@ -48,11 +46,7 @@ def main() -> None:
         check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
         fill(OmegaConf.to_object(config), options.epochs, options.batch)  # type: ignore[arg-type]
     except Exception as error:
-        message = explain(error, CONF, overrides)
-        if message is None:
-            raise
-        print(f"xpo: error: {message}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_status(error))
 
 
 def fill(config: TrainSchema, epochs: int, batch: int) -> None:

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from xpo.config.errors import ConfigError
+from xpo.launch.command import exit_status
 from xpo.tracking.backlog import Backlog, Entry, count, in_words, send
 from xpo.tracking.mlflow_run import first_line, held_points, reach
 
@@ -41,8 +42,7 @@ def main() -> None:
         for run_dir in run_dirs:
             check(run_dir)
     except ConfigError as error:
-        print(f"xpo: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_status(error))
     kept = False
     for run_dir in run_dirs:
         try:

@@ -11,19 +11,17 @@ import sys
 from pathlib import Path
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
+from xpo.config.compose import CONF, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
-from xpo.config.explain import CONF, explain
 from xpo.config.schema import TrainSchema
+from xpo.launch.command import exit_status, print_error
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, explanation, passing_on_signals, signals
 from xpo.tracking.runs import last_evaluation, resumable_checkpoint
-
-ConfigStore.instance().store(name="schema", node=TrainSchema)
 
 
 def main() -> None:
@@ -34,21 +32,9 @@ def main() -> None:
         if "RANK" in os.environ:
             sys.exit(_work_as_rank(sys.argv[1:]))
         _parent()
-    except JobFailed as error:
-        print(f"xpo: error: {error}", file=sys.stderr)
-        sys.exit(1)
     except Exception as error:
-        sys.exit(_bad_input(error))
+        sys.exit(exit_status(error))
     sys.exit(max(exit_statuses, default=0))
-
-
-def choose_preset(arguments: list[str]) -> list[str]:
-    """Leaves the default preset out where a model or data set is chosen: quickstart is made for its own."""
-    groups = [argument.partition("=")[0] for argument in arguments]
-    chosen = [groups.index(key) for key in ("model", "data", "model.name", "data.train") if key in groups]
-    if not chosen or "experiment" in groups:
-        return arguments
-    return [*arguments[: min(chosen)], "experiment=none", *arguments[min(chosen) :]]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -83,7 +69,7 @@ def _parent(config: DictConfig) -> float | None:
     except Exception as error:  # Hydra would print a line of its own
         if in_sweep:
             raise
-        exit_statuses.append(_bad_input(error))
+        exit_statuses.append(exit_status(error))
         return None
     status = start_worker(run_dir)
     if in_sweep and status:
@@ -92,33 +78,14 @@ def _parent(config: DictConfig) -> float | None:
     return last_evaluation(run_dir).get("win_rate")
 
 
-def _bad_input(error: Exception) -> int:
-    """One line on stderr if the command line is to blame for `error`, which is raised again if not."""
-    message = explain(error, CONF, sys.argv[1:])
-    if message is None:
-        raise error
-    print(f"xpo: error: {message}", file=sys.stderr)
-    return 2
-
-
 def start_worker(run_dir: Path) -> int:
     """Runs one job to its end and returns its exit status; SIGINT and SIGTERM go to the job."""
     job = JobProcess(run_dir)
     with passing_on_signals(job.stop):
         outcome = job.wait()
     if outcome.state in ("killed", "timed out"):
-        print(f"xpo: error: {explanation(run_dir, outcome)}", file=sys.stderr)
+        print_error(explanation(run_dir, outcome))
     return outcome.status
-
-
-def compose(arguments: list[str]) -> tuple[DictConfig, Path, dict[str, str]]:
-    """The configuration that the command line asks for, its run directory, and the option of each group."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=arguments, return_hydra_config=True)
-    run_dir, choices = Path(config.hydra.run.dir), dict(config.hydra.runtime.choices)
-    with open_dict(config):
-        del config["hydra"]
-    return config, run_dir, choices
 
 
 def _work_as_rank(arguments: list[str]) -> int:

@@ -12,14 +12,13 @@ from datasets import Dataset, IterableDataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
 from xpo.data import prompt_sets as data
 from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
 from xpo.data.prompts import plain_text, render
-from xpo.launch.jobs import checked
 from xpo.launch.worker import training_arguments
 from xpo.models.loading import tiny_tokenizer
-from xpo.train import compose
 
 USER = {"role": "user", "content": "Tell me of the sea"}
 STARTED = {"role": "assistant", "content": "The sea is "}

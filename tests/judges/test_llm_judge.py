@@ -20,13 +20,11 @@ from llm_server import Faults, LLMServer, no_faults, parse_faults
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from xpo.config.compose import CONF, checked, compose
 from xpo.config.errors import ConfigError, JudgeStopped
-from xpo.config.explain import CONF
 from xpo.judges.llm import LLMJudge, log_odds
 from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.launch.build import build
-from xpo.launch.jobs import checked
-from xpo.train import compose
 
 PROMPTS = ["Hello!", "What is the capital of France?", "Tell a story.", "2 + 2 = ?", "", "A or B?"]
 FIRST = ["Hi!", "Paris.", "Once upon a time there was a robot.", "4", "a", "B"]

@@ -28,15 +28,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xpo import train
+from xpo.config.compose import CONF, choose_preset, compose
 from xpo.config.errors import ConfigError, RunInUse
 from xpo.config.schema import TrainSchema
 from xpo.launch import processes as launch
 from xpo.launch import worker
-from xpo.launch.jobs import run_name
+from xpo.launch.jobs import prepare, run_name
 from xpo.models.loading import tiny_model
 from xpo.tracking.card import evaluations
 from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
-from xpo.train import CONF
 
 STEPS = 8
 SMOKE = ["experiment=smoke", f"training.max_steps={STEPS}", "training.logging_steps=1"]
@@ -155,9 +155,9 @@ def in_one_process(arguments: Sequence[str], monkeypatch: pytest.MonkeyPatch) ->
 
 def prepared(arguments: Sequence[str], directory: Path) -> Path:
     """What the parent does before it starts a worker; returns the run directory."""
-    arguments = train.choose_preset(list(arguments))
-    config, _, choices = train.compose(arguments)
-    return train.prepare(config, directory, choices, arguments)
+    arguments = choose_preset(list(arguments))
+    config, _, choices = compose(arguments)
+    return prepare(config, directory, choices, arguments)
 
 
 @pytest.fixture(scope="module")

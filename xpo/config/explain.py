@@ -20,9 +20,6 @@ from omegaconf.errors import (
 from xpo.config.errors import ConfigError, nearest
 from xpo.config.schema import TrainSchema, flatten
 
-# In a wheel conf/ lies inside the package, in a checkout beside it.
-CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
-
 # Groups whose keys are the arguments of their `_target_`: the schema does not list them, their files do.
 _TARGETS = ("judge", "reward_model")
 

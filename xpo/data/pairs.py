@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from xpo.config.errors import ConfigError
 from xpo.data.prompt_sets import load_rows
-from xpo.data.prompts import Prompt
-from xpo.judges.base import coin
+from xpo.data.prompts import Prompt, coin
 
 _WINNERS = {"first": 1.0, "second": -1.0, "tie": 0.0, None: 0.0}
 

@@ -1,5 +1,6 @@
 """What a prompt is, and how it becomes text or token ids. Layer 0: no project imports."""
 
+import hashlib
 from typing import Any
 
 # Standard: plain text. Conversational: messages with the keys "role" and "content".
@@ -48,3 +49,10 @@ def render(tokenizer: Any, prompt: Prompt, completion: str | None = None, **temp
     else:
         messages = [*prompt, {"role": "assistant", "content": completion}]
     return tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+
+
+def coin(seed: int, prompt: Prompt, first: str, second: str) -> bool:
+    """A fair coin, fixed by `seed` and the texts. Swapping different completions turns it over."""
+    one, two = sorted((first, second))
+    heads = hashlib.sha256(repr((seed, plain_text(prompt), one, two)).encode()).digest()[0] % 2 == 1
+    return heads == (first == one)

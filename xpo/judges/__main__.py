@@ -19,13 +19,14 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from xpo.config.compose import CONF, check_complete
 from xpo.config.errors import ConfigError, JudgeStopped
-from xpo.config.explain import CONF, explain
 from xpo.config.schema import InspectSchema, is_group, needs_reward_model
 from xpo.data.pairs import Pair, load_pairs
 from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
 from xpo.judges.base import Judge, Verdicts
 from xpo.launch.build import build_preference, check_target
+from xpo.launch.command import exit_status, print_error
 from xpo.tracking.terminal import quiet
 
 _CHUNK = 256  # pairs between two movements of the progress bar
@@ -42,7 +43,7 @@ def main() -> None:
     try:
         _composed()
     except Exception as error:
-        sys.exit(_bad_input(error))
+        sys.exit(exit_status(error, InspectSchema))
     sys.exit(max(_exit_statuses, default=0))
 
 
@@ -51,22 +52,12 @@ def _composed(config: DictConfig) -> None:
     try:
         _exit_statuses.append(inspect(config))
     except Exception as error:  # Hydra would print a line of its own
-        _exit_statuses.append(_bad_input(error))
-
-
-def _bad_input(error: Exception) -> int:
-    message = explain(error, CONF, sys.argv[1:], InspectSchema)
-    if message is None:
-        raise error
-    print(f"xpo: error: {message}", file=sys.stderr)
-    return 2
+        _exit_statuses.append(exit_status(error, InspectSchema))
 
 
 def inspect(config: DictConfig) -> int:
     """Judges the pairs, writes and shows what that tells; the exit status."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value; give one with {missing[0]}=...")
+    check_complete(config)
     schema: InspectSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
     groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
     if not is_group(schema.judge):
@@ -85,7 +76,7 @@ def inspect(config: DictConfig) -> int:
         judge = build_preference(group, schema.reward_model if with_scores else {})[1]
         judged[key] = ask(judge, pairs, f"{name} ({choices['reward_model']})" if with_scores else name)
         if judged[key].stopped:
-            print(f"xpo: error: {judged[key].stopped}; what follows is of the pairs before", file=sys.stderr)
+            print_error(f"{judged[key].stopped}; what follows is of the pairs before")
     figures = report(pairs, judged)
     write(out, pairs, judged, figures)
     show(judged, figures, out)

@@ -1,6 +1,5 @@
 """What a judge is: something that compares two completions of the same prompt."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xpo.data.prompts import Prompt, plain_text
+from xpo.data.prompts import Prompt
 from xpo.rewards.base import Scores
 
 
@@ -70,10 +69,3 @@ class Judge(ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  # most judges have no state
         """Goes on from what `state` returned. The default has nothing to go on from."""
-
-
-def coin(seed: int, prompt: Prompt, first: str, second: str) -> bool:
-    """A fair coin, fixed by `seed` and the texts. Swapping different completions turns it over."""
-    one, two = sorted((first, second))
-    heads = hashlib.sha256(repr((seed, plain_text(prompt), one, two)).encode()).digest()[0] % 2 == 1
-    return heads == (first == one)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xpo.data.prompts import Prompt
-from xpo.judges.base import Judge, Verdicts, coin
+from xpo.data.prompts import Prompt, coin
+from xpo.judges.base import Judge, Verdicts
 
 
 class PairwiseJudge(Judge):

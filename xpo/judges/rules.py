@@ -8,8 +8,8 @@ from torch import Tensor
 
 from xpo.config.checks import number
 from xpo.config.errors import ConfigError
-from xpo.data.prompts import Prompt
-from xpo.judges.base import Judge, Verdicts, coin
+from xpo.data.prompts import Prompt, coin
+from xpo.judges.base import Judge, Verdicts
 from xpo.models.fingerprints import digest
 
 

@@ -3,31 +3,16 @@
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
+from xpo.config.compose import checked
 from xpo.config.errors import ConfigError, RunInUse
-from xpo.config.explain import CONF, unknown_key
-from xpo.config.schema import TrainSchema, flatten, to_dict
+from xpo.config.schema import flatten, to_dict
 from xpo.tracking.runs import OPERATION, RunRecord, job_key, resolve_resume
-
-
-def checked(config: DictConfig) -> TrainSchema:
-    """The configuration with its types, all values in range.
-
-    Raises:
-        ConfigError: an unknown key, a missing or a bad value.
-    """
-    check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        key = sorted(missing)[0]
-        raise ConfigError(f"{key} has no value; give one with {key}=...")
-    return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
 def prepare(
@@ -145,16 +130,6 @@ def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
         print(f"xpo: the run goes on with {key}={value!r} instead of {before!r}", file=sys.stderr)
         changed = True
     return changed
-
-
-def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
-    """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
-    types = {field.name: field.type for field in fields(schema)}
-    for key, value in config.items():
-        if key not in types:
-            raise ConfigError(unknown_key(f"{prefix}{key}", CONF))
-        if is_dataclass(types[key]):
-            check_keys(value, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
 
 
 def run_name(choices: dict[str, str], overrides: list[str]) -> str:

@@ -22,15 +22,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xpo.config.compose import checked, without_hydra
 from xpo.config.errors import ConfigError, RunInUse
 from xpo.config.options import LaunchOptions
 from xpo.config.schema import TrainSchema, to_dict
-from xpo.launch.jobs import checked, prepare, repeatable
+from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
 from xpo.tracking.mlflow_run import chart_link, mark_ended, save_view, set_tags, tracking_uri
 from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
@@ -134,14 +135,7 @@ def run(
 
 
 def _schema(config: DictConfig) -> TrainSchema:
-    return checked(_without_hydra(config))
-
-
-def _without_hydra(config: DictConfig) -> DictConfig:
-    plain = config.copy()
-    with open_dict(plain):
-        plain.pop("hydra")
-    return plain
+    return checked(without_hydra(config))
 
 
 def with_seeds(overrides: list[str], config: TrainSchema) -> list[list[str]]:
@@ -281,7 +275,7 @@ class Runner:
             job.run_dir = str(run_dir := _without_run(run_dir))
         tags = _tags(self.sweep) | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]}
         return prepare(
-            _without_hydra(config),
+            without_hydra(config),
             run_dir,
             dict(config.hydra.runtime.choices),
             # For whoever goes on with this job alone.

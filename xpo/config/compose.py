@@ -1,0 +1,74 @@
+"""From a command line to a checked configuration. Layer 0: no torch."""
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from xpo.config.errors import ConfigError
+from xpo.config.explain import unknown_key
+from xpo.config.schema import TrainSchema
+
+# In a wheel conf/ lies inside the package, in a checkout beside it.
+CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
+
+ConfigStore.instance().store(name="schema", node=TrainSchema)
+
+
+def choose_preset(arguments: list[str]) -> list[str]:
+    """Leaves the default preset out where a model or data set is chosen: quickstart is made for its own.
+
+    Hydra's defaults list cannot say this: while it chooses an option, it knows those of other groups, but no values,
+    such as model.name.
+    """
+    groups = [argument.partition("=")[0] for argument in arguments]
+    chosen = [groups.index(key) for key in ("model", "data", "model.name", "data.train") if key in groups]
+    if not chosen or "experiment" in groups:
+        return arguments
+    return [*arguments[: min(chosen)], "experiment=none", *arguments[min(chosen) :]]
+
+
+def compose(arguments: list[str]) -> tuple[DictConfig, Path, dict[str, str]]:
+    """The configuration that the command line asks for, its run directory, and the option of each group."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("train", overrides=arguments, return_hydra_config=True)
+    return without_hydra(config), Path(config.hydra.run.dir), dict(config.hydra.runtime.choices)
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """A copy without Hydra's own part."""
+    plain = config.copy()
+    with open_dict(plain):
+        del plain["hydra"]
+    return plain
+
+
+def checked(config: DictConfig) -> TrainSchema:
+    """The configuration with its types, all values in range.
+
+    Raises:
+        ConfigError: an unknown key, a missing or a bad value.
+    """
+    check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
+    check_complete(config)
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
+def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
+    """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
+    types = {field.name: field.type for field in fields(schema)}
+    for key, value in config.items():
+        if key not in types:
+            raise ConfigError(unknown_key(f"{prefix}{key}", CONF))
+        if is_dataclass(types[key]):
+            check_keys(value, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def check_complete(config: DictConfig) -> None:
+    """ConfigError for a required key without a value."""
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value; give one with {missing[0]}=...")

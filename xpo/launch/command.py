@@ -1,0 +1,30 @@
+"""How a command ends that came to nothing: one line, and the exit status. Layer 0: no torch."""
+
+import sys
+
+from xpo.config.compose import CONF
+from xpo.config.errors import JobFailed
+from xpo.config.explain import explain
+from xpo.config.schema import TrainSchema
+
+
+def exit_status(error: Exception, schema: type = TrainSchema) -> int:
+    """Says what went wrong and returns the exit status: 2 for bad input, 1 for a job that came to nothing.
+
+    Args:
+        error: what the command raised; it is raised again unless the command line is to blame for it.
+        schema: the dataclass of the command's configuration.
+    """
+    if isinstance(error, JobFailed):
+        print_error(error)
+        return 1
+    message = explain(error, CONF, sys.argv[1:], schema)
+    if message is None:
+        raise error
+    print_error(message)
+    return 2
+
+
+def print_error(message: object) -> None:
+    """One line on stderr."""
+    print(f"xpo: error: {message}", file=sys.stderr)
