@@ -16,21 +16,12 @@ from xpo.config.compose import check_keys, choose_preset, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
+from xpo.launch.build import build_arguments, build_inputs, loaded
 from xpo.launch.command import exit_status
-from xpo.launch.worker import loaded, prompts, training_arguments
-from xpo.models.loading import load_model, load_tokenizer, policy_directory
-from xpo.models.reference import Reference
-from xpo.sampling.draws import ReferenceDraws
-from xpo.sampling.rollout import EVAL_REFERENCE, REFERENCE, Sampler
+from xpo.models.loading import end_tokens, load_model
+from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
-from xpo.training.trainer import (
-    end_tokens,
-    precision,
-    prompt_tokenizer,
-    reference_dtype,
-    reference_store,
-    sampling_options,
-)
+from xpo.training.setup import build_reference, build_reference_draws, build_sampler, open_store
 
 
 def main() -> None:
@@ -51,34 +42,21 @@ def main() -> None:
 
 def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     """Computes what the store lacks, and says how much that was."""
-    args = training_arguments(config, Path("outputs"))
-    store = reference_store(args)
-    if store is None:
+    args = build_arguments(config, Path("outputs"))
+    if open_store(args) is None:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
-    name, key = (config.model.reference, "model.reference") if config.model.reference else (config.model.name, "")
-    code = config.model.trust_remote_code
-    directory = policy_directory(name, None if key else config.model.revision, key or "model.name", with_code=code)
-    # Prompts are the policy's: its tokenizer and chat template.
-    own = policy_directory(config.model.name, config.model.revision, with_code=code)
-    tokenizer = loaded("model.name", config.model.name, load_tokenizer, own, config.model)
-    tokenize = prompt_tokenizer(args, tokenizer)
-    parts = {
-        part: tokenize(prompts(config, part), key=f"data.{part}")
-        for part in ("train", "eval")
-        if vars(config.data)[part]
-    }
-
-    model = loaded(key or "model.name", name, load_model, directory, config.model).to(args.device)
-    # The policy says where completions end.
-    policy = loaded("model.name", config.model.name, load_model, own, config.model) if key else model
-    sampler = Sampler(tokenizer, sampling_options(args), end_tokens(policy, tokenizer))
+    inputs = build_inputs(config, args)
+    policy = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
+    sampler = build_sampler(args, inputs.tokenizer, end_tokens(policy, inputs.tokenizer))
+    model = policy
+    if inputs.reference is not None:
+        model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)
     del policy
-    reference = Reference(model, model, args.device, reference_dtype(args))
-    draws = ReferenceDraws(reference, sampler, store, precision(args))
+    draws = build_reference_draws(args, build_reference(args, model, model), sampler)
     half = torch.bfloat16 if args.bf16 else torch.float16
-    work = [(REFERENCE, epoch, collate_prompts(parts["train"])) for epoch in range(epochs)]
-    if "eval" in parts:
-        work.append((EVAL_REFERENCE, 0, collate_prompts(parts["eval"])))
+    work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(epochs)]
+    if "eval" in inputs.datasets:
+        work.append((EVAL_REFERENCE, 0, collate_prompts(inputs.datasets["eval"])))
     computed = total = 0
     number_of_draws = sum(len(rows["prompt_ids"]) for _, _, rows in work)
     with tqdm(total=number_of_draws, desc="Filling", disable=args.disable_tqdm) as bar:
@@ -93,7 +71,7 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
                     draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy, occurrences=equal)
                 computed, total = computed + int(draw.fresh.sum()), total + len(chunk)
                 bar.update(len(chunk))
-    print(f"{computed} of {total} draws computed, {total - computed} were there: {store.path}")
+    print(f"{computed} of {total} draws computed, {total - computed} were there: {args.reference_store}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from xpo.config.errors import ConfigError
 from xpo.data import prompt_sets as data
 from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
 from xpo.data.prompts import plain_text, render
-from xpo.launch.worker import training_arguments
+from xpo.launch.build import build_arguments
 from xpo.models.loading import tiny_tokenizer
 
 USER = {"role": "user", "content": "Tell me of the sea"}
@@ -101,7 +101,7 @@ def test_a_template_gets_its_own_arguments() -> None:
     assert tokens([USER], template_kwargs={"enable_thinking": False}) == USER["content"] + " at once"
     assert tokens("plain", template_kwargs={"enable_thinking": False}) == "plain"
     config, _, _ = compose(["+data.chat_template_kwargs.enable_thinking=false"])
-    assert training_arguments(checked(config), Path("run")).chat_template_kwargs == {"enable_thinking": False}
+    assert build_arguments(checked(config), Path("run")).chat_template_kwargs == {"enable_thinking": False}
 
 
 # ---- rendering for reward models and people ----------------------------------------------------

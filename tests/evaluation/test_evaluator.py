@@ -121,7 +121,7 @@ def test_the_ranks_share_the_prompts_and_answer_as_one_process_would(make_traine
             ds3_gather_for_generation=True,
         )
         forwards = (trainer.policy_forward, trainer.reference_forward)
-        evaluator = Evaluator(trainer.sampler, trainer.draws, forwards, trainer.judge, trainer.reward_model, {})
+        evaluator = Evaluator(trainer.draws.sampler, trainer.draws, forwards, trainer.evaluator.labeller, {})
         evaluator(trainer.model, trainer.eval_dataset, trainer.accelerator, args)  # type: ignore[arg-type]
         assert [r["index"] for r in evaluator.records] == list(range(rank, 5, 2))
         shared += evaluator.records

@@ -76,7 +76,7 @@ def test_swapping_the_completions_turns_the_sign(judge: Judge) -> None:
 def test_both_orders_cancel_the_position_bias() -> None:
     """good/bad: (3 + 1/3 - (3 - 1/3)) / 2 = 1/3, flipped: 3.3 and 2.7 both favour the first. Long: 13 / 3 = 4.3 > 3."""
     judge = Biased()
-    margin, flipped = judge.verdicts(PROMPTS, FIRST, SECOND)
+    margin, flipped, _ = judge.verdicts(PROMPTS, FIRST, SECOND)
     torch.testing.assert_close(margin, torch.tensor([1 / 3, -1 / 3, 13 / 3, -1 / 3, 0.0, 0.0]))
     assert flipped[:4].tolist() == [1, 1, 0, 1]
     assert flipped[4].isnan()  # identical: not asked
@@ -88,7 +88,7 @@ def test_one_order_asks_half_and_keeps_the_bias() -> None:
     shown = []
     for seed in (0, 1):
         judge = Biased(both_orders=False, seed=seed)
-        margin, flipped = judge.verdicts(prompts, ["aa"] * 200, ["b"] * 200)
+        margin, flipped, _ = judge.verdicts(prompts, ["aa"] * 200, ["b"] * 200)
         assert len(judge.asked) == 200
         assert flipped.isnan().all()
         first_shown = margin > 0  # 3.3 if "aa" is shown first, else -(3 - 1/3)
@@ -101,7 +101,7 @@ def test_one_order_asks_half_and_keeps_the_bias() -> None:
 def test_a_missing_answer_in_either_order_is_no_verdict() -> None:
     """A text that fails when shown first: its pair is invalid, whichever side it is on, and no other pair."""
     judge = Biased(broken=["bad"])
-    margin, flipped = judge.verdicts(PROMPTS, FIRST, SECOND)
+    margin, flipped, _ = judge.verdicts(PROMPTS, FIRST, SECOND)
     assert margin.isnan().tolist() == [True, True, False, False, False, False]
     assert flipped.isnan().tolist() == [True, True, False, False, True, False]
 

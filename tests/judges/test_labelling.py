@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import PreferenceOptions
 from xpo.data.prompts import Prompt
 from xpo.judges import FunctionJudge, Judge, RewardJudge
-from xpo.judges.labelling import Preference, Rules, judge_pairs
+from xpo.judges.labelling import Labelled, Labeller
 from xpo.rewards import FunctionReward, RewardModel
 from xpo.sampling.completions import Completions
 from xpo.tracking.metrics import preference_metrics
@@ -31,17 +32,12 @@ def judged(
     ended: tuple[Sequence[bool], Sequence[bool]] | None = None,
     penalty: float | None = None,
     count: int = 1,
-) -> Preference:
-    """`judge_pairs` on pairs of policy and reference completions; different texts that ended by default."""
-    policy, reference = texts or ([f"y{i}" for i in range(count)], [f"z{i}" for i in range(count)])
-    policy_ended, reference_ended = ended or (None, None)
-    return judge_pairs(
-        judge,
-        reward_model,
-        [f"p{i}" for i in range(len(policy))],
-        completions(policy, policy_ended),
-        completions(reference, reference_ended),
-        Rules(penalty),
+) -> Labelled:
+    """The labels of pairs of completions; different texts that ended by default."""
+    first, second = texts or ([f"y{i}" for i in range(count)], [f"z{i}" for i in range(count)])
+    first_ended, second_ended = ended or (None, None)
+    return Labeller(judge, reward_model, PreferenceOptions(), penalty)(
+        [f"p{i}" for i in range(len(first))], completions(first, first_ended), completions(second, second_ended)
     )
 
 
@@ -94,7 +90,7 @@ def test_the_penalty_does_not_make_an_invalid_verdict_valid() -> None:
 def test_a_pair_with_one_missing_reward_is_invalid_and_not_a_win_of_the_other() -> None:
     """Defect 20: None must not become 0, which would beat every negative reward."""
     reward = FunctionReward(lambda prompts, completions: [None if text == "y0" else -1.0 for text in completions])
-    preference = judged(RewardJudge(reward), reward, count=2)
+    preference = judged(RewardJudge(reward), count=2)
     assert preference.labels.label.tolist() == [0, 0]
     assert preference.margin[0].isnan()
     assert preference.margin[1] == 0
@@ -129,7 +125,7 @@ def test_the_penalty_is_subtracted_from_margins_and_scores_alike() -> None:
     neither:             3.5, 0.5  margin 3
     """
     reward = CountingReward()
-    preference = judged(RewardJudge(reward), reward, texts=(["yyyyy"] * 4, ["zz"] * 4), ended=ENDED, penalty=1.5)
+    preference = judged(RewardJudge(reward), texts=(["yyyyy"] * 4, ["zz"] * 4), ended=ENDED, penalty=1.5)
     assert preference.scores is not None
     torch.testing.assert_close(preference.scores, torch.tensor([[5, 3.5, 5, 3.5], [2, 2, 0.5, 0.5]]), atol=1e-6, rtol=0)
     torch.testing.assert_close(preference.margin, torch.tensor([3, 1.5, 4.5, 3]), atol=1e-6, rtol=0)
@@ -149,7 +145,7 @@ def test_the_penalty_decides_between_identical_texts() -> None:
 
 def test_without_a_penalty_an_unfinished_completion_costs_nothing() -> None:
     reward = CountingReward()
-    preference = judged(RewardJudge(reward), reward, texts=(["yyy"] * 4, ["z"] * 4), ended=ENDED, penalty=None)
+    preference = judged(RewardJudge(reward), texts=(["yyy"] * 4, ["z"] * 4), ended=ENDED, penalty=None)
     assert preference.margin.tolist() == [2, 2, 2, 2]
     assert preference.scores is not None
     assert preference.scores.tolist() == [[3] * 4, [1] * 4]
@@ -167,7 +163,7 @@ def test_a_reward_model_beside_a_judge_only_scores() -> None:
 
 def test_a_reward_model_that_judges_scores_each_completion_once() -> None:
     reward = CountingReward()
-    preference = judged(RewardJudge(reward), reward, texts=(["aa", "b"], ["c", "dd"]))
+    preference = judged(RewardJudge(reward), texts=(["aa", "b"], ["c", "dd"]))
     assert sorted(reward.scored) == ["aa", "b", "c", "dd"]
     assert preference.labels.label.tolist() == [1, -1]
 

@@ -24,7 +24,7 @@ from xpo.config.compose import CONF, checked, compose
 from xpo.config.errors import ConfigError, JudgeStopped
 from xpo.judges.llm import LLMJudge, log_odds
 from xpo.judges.question import TEMPLATE, check_template, question
-from xpo.launch.build import build
+from xpo.launch.groups import build_group
 
 PROMPTS = ["Hello!", "What is the capital of France?", "Tell a story.", "2 + 2 = ?", "", "A or B?"]
 FIRST = ["Hi!", "Paris.", "Once upon a time there was a robot.", "4", "a", "B"]
@@ -101,7 +101,7 @@ def test_log_odds_are_those_of_the_model_by_hand(server: LLMServer):
 def test_margin_is_the_mean_of_both_orders_and_swaps_its_sign(server: LLMServer):
     judge = judge_at(server)
     backward = [by_hand(server, x, b, a) for x, a, b in zip(PROMPTS, FIRST, SECOND, strict=True)]
-    margin, flipped = judge.verdicts(PROMPTS, FIRST, SECOND)
+    margin, flipped, _ = judge.verdicts(PROMPTS, FIRST, SECOND)
     close(margin, (expected(server) - torch.tensor(backward)) / 2)
     assert set(flipped.tolist()) <= {0.0, 1.0}
     close(judge.margins(PROMPTS, SECOND, FIRST), -margin)
@@ -249,9 +249,9 @@ def test_a_model_that_thinks_before_it_answers(server: LLMServer):
 
 def test_fields_of_a_request_from_a_configuration(server: LLMServer):
     request = {"chat_template_kwargs": {"enable_thinking": False}, "stop": ["\n"], "max_tokens": 1}
-    build({"_target_": "xpo.judges.LLMJudge", "model": "m", "base_url": server.url, "request": request}).preferences(
-        PROMPTS[:1], FIRST[:1], SECOND[:1]
-    )
+    build_group(
+        {"_target_": "xpo.judges.LLMJudge", "model": "m", "base_url": server.url, "request": request}
+    ).preferences(PROMPTS[:1], FIRST[:1], SECOND[:1])
     assert server.requests[-1].items() >= request.items()
 
 
@@ -293,13 +293,13 @@ def test_a_question_that_fails_is_no_verdict_and_harms_no_other(
     assert "\n" not in message
     assert len(message) < 260
 
-    margin, flipped = judge.verdicts(PROMPTS, FIRST, SECOND)
+    margin, flipped, _ = judge.verdicts(PROMPTS, FIRST, SECOND)
     assert margin.isnan().tolist() == flipped.isnan().tolist() == [False, False, True, False, False, False]
 
 
 def test_one_failed_order_spoils_the_pair(server: LLMServer):
     server.faults = one_question("500", f"<answer_A>\n{FIRST[1]}")
-    margin, flipped = judge_at(server, max_retries=0).verdicts(PROMPTS, FIRST, SECOND)
+    margin, flipped, _ = judge_at(server, max_retries=0).verdicts(PROMPTS, FIRST, SECOND)
     assert margin.isnan().tolist() == flipped.isnan().tolist() == [False, True, False, False, False, False]
 
 

@@ -95,7 +95,7 @@ def test_both_orders_average_and_swap_their_sign(judge: LocalLLMJudge):
 
 def test_one_order_swaps_its_sign(directory: Path):
     judge = LocalLLMJudge(str(directory), device="cpu", both_orders=False)
-    margins, flipped = judge.verdicts(PROMPTS, FIRST, SECOND)
+    margins, flipped, _ = judge.verdicts(PROMPTS, FIRST, SECOND)
     assert torch.equal(judge.margins(PROMPTS, SECOND, FIRST), -margins)
     assert flipped.isnan().all()
     forward, backward = judge.preferences(PROMPTS, FIRST, SECOND), judge.preferences(PROMPTS, SECOND, FIRST)
@@ -176,7 +176,7 @@ def test_a_question_that_is_too_long_is_no_verdict(
     assert answers.isnan().tolist() == (~fits).tolist()
     close(answers[fits], expected()[fits])
     assert caplog.messages == [f"The judge did not read 2 of 6 questions: longer than judge.max_length={limit} tokens"]
-    margin, _ = limited.verdicts(PROMPTS, FIRST, SECOND)
+    margin, _, _ = limited.verdicts(PROMPTS, FIRST, SECOND)
     assert margin.isnan().tolist() == (~fits).tolist()
     assert limited.preferences(PROMPTS[2:3], FIRST[2:3], SECOND[2:3]).isnan().all()
 

@@ -35,7 +35,7 @@ from transformers import (
 
 from xpo.config.errors import ConfigError
 from xpo.models.attention import _completions_see, blocks_of_pairs, packed_attention
-from xpo.models.forward import Forward, PairForward, why_not
+from xpo.models.forward import Forward, why_not
 from xpo.models.logprobs import (
     Layout,
     block_mask,
@@ -120,7 +120,7 @@ def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=512, bos_token_id=0, eos_token_id=0, **sizes))
 
 
-WAYS: tuple[PairForward, ...] = ("packed", "shared", "separate")
+WAYS: tuple[str, ...] = ("packed", "shared", "separate")
 SHARING: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZE)),
     "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)),
@@ -181,7 +181,7 @@ def built(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 @pytest.mark.parametrize("completions", [1, 2, 3])
 @pytest.mark.parametrize("way", ["packed", "shared"])
 @pytest.mark.parametrize("kind", SHARING)
-def test_sharing_the_prompt_changes_nothing(kind: str, way: PairForward, completions: int):
+def test_sharing_the_prompt_changes_nothing(kind: str, way: str, completions: int):
     """Log-probabilities and gradients; the weights of the sum tell the completions apart."""
     model, batch = built(SHARING[kind]), batch_of(completions)
     if way == "packed" and kind in NOT_PACKED:
@@ -225,7 +225,7 @@ def test_what_cannot_share_is_found_out(kind: str):
 
 
 @pytest.mark.parametrize("way", ["packed", "shared"])
-def test_half_precision_shares_too(way: PairForward):
+def test_half_precision_shares_too(way: str):
     model = built(SHARING["llama"]).bfloat16()
     assert why_not(way, model, LONGEST) is None
 
@@ -273,7 +273,7 @@ def test_on_a_gpu_pairs_are_not_packed_unless_asked():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_compiled_model_takes_each_batch_as_it_comes(way: PairForward):
+def test_a_compiled_model_takes_each_batch_as_it_comes(way: str):
     """training.torch_compile: no graph keeps the targets, lengths or masks of an earlier batch."""
     model = built(SHARING["llama"])
     compiled = torch.compile(model, backend="eager")  # traced and guarded as ever; nothing generated

@@ -14,7 +14,7 @@ from xpo import XPOConfig
 from xpo.config.errors import ConfigError
 from xpo.evaluation.evaluator import shares
 from xpo.models.zero import check_engine, gathered, is_divided
-from xpo.training.trainer import check_same_zero
+from xpo.training.checkpoints import check_same_zero
 
 ZERO2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
 
@@ -26,7 +26,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "a
             {"deepspeed": ZERO2, "tokens_per_micro_batch": 64},
             "tokens_per_micro_batch=64 does not go with DeepSpeed, .* raise gradient_accumulation_steps",
         ),
-        ({"shard_reference": True}, "shard_reference=True needs DeepSpeed; choose a deepspeed configuration"),
+        ({"shard_reference": True}, "shard_reference=True needs DeepSpeed; choose deepspeed=zero1, zero2 or zero3"),
         ({"fsdp": "full_shard"}, r"fsdp=.* is not supported, .* use DeepSpeed ZeRO-3 \(deepspeed=zero3\)"),
     ],
 )
@@ -69,12 +69,11 @@ def test_a_whole_model_is_left_alone():
 def test_ranks_evaluate_equally_many_batches(count: int, batch: int, world: int):
     """Every row once; ranks with fewer batches add the first row, which they do not report."""
     parts = [shares(count, batch, rank, world) for rank in range(world)]
-    assert sorted(row for mine, _ in parts for row in mine) == list(range(count))
-    assert len({len(batches) for _, batches in parts}) == 1
-    for mine, batches in parts:
-        own = [row for number, rows in enumerate(batches) if number * batch < len(mine) for row in rows]
-        assert own == list(mine)
-        assert all(rows == [0] for number, rows in enumerate(batches) if number * batch >= len(mine))
+    assert sorted(row for batches, own in parts for rows in batches[:own] for row in rows) == list(range(count))
+    assert len({len(batches) for batches, _ in parts}) == 1
+    for rank, (batches, own) in enumerate(parts):
+        assert [row for rows in batches[:own] for row in rows] == list(range(rank, count, world))
+        assert all(rows == [0] for rows in batches[own:])
 
 
 def test_inputs_are_not_rounded(make_trainer: TrainerFactory):

@@ -6,14 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from xpo.objectives.losses import (
-    Labels,
-    exploration_loss,
-    missing_eos_cost,
-    preference_labels,
-    preference_loss,
-    xpo_loss,
-)
+from xpo.config.options import PreferenceOptions
+from xpo.objectives.labels import Labels, missing_eos_cost, preference_labels
+from xpo.objectives.losses import exploration_loss, preference_loss, xpo_loss
 
 LOG_2 = math.log(2)
 
@@ -87,7 +82,7 @@ def test_gradients(loss_type: str, kind: str):
     policy = (-torch.rand(2, 6, dtype=torch.float64)).requires_grad_()
     reference = -torch.rand(2, 6, dtype=torch.float64)
     margin = torch.tensor([1.0, -1.0, 0.0, 2.0, -0.3, -4.0], dtype=torch.float64)
-    labels = preference_labels(margin, labels=kind)
+    labels = preference_labels(margin, PreferenceOptions(labels=kind))
 
     def total(logps: torch.Tensor) -> torch.Tensor:
         return sum(xpo_loss(logps, reference, labels, alpha=0.3, beta=0.7, loss_type=loss_type))  # type: ignore[arg-type]
@@ -112,7 +107,7 @@ def test_alpha_zero_is_dpo_on_the_same_pairs():
 
 def test_labels_are_signs_and_zero_where_the_judge_could_not_tell():
     margin = torch.tensor([2.0, -0.1, 0.0, float("nan"), float("inf"), -float("inf")])
-    labels = preference_labels(margin)
+    labels = preference_labels(margin, PreferenceOptions())
     assert labels.label.tolist() == [1, -1, 0, 0, 0, 0]
     assert labels.win_probability[:2].tolist() == [1, 0]
 
@@ -120,7 +115,9 @@ def test_labels_are_signs_and_zero_where_the_judge_could_not_tell():
 @pytest.mark.parametrize("kind", ["hard", "soft", "sampled"])
 def test_margins_within_the_threshold_are_ties(kind: str):
     margin = torch.tensor([0.5, -0.5, 0.51, -0.51, float("nan")])
-    labels = preference_labels(margin, 0.5, kind, uniform=torch.tensor([0.0, 0.0, 0.0, 0.99, 0.0]))
+    labels = preference_labels(
+        margin, PreferenceOptions(kind, tie_threshold=0.5), uniform=torch.tensor([0.0, 0.0, 0.0, 0.99, 0.0])
+    )
     assert labels.label.tolist() == [0, 0, 1, -1, 0]
     policy, reference = -torch.rand(2, 5), -torch.rand(2, 5)
     dpo, _ = xpo_loss(policy, reference, labels, alpha=0.0, beta=0.1)
@@ -132,7 +129,7 @@ def test_soft_labels_weigh_both_directions():
 
     3/4 log(1 + e^-1) + 1/4 log(1 + e^1) = 0.75 * 0.313262 + 0.25 * 1.313262 = 0.563262.
     """
-    labels = preference_labels(torch.tensor([2 * math.log(3)]), labels="soft", temperature=2.0)
+    labels = preference_labels(torch.tensor([2 * math.log(3)]), PreferenceOptions("soft", label_temperature=2.0))
     torch.testing.assert_close(labels.win_probability, torch.tensor([0.75]))
     assert labels.label.tolist() == [1]
     policy, reference = torch.tensor([[-4.0], [-6.0]]), torch.tensor([[-5.0], [-5.0]])
@@ -142,14 +139,19 @@ def test_soft_labels_weigh_both_directions():
 
 def test_soft_labels_leave_sure_pairs_as_hard_ones():
     policy, reference, margin = -torch.rand(2, 3), -torch.rand(2, 3), torch.tensor([200.0, -200.0, 300.0])
-    soft = xpo_loss(policy, reference, preference_labels(margin, labels="soft"), 0.1, 0.1).dpo
-    torch.testing.assert_close(soft, xpo_loss(policy, reference, preference_labels(margin), 0.1, 0.1).dpo)
+    soft, sure = (
+        xpo_loss(policy, reference, preference_labels(margin, PreferenceOptions(labels)), 0.1, 0.1).dpo
+        for labels in ("soft", "hard")
+    )
+    torch.testing.assert_close(soft, sure)
 
 
 def test_sampled_labels_win_as_often_as_bradley_terry_says():
     """sigmoid(1.5 / 1.5) = 0.7311 of evenly spaced numbers lie below 0.7311."""
     uniform = (torch.arange(10_000) + 0.5) / 10_000
-    labels = preference_labels(torch.full((10_000,), 1.5), labels="sampled", temperature=1.5, uniform=uniform)
+    labels = preference_labels(
+        torch.full((10_000,), 1.5), PreferenceOptions("sampled", label_temperature=1.5), uniform=uniform
+    )
     assert labels.label.unique().tolist() == [-1, 1]
     torch.testing.assert_close(labels.win_probability, (labels.label + 1) / 2)
     assert (labels.label > 0).float().mean().item() == pytest.approx(0.7311, abs=1e-4)

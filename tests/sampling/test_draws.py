@@ -13,9 +13,9 @@ from conftest import TrainerFactory, prompts, step_logs
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
-from xpo.sampling.UNKNOWN import Sampling
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import GenerationOptions
 from xpo.data.store import Store
 from xpo.models.loading import tiny_model
 from xpo.models.reference import Reference
@@ -30,7 +30,8 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 def draws(
     tokenizer: PreTrainedTokenizerFast, store: Store | None = None, seed: int = 0, **options: Any
 ) -> ReferenceDraws:
-    sampler = Sampler(tokenizer, Sampling(**{"max_new_tokens": 8} | options), [0])
+    given = GenerationOptions(**{"max_new_tokens": 8} | options)
+    sampler = Sampler(tokenizer, given, [0], given.batch_size, given.kwargs)
     return ReferenceDraws(Reference(tiny_model(seed), None, CPU), sampler, store)
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from xpo.sampling.UNKNOWN import Sampling
 
+from xpo.config.options import SamplingOptions
 from xpo.sampling import linears
 from xpo.sampling.linears import packed_linears
 from xpo.sampling.noise import sampling_noise
@@ -54,7 +54,7 @@ def test_a_rollout_draws_the_same_tokens(tokenizer: PreTrainedTokenizerFast, mon
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=512, eos_token_id=0, pad_token_id=0, **sizes))
-    sampler = Sampler(tokenizer, Sampling(max_new_tokens=12), [0])
+    sampler = Sampler(tokenizer, SamplingOptions(max_new_tokens=12), [0])
     arguments = (model, [[5, 6, 7], [8, 9]], sampling_noise((1, 2, 3), [0, 1], 12), torch.device("cpu"))
     used: list[int] = []
     pack = linears._packed_forward

@@ -4,21 +4,22 @@ import pytest
 import torch
 from conftest import gpt2
 from transformers import GenerationConfig, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
-from xpo.sampling.UNKNOWN import Rollout, Sampling
 
 from xpo.config.errors import ConfigError
-from xpo.sampling import rollout
-from xpo.sampling.completions import Completions, same_width, token_batches
+from xpo.config.options import GenerationOptions
+from xpo.sampling import sampler as drawing
+from xpo.sampling.completions import Completions, PairBatch, same_width, token_batches
 from xpo.sampling.kv_cache import roomy_cache
 from xpo.sampling.noise import InverseTransformSampler, sampling_noise
-from xpo.sampling.sampler import Sampler
+from xpo.sampling.sampler import Sampler, check_generation_kwargs
 
 KEY = (42, 3, 0)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
 
 
 def sampler(tokenizer: PreTrainedTokenizerFast, **options) -> Sampler:
-    return Sampler(tokenizer, Sampling(**{"max_new_tokens": 8} | options), [0])
+    given = GenerationOptions(**{"max_new_tokens": 8} | options)
+    return Sampler(tokenizer, given, [0], given.batch_size, given.kwargs)
 
 
 def draw(sampler: Sampler, model, prompts=PROMPTS, rows=None, key=KEY, greedy=False) -> Completions:
@@ -76,7 +77,7 @@ def test_prompts_of_different_lengths_are_prefilled_apart(tokenizer, model, kind
     network = model if kind == "llama" else gpt2()
     prompts = [[5] * 3, [6, 7] * 12, [8, 9, 10], [11] * 20, [12]]
     expected = draw(sampler(tokenizer), network, prompts)
-    monkeypatch.setattr(rollout, "tokens_at_once", lambda device: 48)
+    monkeypatch.setattr(drawing, "tokens_at_once", lambda device: 48)
     widths = []
     hook = network.register_forward_pre_hook(
         lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -91,7 +92,7 @@ def test_prompts_of_one_token_are_prefilled_with_longer_ones(tokenizer, model, m
     """By themselves they would be a batch without tokens."""
     prompts = [[5] * 20, [6] * 20, [7], [8]]
     expected = draw(sampler(tokenizer), model, prompts)
-    monkeypatch.setattr(rollout, "tokens_at_once", lambda device: 20)
+    monkeypatch.setattr(drawing, "tokens_at_once", lambda device: 20)
     assert torch.equal(draw(sampler(tokenizer), model, prompts).ids, expected.ids)
     single = [[number] for number in range(5, 30)]
     assert draw(sampler(tokenizer), model, single).ids.shape[0] == 25
@@ -125,7 +126,7 @@ def test_models_with_other_caches_keep_them():
 def test_a_cache_of_the_users_choice_is_used(tokenizer, model):
     expected = draw(sampler(tokenizer), model)
     for extra in ({"cache_implementation": "static"}, {"use_cache": False}, {"use_cache": True}):
-        assert torch.equal(draw(sampler(tokenizer, extra=extra), model).ids, expected.ids)
+        assert torch.equal(draw(sampler(tokenizer, kwargs=extra), model).ids, expected.ids)
 
 
 def test_no_global_random_state_is_consumed(tokenizer, model):
@@ -156,7 +157,7 @@ def test_sampling_options_bite(tokenizer, model):
 
 def test_extra_generation_options_reach_generate(tokenizer, model):
     likeliest = draw(sampler(tokenizer), model, greedy=True).ids[0, 0].item()
-    suppressed = draw(sampler(tokenizer, extra={"suppress_tokens": [likeliest]}), model, greedy=True)
+    suppressed = draw(sampler(tokenizer, kwargs={"suppress_tokens": [likeliest]}), model, greedy=True)
     assert likeliest not in suppressed.ids[suppressed.mask].tolist()
 
 
@@ -165,7 +166,7 @@ def test_extra_generation_options_reach_generate(tokenizer, model):
 )
 def test_options_that_are_no_rollout_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
-        Sampling(max_new_tokens=4, extra=option)
+        check_generation_kwargs(option)
 
 
 def test_the_defaults_that_a_checkpoint_ships_stay_out(tokenizer, model):
@@ -229,8 +230,8 @@ def test_micro_batches_lose_only_shared_padding():
         mask = torch.arange(4) < torch.tensor(lengths)[:, None]
         return Completions(torch.full((2, 4), 9).where(mask, 0), mask, torch.ones(2).bool(), ["", ""])
 
-    pairs = Rollout(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
-    batch = pairs.pairs([1])
+    pairs = PairBatch(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
+    batch = pairs.rows([1])
     assert batch["prompt_ids"].tolist() == [[4]]
     assert batch["prompt_mask"].tolist() == [[True]]
     assert batch["completion_ids"].tolist() == [[[9, 0]], [[9, 9]]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from xpo.tracking.metrics import Mean, MeanTracker, distinct_bigrams, mean_of, pair_metrics, preference_metrics
+from xpo.tracking.metrics import Mean, Meter, distinct_bigrams, mean_of, pair_metrics, preference_metrics
 
 
 def one_rank(sums: Tensor) -> Tensor:
@@ -15,9 +15,9 @@ def one_rank(sums: Tensor) -> Tensor:
 
 
 def means(metrics: dict[str, Mean]) -> dict[str, float]:
-    tracker = MeanTracker()
-    tracker.add(metrics)
-    return tracker.pop(one_rank)
+    meter = Meter()
+    meter.add(metrics)
+    return meter.pop(one_rank)
 
 
 # Three pairs: y won, y~ won, a tie. Row 0 is y, row 1 is y~.
@@ -128,22 +128,22 @@ def test_a_mean_over_chosen_rows_leaves_the_others_out() -> None:
 
 def test_a_mean_without_values_is_left_out_and_not_zero() -> None:
     assert means({"none": Mean(0.0, 0), "some": Mean(0.0, 2)}) == {"some": 0.0}
-    assert MeanTracker().pop(one_rank) == {}
+    assert Meter().pop(one_rank) == {}
 
 
 def test_pooling_over_unequal_steps_is_the_mean_over_everything() -> None:
     """The last step of an epoch is shorter: means of means would weigh its pairs more."""
     values = torch.arange(11.0) ** 2
-    tracker = MeanTracker()
+    meter = Meter()
     for part in values.split([4, 4, 3]):
-        tracker.add({"x": mean_of(part), "even": mean_of(part, part % 2 == 0)})
-    pooled = tracker.pop(one_rank)
+        meter.add({"x": mean_of(part), "even": mean_of(part, part % 2 == 0)})
+    pooled = meter.pop(one_rank)
     assert pooled["x"] == pytest.approx(values.mean().item())
     assert pooled["x"] != pytest.approx(torch.stack([p.mean() for p in values.split([4, 4, 3])]).mean().item())
     assert pooled["even"] == pytest.approx(values[values % 2 == 0].mean().item())
 
 
-def ranks(*trackers: MeanTracker) -> list[dict[str, float]]:
+def ranks(*meters: Meter) -> list[dict[str, float]]:
     """What each rank pops when the collective adds up over all of them."""
     contributions: list[Tensor] = []
 
@@ -154,17 +154,17 @@ def ranks(*trackers: MeanTracker) -> list[dict[str, float]]:
     def collective(total: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda sums: total
 
-    for tracker in trackers:
-        before = dict(tracker.sums)
-        tracker.pop(record)
-        tracker.sums = before
+    for meter in meters:
+        before = dict(meter.sums)
+        meter.pop(record)
+        meter.sums = before
     total = torch.stack(contributions).sum(dim=0)
-    return [tracker.pop(collective(total)) for tracker in trackers]
+    return [meter.pop(collective(total)) for meter in meters]
 
 
 def test_every_rank_gets_the_mean_over_the_pairs_of_all_ranks() -> None:
     """Rank 1 has fewer pairs and none with a preference; its names come in another order."""
-    first, second = MeanTracker(), MeanTracker()
+    first, second = Meter(), Meter()
     first.add({"x": mean_of(torch.tensor([1.0, 2.0, 6.0])), "won": mean_of(torch.tensor([4.0]))})
     second.add({"won": Mean(0.0, 0)})
     second.add({"x": mean_of(torch.tensor([11.0]))})
@@ -172,16 +172,16 @@ def test_every_rank_gets_the_mean_over_the_pairs_of_all_ranks() -> None:
 
 
 def test_a_log_starts_afresh() -> None:
-    tracker = MeanTracker()
-    tracker.add({"x": Mean(2.0, 1)})
-    tracker.pop(one_rank)
-    tracker.add({"x": Mean(5.0, 1)})
-    assert tracker.pop(one_rank) == {"x": 5.0}
+    meter = Meter()
+    meter.add({"x": Mean(2.0, 1)})
+    meter.pop(one_rank)
+    meter.add({"x": Mean(5.0, 1)})
+    assert meter.pop(one_rank) == {"x": 5.0}
 
 
-def test_a_tracker_goes_on_from_its_state_in_a_checkpoint() -> None:
+def test_a_meter_goes_on_from_its_state_in_a_checkpoint() -> None:
     """The trainer writes `sums` as JSON; a float must come back bit by bit."""
-    whole, before, after = MeanTracker(), MeanTracker(), MeanTracker()
+    whole, before, after = Meter(), Meter(), Meter()
     first, second = {"x": mean_of(torch.tensor([0.1, 0.7]))}, {"x": Mean(1 / 3, 1), "y": Mean(2.0, 0)}
     whole.add(first)
     whole.add(second)

@@ -154,12 +154,12 @@ def test_08_with_lora_the_reference_samples_from_the_base(make_trainer):
         peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), learning_rate=0.1, max_steps=4
     )
     trainer.train()
-    noise = sampling_noise((0, 0, REFERENCE), range(16), trainer.sampler.max_new_tokens)
+    noise = sampling_noise((0, 0, REFERENCE), range(16), trainer.draws.sampler.max_new_tokens)
     draw = [trainer.train_dataset["prompt_ids"], noise, torch.device("cpu")]
-    base = trainer.sampler.sample(tiny_model(), *draw)
+    base = trainer.draws.sampler.sample(tiny_model(), *draw)
     with trainer.reference.model() as reference:
-        assert trainer.sampler.sample(reference, *draw).texts == base.texts
-    assert trainer.sampler.sample(trainer.model.get_base_model(), *draw).texts != base.texts
+        assert trainer.draws.sampler.sample(reference, *draw).texts == base.texts
+    assert trainer.draws.sampler.sample(trainer.model.get_base_model(), *draw).texts != base.texts
 
 
 def test_09_completions_must_leave_room_for_a_prompt(make_trainer):

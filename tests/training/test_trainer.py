@@ -326,12 +326,12 @@ def test_more_processes_share_the_history_of_scores(make_trainer, tmp_path: Path
     checkpoint = tmp_path / "out" / "checkpoint-1"
     rank_0 = json.loads((checkpoint / "xpo_state_0.json").read_text())
     other = make_trainer(normalize_scores=True)
-    with mock.patch.object(XPOTrainer, "_state_file", lambda self, folder: Path(folder) / "xpo_state_1.json"):
+    with mock.patch.object(XPOConfig, "process_index", 1):
         other.create_optimizer_and_scheduler(2)
         other._load_optimizer_and_scheduler(str(checkpoint))
-    assert other.scale.moments == rank_0["scale"]
+    assert other.labeller.scale.moments == rank_0["scale"]
     assert rank_0["scale"][0] > 0
-    assert other._tracker.sums == {}
+    assert other.meter.sums == {}
 
 
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_checkpoints_sound(make_trainer, tmp_path: Path):
@@ -404,8 +404,8 @@ def test_command_lines_can_be_parsed_into_a_config(tmp_path: Path):
 
 def test_generation_kwargs_win_over_the_options_they_repeat(make_trainer):
     trainer = make_trainer(generation_kwargs={"top_k": 1, "no_repeat_ngram_size": 2})
-    assert trainer.sampler.sampling.top_k == 1
-    assert trainer.sampler.config.no_repeat_ngram_size == 2
+    assert trainer.args.top_k == 1
+    assert trainer.draws.sampler.config.no_repeat_ngram_size == 2
 
 
 def test_judge_functions_label_and_reward_models_only_score(make_trainer):

@@ -390,13 +390,13 @@ def check_deepspeed(
     """What goes with DeepSpeed only, and what does not."""
     if tokens_per_micro_batch is not None and deepspeed:
         raise ConfigError(
-            f"{spelled('training.tokens_per_micro_batch')}={tokens_per_micro_batch} does not go with deepspeed, whose "
+            f"{spelled('training.tokens_per_micro_batch')}={tokens_per_micro_batch} does not go with DeepSpeed, whose "
             f"processes do equally many passes; lower {spelled('training.per_device_train_batch_size')} and raise "
             f"{spelled('training.gradient_accumulation_steps')}"
         )
     if shard_reference and not deepspeed:
         raise ConfigError(
-            f"{spelled('deepspeed.shard_reference')}=True needs DeepSpeed; choose a deepspeed configuration"
+            f"{spelled('deepspeed.shard_reference')}=True needs DeepSpeed; choose deepspeed=zero1, zero2 or zero3"
         )
 
 

@@ -25,8 +25,8 @@ from xpo.config.schema import InspectSchema, is_group, needs_reward_model
 from xpo.data.pairs import Pair, load_pairs
 from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
 from xpo.judges.base import Judge, Verdicts
-from xpo.launch.build import build_preference, check_target
 from xpo.launch.command import exit_status, print_error
+from xpo.launch.groups import build_preference, check_target
 from xpo.tracking.terminal import quiet
 
 _CHUNK = 256  # pairs between two movements of the progress bar
@@ -119,7 +119,7 @@ def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
             except JudgeStopped as error:
                 stopped = str(error)
                 break
-            margin[start : start + len(chunk)], flipped[start : start + len(chunk)] = verdicts
+            margin[start : start + len(chunk)], flipped[start : start + len(chunk)] = verdicts[:2]
             bar.update(len(chunk))
     return Judged(name, margin, flipped, seconds / max(done, 1), stopped)
 

@@ -55,7 +55,7 @@ class CachedJudge(Judge):
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
         for start in range(0, len(missing), self.commit_every):
             part = dict(list(missing.items())[start : start + self.commit_every])
-            margin, flipped = self.judge.verdicts(*map(list, zip(*part.values(), strict=True)))
+            margin, flipped, _ = self.judge.verdicts(*map(list, zip(*part.values(), strict=True)))
             fresh = dict(zip(part, zip(margin.tolist(), flipped.tolist(), strict=True), strict=True))
             self.store.put({key: _VERDICT.pack(*verdict) for key, verdict in fresh.items() if _finite(verdict[0])})
             known |= fresh

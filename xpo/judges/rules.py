@@ -29,7 +29,7 @@ class LengthControlledJudge(Judge):
         return self.verdicts(prompts, first, second).margin
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
-        margin, flipped = self.judge.verdicts(prompts, first, second)
+        margin, flipped, _ = self.judge.verdicts(prompts, first, second)
         longer = torch.tensor([float(len(a) - len(b)) for a, b in zip(first, second, strict=True)])
         return Verdicts(margin - self.coefficient * longer, flipped)
 

@@ -1,103 +1,127 @@
-"""From the groups judge and reward_model of a configuration to objects."""
+"""What a configuration stands for: the trainer's arguments, prompts and models, and the trainer itself."""
 
 import inspect
-import sqlite3
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_method, instantiate
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from xpo.config.errors import ConfigError, nearest
-from xpo.config.schema import REWARD_JUDGE, is_group, needs_reward_model
-from xpo.judges import CachedJudge, Judge
-from xpo.rewards import CachedReward, RewardModel
+from xpo.config.schema import TrainSchema, trainer_arguments
+from xpo.data.prompt_sets import load_prompts
+from xpo.launch.groups import build_group, build_preference, check_target
+from xpo.models.loading import load_model, load_tokenizer, lora_config, policy_directory
+from xpo.models.zero import loading_whole
+from xpo.training.config import XPOConfig
+from xpo.training.setup import prompt_tokenizer
+from xpo.training.trainer import XPOTrainer
 
-Group = dict[str, Any]
-OFF = ("off", False, None)  # unquoted, YAML reads the word as a truth value
-
-
-def check_target(key: str, group: Group) -> None:
-    """ConfigError unless every `_target_` in a group exists, and takes the other keys beside it (but `cache`)."""
-    target = group.get("_target_")
-    parameters: dict[str, inspect.Parameter] = {}
-    if target is not None:
-        try:
-            parameters = dict(inspect.signature(get_method(target)).parameters)
-        except (ImportError, ValueError, AttributeError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        for name, value in group.items():
-            if not (name.startswith("_") or name == "cache" or name in parameters or takes_any):
-                raise ConfigError(f"{key}.{name}={value!r} is not an option of {target}{nearest(name, parameters)}")
-        given = set(group) | ({"reward_model"} if target == REWARD_JUDGE else set())
-        for name, parameter in parameters.items():
-            named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-            if named and parameter.default is inspect.Parameter.empty and name not in given:
-                raise ConfigError(f"{key}.{name} has no value, and {target} needs one; give it with +{key}.{name}=...")
-    for name, value in group.items():
-        if isinstance(value, dict):
-            check_target(f"{key}.{name}", value)
+T = TypeVar("T")
 
 
-def build(group: Group) -> Any:
-    """What the `_target_` of a group makes of its other keys."""
-    return _build(group, None, "off")
+class Inputs(NamedTuple):
+    """What is known of a run before any model loads.
+
+    Attributes:
+        policy: the directory of the policy.
+        reference: that of another model as reference; None: a copy of the policy.
+        tokenizer: the policy's.
+        datasets: tokenized prompts of the parts "train" and, unless there is no evaluation, "eval".
+    """
+
+    policy: str
+    reference: str | None
+    tokenizer: PreTrainedTokenizerBase
+    datasets: dict[str, Any]
 
 
-def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | None, Judge]:
-    """The reward model, if any, and the judge.
-
-    With `judge.cache` each judge and reward model that has a fingerprint remembers what it said; what is
-    made of others (a mix, a rule) asks them. An inner judge may have a `cache` of its own.
+def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
+    """The trainer's arguments; model and checkpoints go to RUN_DIR/model.
 
     Raises:
-        ConfigError: there is nothing to remember, or an argument is wrong.
+        ConfigError: an unknown name in training.kwargs, or values that TrainingArguments refuses.
     """
-    cache = judge.get("cache", "off")
-    # A judge of its own comes first: it is where a missing key or server is noticed at once.
-    if needs_reward_model(judge):
-        scorer = _build(reward_model, None, cache)
-        made = _build(judge, scorer, cache)
-    else:
-        made = _build(judge, None, cache)
-        scorer = _build(reward_model, None, cache) if is_group(reward_model) else None
-    if cache not in OFF and made.fingerprint is None and not isinstance(scorer, CachedReward):
-        raise ConfigError(
-            f"judge.cache={cache!r} has nothing to keep: {type(made).__name__} has no fingerprint; "
-            "define its property `fingerprint`, or set judge.cache=off"
-        )
-    return scorer, made
-
-
-def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
-    """What a group makes, from what its inner groups make. RewardJudge gets `reward_model` unless it has one."""
-    cache = group.get("cache", cache)
-    inner = {name: _build_inner(value, reward_model, cache) for name, value in group.items() if _holds_a_group(value)}
-    if group["_target_"] == REWARD_JUDGE and "reward_model" not in inner:
-        inner["reward_model"] = reward_model
-    plain = {name: value for name, value in group.items() if name not in inner and name != "cache"}
-    try:  # Hydra makes a partial of it: were inner objects part of the configuration, it would copy them
-        make = instantiate({"_convert_": "all", **plain, "_partial_": True})
-    except InstantiationException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    made = make(**inner)
-    if cache in OFF or inner or made.fingerprint is None:
-        return made
+    valid = inspect.signature(XPOConfig).parameters
+    for key, value in config.training.kwargs.items():
+        if key not in valid:
+            raise ConfigError(
+                f"training.kwargs.{key}={value!r} is not a TrainingArguments name{nearest(key, valid)}; "
+                "correct or remove it"
+            )
     try:
-        return CachedJudge(made, cache) if isinstance(made, Judge) else CachedReward(made, cache)
-    except (OSError, sqlite3.Error) as error:
+        return XPOConfig(
+            output_dir=str(run_dir / "model"),
+            **dict(trainer_arguments(config)),
+            **{"log_level": "error"} | config.training.kwargs,
+        )
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training: {str(error).splitlines()[0]}; correct the values under training") from error
+
+
+def build_inputs(config: TrainSchema, args: XPOConfig) -> Inputs:
+    """Checks everything that can be known to be wrong before any model loads.
+
+    Raises:
+        ConfigError: it is wrong, or out of reach.
+    """
+    check_target("judge", config.judge)
+    check_target("reward_model", config.reward_model)
+    for name, scorer in config.evaluation.scorers.items():
+        check_target(f"evaluation.scorers.{name}", scorer)
+    raw = {part: _prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
+    model, with_code = config.model, config.model.trust_remote_code
+    policy = policy_directory(model.name, model.revision, with_code=with_code)
+    reference = model.reference and policy_directory(model.reference, None, "model.reference", with_code)
+    tokenizer = loaded("model.name", model.name, load_tokenizer, policy, model)
+    tokenize = prompt_tokenizer(args, tokenizer)
+    return Inputs(
+        policy, reference, tokenizer, {part: tokenize(dataset, f"data.{part}") for part, dataset in raw.items()}
+    )
+
+
+def build_trainer(config: TrainSchema, args: XPOConfig, inputs: Inputs, callbacks: list[TrainerCallback]) -> XPOTrainer:
+    """Loads the models, and composes the trainer."""
+    ref_model = None
+    with loading_whole():
+        # The small ones first: what is not installed is missed before a large judge has loaded.
+        scorers = {name: build_group(scorer) for name, scorer in config.evaluation.scorers.items()}
+        reward_model, judge = build_preference(config.judge, config.reward_model)
+        if inputs.reference is not None:
+            name = str(config.model.reference)
+            ref_model = loaded("model.reference", name, load_model, inputs.reference, config.model)
+    model = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
+    return XPOTrainer(
+        model=model,
+        ref_model=ref_model,
+        judge=judge,
+        reward_model=reward_model,
+        args=args,
+        processing_class=inputs.tokenizer,
+        train_dataset=inputs.datasets["train"],
+        eval_dataset=inputs.datasets.get("eval"),
+        peft_config=lora_config(config.lora),
+        scorers=scorers,
+        callbacks=callbacks,
+    )
+
+
+def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
+    """`load(*arguments)`, with one line for a directory that holds no such thing."""
+    try:
+        return load(*arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"judge.cache={cache!r} cannot be written ({error}); choose another file, or judge.cache=off"
+            f"{key}={name!r} cannot be loaded ({reason}); point {key} at a causal language model"
         ) from error
 
 
-def _build_inner(value: Group, reward_model: RewardModel | None, cache: Any) -> Any:
-    """An inner group, or inner groups by name."""
-    if is_group(value):
-        return _build(value, reward_model, cache)
-    return {name: _build(group, reward_model, cache) for name, group in value.items()}
-
-
-def _holds_a_group(value: Any) -> bool:
-    return isinstance(value, dict) and (is_group(value) or any(is_group(inner) for inner in value.values()))
+def _prompts(config: TrainSchema, part: str) -> Dataset:
+    """The prompts of a part, "train" or "eval", of the configured data."""
+    name, split, limit = (vars(config.data)[key] for key in (part, f"{part}_split", f"{part}_limit"))
+    dataset = load_prompts(f"data.{part}", name, split, config.data.prompt_column)
+    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))

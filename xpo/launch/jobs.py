@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from xpo.config.compose import checked
 from xpo.config.errors import ConfigError, RunInUse
-from xpo.config.schema import flatten, to_dict
-from xpo.tracking.runs import OPERATION, RunRecord, job_key, resolve_resume
+from xpo.config.schema import flatten, may_change, to_dict
+from xpo.tracking.runs import RunRecord, job_key, resolve_resume
 
 
 def prepare(
@@ -88,26 +88,6 @@ def repeatable(task: Sequence[str], hydra: Sequence[str]) -> list[str]:
     return [*task, *(override for override in hydra if override.startswith("hydra.searchpath"))]
 
 
-# What may change and leave a run the same experiment; more steps stretch a schedule that depends on them.
-_HARMLESS = (
-    "tracking.",
-    "launch.command",
-    "launch.devices",
-    "launch.jobs",
-    "launch.timeout",
-    "sweep.",
-    "evaluation.show",
-    "reference.store",
-    "reference.batch_size",
-    "training.keep_training_state",
-    "training.resume",
-    "training.profile",
-    "training.max_steps",
-    "training.save_",
-    "training.disable_tqdm",
-)
-
-
 def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     """Whether the configuration changes the numbers of a run that goes on, which it says.
 
@@ -119,8 +99,7 @@ def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     given = flatten(config)
     for key in dict.fromkeys([*given, *trained]):
         value, before = given.get(key), trained.get(key)
-        operation = key.startswith("judge.") and key.rpartition(".")[2] in OPERATION
-        if before == value or operation or key.startswith(_HARMLESS):
+        if before == value or may_change(key):
             continue
         if key.startswith(("model.", "lora.")):
             raise ConfigError(

@@ -4,41 +4,33 @@
 of Hydra's command line, so that any number of workers can be one run's process group.
 """
 
-import inspect
 import json
 import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import ProgressCallback
 
-from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, nearest
+from xpo.config.errors import ConfigError, JudgeStopped, RunInUse
 from xpo.config.schema import TrainSchema, flatten, to_dict
-from xpo.data.prompt_sets import load_prompts
-from xpo.launch.build import build, build_preference, check_target
-from xpo.models.loading import load_model, load_tokenizer, lora_config, policy_directory
+from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.models.memory import keep_freed_memory
-from xpo.models.zero import loading_whole
 from xpo.tracking import terminal as report
 from xpo.tracking.card import evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state
 from xpo.training.callbacks import KeepCompletions, MLflowCallback, Profile, Progress, StopOnSignal
-from xpo.training.config import XPOConfig
-from xpo.training.trainer import XPOTrainer, check_same_zero, prompt_tokenizer, sampling_options
-
-T = TypeVar("T")
+from xpo.training.checkpoints import check_same_zero
+from xpo.training.trainer import XPOTrainer
 
 
 def main() -> None:
@@ -110,7 +102,7 @@ def _failed(tracked: list[MLflowRun], reason: str) -> None:
 
 
 def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[MLflowRun]) -> int:
-    args = training_arguments(config, run_dir)
+    args = build_arguments(config, run_dir)
     main_process = args.process_index == 0
     if args.device.type == "cpu":
         keep_freed_memory()
@@ -138,52 +130,17 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
             f"launch.num_processes={asked}; give {{num_processes}} to the command, or null for torchrun"
         )
 
-    # What can be known to be wrong is found before any model loads.
-    check_target("judge", config.judge)
-    check_target("reward_model", config.reward_model)
-    for name, scorer in config.evaluation.scorers.items():
-        check_target(f"evaluation.scorers.{name}", scorer)
     checkpoint = record.resume_from
     if checkpoint is not None:
         check_same_zero(Path(checkpoint), args)
     args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
-    sampling_options(args)
-    raw = {part: prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
-    with_code = config.model.trust_remote_code
-    directory = policy_directory(config.model.name, config.model.revision, with_code=with_code)
-    reference = config.model.reference or directory
-    if config.model.reference:
-        reference = policy_directory(config.model.reference, None, "model.reference", with_code)
-    tokenizer = loaded("model.name", config.model.name, load_tokenizer, directory, config.model)
-    tokenize = prompt_tokenizer(args, tokenizer)
-    datasets = {part: tokenize(dataset, key=f"data.{part}") for part, dataset in raw.items()}
-
+    inputs = build_inputs(config, args)
     mlflow_run = _tracking(config, run_dir, record) if config.tracking.enabled and main_process else None
     if mlflow_run is not None:
         tracked.append(mlflow_run)
 
     report.say(args, f"Loading {config.model.name}")
-    ref_model = None
-    with loading_whole():
-        # The small ones first: what is not installed is missed before a large judge has loaded.
-        scorers = {name: build(scorer) for name, scorer in config.evaluation.scorers.items()}
-        reward_model, judge = build_preference(config.judge, config.reward_model)
-        if config.model.reference:
-            ref_model = loaded("model.reference", config.model.reference, load_model, reference, config.model)
-    model = loaded("model.name", config.model.name, load_model, directory, config.model)
-    trainer = XPOTrainer(
-        model=model,
-        ref_model=ref_model,
-        judge=judge,
-        reward_model=reward_model,
-        args=args,
-        processing_class=tokenizer,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("eval"),
-        peft_config=lora_config(config.lora),
-        scorers=scorers,
-        callbacks=[stop],
-    )
+    trainer = build_trainer(config, args, inputs, [stop])
     trainer.add_callback(KeepCompletions(trainer.evaluator, run_dir / "completions", mlflow_run))
     if mlflow_run is not None:
         trainer.add_callback(MLflowCallback(mlflow_run))
@@ -207,7 +164,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
     # With the best model loaded, the last evaluation may be another model's.
     evaluated = _evaluated_last_step(trainer) and not args.load_best_model_at_end
-    if "eval" in datasets and config.evaluation.after and not evaluated:
+    if "eval" in inputs.datasets and config.evaluation.after and not evaluated:
         report.say(args, "Evaluating after training")
         trainer.evaluate()
     if main_process:
@@ -221,71 +178,6 @@ def _leave_together(trainer: XPOTrainer) -> None:
     if trainer.args.world_size > 1:
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
-
-
-def training_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
-    """The trainer's arguments; model and checkpoints go to RUN_DIR/model.
-
-    Raises:
-        ConfigError: an unknown name in training.kwargs, or values that TrainingArguments refuses.
-    """
-    training = {
-        key: value
-        for key, value in vars(config.training).items()
-        if key not in ("kwargs", "profile", "keep_training_state", "resume") and value is not None
-    }
-    valid = inspect.signature(XPOConfig).parameters
-    for key in config.training.kwargs:
-        if key not in valid:
-            raise ConfigError(
-                f"training.kwargs.{key}={config.training.kwargs[key]!r} is not a TrainingArguments name"
-                f"{nearest(key, valid)}; correct or remove it"
-            )
-    generation = {key: value for key, value in vars(config.generation).items() if key not in ("batch_size", "kwargs")}
-    try:
-        return XPOConfig(
-            output_dir=str(run_dir / "model"),
-            alpha=config.loss.alpha,
-            beta=config.loss.beta,
-            loss_type=config.loss.loss_type,  # type: ignore[arg-type]
-            missing_eos_penalty=config.loss.missing_eos_penalty,
-            **vars(config.preference),
-            reference_store=config.reference.store,
-            reference_batch_size=config.reference.batch_size,
-            prompt_overflow=config.data.prompt_overflow,
-            chat_template_kwargs=config.data.chat_template_kwargs or None,
-            generation_batch_size=config.generation.batch_size,
-            generation_kwargs=config.generation.kwargs or None,
-            eval_greedy=config.evaluation.greedy,
-            deepspeed=config.deepspeed.config or None,
-            ds3_gather_for_generation=config.deepspeed.gather_for_generation,
-            shard_reference=config.deepspeed.shard_reference,
-            **generation,
-            **training,
-            **{"log_level": "error"} | config.training.kwargs,
-        )
-    except ConfigError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training: {str(error).splitlines()[0]}; correct the values under training") from error
-
-
-def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
-    """`load(*arguments)`, with one line for a directory that holds no such thing."""
-    try:
-        return load(*arguments)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{key}={name!r} cannot be loaded ({reason}); point {key} at a causal language model"
-        ) from error
-
-
-def prompts(config: TrainSchema, part: str) -> Dataset:
-    """The prompts of a part, "train" or "eval", of the configured data."""
-    name, split, limit = (vars(config.data)[key] for key in (part, f"{part}_split", f"{part}_limit"))
-    dataset = load_prompts(f"data.{part}", name, split, config.data.prompt_column)
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))
 
 
 def _tracking(config: TrainSchema, run_dir: Path, record: RunRecord) -> MLflowRun:

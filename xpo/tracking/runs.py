@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from xpo.config.errors import ConfigError
+from xpo.config.schema import identity
 
 
 @dataclass
@@ -75,26 +76,10 @@ def hydra_value(text: str) -> str:
     return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
-# How a judge is asked, not what it says: these may change when a run goes on.
-OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_requests")
-_NOT_OF_THE_JOB = {
-    "training": ("resume", "profile", "keep_training_state", "disable_tqdm", "save_total_limit"),
-    "evaluation": ("show",),
-}
-
-
 def job_key(config: dict[str, Any]) -> str:
-    """Names what a run computes: a hash of its configuration but for what leaves its numbers as they are.
-
-    Files of prompts count with their content.
-    """
-    relevant = {key: value for key, value in config.items() if key not in ("tracking", "reference", "sweep")}
-    relevant["launch"] = config["launch"]["num_processes"]
-    relevant["judge"] = _without_operation(config["judge"])
-    for group, names in _NOT_OF_THE_JOB.items():
-        relevant[group] = {key: value for key, value in config[group].items() if key not in names}
+    """Names what a run computes: a hash of its identity, in which files of prompts count with their content."""
     contents = (_content(f"data.{part}", config["data"][part]) for part in ("train", "eval"))
-    relevant["files"] = [content for content in contents if content is not None]
+    relevant = identity(config) | {"files": [content for content in contents if content is not None]}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -114,11 +99,6 @@ def _content(key: str, name: str | None) -> str | None:
 def _file_digest(file: Path, size: int, changed: int) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
-    inner = {key: _without_operation(value) if isinstance(value, dict) else value for key, value in judge.items()}
-    return {key: value for key, value in inner.items() if key not in OPERATION}
 
 
 def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:

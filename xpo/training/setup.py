@@ -226,21 +226,25 @@ def build_sampler(args: XPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token
 
 
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
-    """The reference's draws, with the store that these arguments name.
+    """The reference's draws, with the store that these arguments name."""
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
+    return ReferenceDraws(reference, sampler, open_store(args), precision)
+
+
+def open_store(args: XPOConfig) -> Store | None:
+    """The store of the reference's draws; None for none.
 
     Raises:
-        ConfigError: the store cannot be written.
+        ConfigError: it cannot be written.
     """
-    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
     if args.reference_store in ("off", False, None):
-        return ReferenceDraws(reference, sampler, None, precision)
+        return None
     try:
-        store = Store(args.reference_store)
+        return Store(args.reference_store)
     except (OSError, sqlite3.Error) as error:
         raise ConfigError(
             f"reference_store={args.reference_store!r} cannot be written ({error}); choose another file, or off"
         ) from error
-    return ReferenceDraws(reference, sampler, store, precision)
 
 
 def reference_dtype(args: XPOConfig) -> torch.dtype | None:

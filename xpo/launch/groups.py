@@ -1,0 +1,103 @@
+"""From groups of a configuration with a `_target_`, the judge and the reward model, to objects."""
+
+import inspect
+import sqlite3
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_method, instantiate
+
+from xpo.config.errors import ConfigError, nearest
+from xpo.config.schema import REWARD_JUDGE, is_group, needs_reward_model
+from xpo.judges import CachedJudge, Judge
+from xpo.rewards import CachedReward, RewardModel
+
+Group = dict[str, Any]
+OFF = ("off", False, None)  # unquoted, YAML reads the word as a truth value
+
+
+def check_target(key: str, group: Group) -> None:
+    """ConfigError unless every `_target_` in a group exists, and takes the other keys beside it (but `cache`)."""
+    target = group.get("_target_")
+    parameters: dict[str, inspect.Parameter] = {}
+    if target is not None:
+        try:
+            parameters = dict(inspect.signature(get_method(target)).parameters)
+        except (ImportError, ValueError, AttributeError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        for name, value in group.items():
+            if not (name.startswith("_") or name == "cache" or name in parameters or takes_any):
+                raise ConfigError(f"{key}.{name}={value!r} is not an option of {target}{nearest(name, parameters)}")
+        given = set(group) | ({"reward_model"} if target == REWARD_JUDGE else set())
+        for name, parameter in parameters.items():
+            named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+            if named and parameter.default is inspect.Parameter.empty and name not in given:
+                raise ConfigError(f"{key}.{name} has no value, and {target} needs one; give it with +{key}.{name}=...")
+    for name, value in group.items():
+        if isinstance(value, dict):
+            check_target(f"{key}.{name}", value)
+
+
+def build_group(group: Group) -> Any:
+    """What the `_target_` of a group makes of its other keys."""
+    return _build(group, None, "off")
+
+
+def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | None, Judge]:
+    """The reward model, if any, and the judge.
+
+    With `judge.cache` each judge and reward model that has a fingerprint remembers what it said; what is
+    made of others (a mix, a rule) asks them. An inner judge may have a `cache` of its own.
+
+    Raises:
+        ConfigError: there is nothing to remember, or an argument is wrong.
+    """
+    cache = judge.get("cache", "off")
+    # A judge of its own comes first: it is where a missing key or server is noticed at once.
+    if needs_reward_model(judge):
+        scorer = _build(reward_model, None, cache)
+        made = _build(judge, scorer, cache)
+    else:
+        made = _build(judge, None, cache)
+        scorer = _build(reward_model, None, cache) if is_group(reward_model) else None
+    if cache not in OFF and made.fingerprint is None and not isinstance(scorer, CachedReward):
+        raise ConfigError(
+            f"judge.cache={cache!r} has nothing to keep: {type(made).__name__} has no fingerprint; "
+            "define its property `fingerprint`, or set judge.cache=off"
+        )
+    return scorer, made
+
+
+def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
+    """What a group makes, from what its inner groups make. RewardJudge gets `reward_model` unless it has one."""
+    cache = group.get("cache", cache)
+    inner = {name: _build_inner(value, reward_model, cache) for name, value in group.items() if _holds_a_group(value)}
+    if group["_target_"] == REWARD_JUDGE and "reward_model" not in inner:
+        inner["reward_model"] = reward_model
+    plain = {name: value for name, value in group.items() if name not in inner and name != "cache"}
+    try:  # Hydra makes a partial of it: were inner objects part of the configuration, it would copy them
+        make = instantiate({"_convert_": "all", **plain, "_partial_": True})
+    except InstantiationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    made = make(**inner)
+    if cache in OFF or inner or made.fingerprint is None:
+        return made
+    try:
+        return CachedJudge(made, cache) if isinstance(made, Judge) else CachedReward(made, cache)
+    except (OSError, sqlite3.Error) as error:
+        raise ConfigError(
+            f"judge.cache={cache!r} cannot be written ({error}); choose another file, or judge.cache=off"
+        ) from error
+
+
+def _build_inner(value: Group, reward_model: RewardModel | None, cache: Any) -> Any:
+    """An inner group, or inner groups by name."""
+    if is_group(value):
+        return _build(value, reward_model, cache)
+    return {name: _build(group, reward_model, cache) for name, group in value.items()}
+
+
+def _holds_a_group(value: Any) -> bool:
+    return isinstance(value, dict) and (is_group(value) or any(is_group(inner) for inner in value.values()))
