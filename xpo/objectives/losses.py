@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xpo.config.options import LossOptions
 from xpo.objectives.labels import Labels
 
 
-def preference_loss(logratio_difference: Tensor, beta: float, loss_type: str = "sigmoid") -> Tensor:
+def preference_loss(logratio_difference: Tensor, beta: float, loss_type: str = LossOptions.loss_type) -> Tensor:
     """The preference loss of labelled pairs.
 
     Args:
@@ -61,7 +62,7 @@ def xpo_loss(
     labels: Labels,
     alpha: float,
     beta: float,
-    loss_type: str = "sigmoid",
+    loss_type: str = LossOptions.loss_type,
 ) -> XPOLoss:
     """The XPO objective of pairs: the second completion is the one that the bonus makes less likely.
 
