@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from xpo import XPOConfig
 from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
-from xpo.config.options import GROUPS, Key, Role, keys
-from xpo.config.schema import identity, may_change, to_dict, trainer_arguments
+from xpo.config.options import Key, Role, keys
+from xpo.config.schema import GROUPS, identity, may_change, to_dict, trainer_arguments
 from xpo.launch.build import build_arguments
 from xpo.tracking.runs import job_key
 
@@ -32,19 +32,19 @@ def dotted(key: Key) -> str:
 # ---- one default -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.GROUP)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.group())
 def test_no_preset_repeats_a_default(group: Any):
     """A file of conf/ says what departs from the default, and explains the keys."""
     defaults = {key.name: key.default for key in keys(group)}
-    for path in (ROOT / "conf" / group.GROUP).glob("*.yaml"):
+    for path in (ROOT / "conf" / group.group()).glob("*.yaml"):
         for name, value in (OmegaConf.to_container(OmegaConf.load(path), resolve=False) or {}).items():
             assert name == "defaults" or value != defaults[name], f"{path}: {name}"
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.GROUP)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.group())
 def test_every_key_is_explained_beside_the_presets(group: Any):
     """But for those of `training` that are transformers' own."""
-    comments = "".join(path.read_text() for path in (ROOT / "conf" / group.GROUP).glob("*.yaml"))
+    comments = "".join(path.read_text() for path in (ROOT / "conf" / group.group()).glob("*.yaml"))
     for key in keys(group):
         if key.group == "training" and key.argument in TRANSFORMERS:
             continue
@@ -126,7 +126,7 @@ def test_command_line_and_library_refuse_in_the_same_words(key: str, tmp_path: P
     """But for the name of the key."""
     (declared,) = (one for one in KEYS if dotted(one) == key)
     argument = str(declared.argument)
-    group = next(group for group in GROUPS if declared.group == group.GROUP)
+    group = next(group for group in GROUPS if declared.group == group.group())
     with pytest.raises(ConfigError) as on_the_command_line:
         group(**{declared.name: BAD[key]})
     with pytest.raises(ConfigError) as in_the_library:

@@ -64,12 +64,16 @@ class Key(NamedTuple):
 class Options:
     """A group of conf/; building one checks its values."""
 
-    GROUP: ClassVar[str] = ""
     ARE_ARGUMENTS: ClassVar[bool] = False  # whether XPOConfig has the keys by the same names
 
     def __post_init__(self) -> None:
         for key in keys(type(self)):
             key.check_value(f"{key.group}.{key.name}", vars(self)[key.name])
+
+    @classmethod
+    def group(cls) -> str:
+        """The name of the group: "loss" for LossOptions."""
+        return cls.__name__.removesuffix("Options").lower()
 
 
 def keys(group: type[Options]) -> list[Key]:
@@ -86,7 +90,7 @@ def keys(group: type[Options]) -> list[Key]:
                 argument = part.name
             else:
                 check = part
-        found.append(Key(group.GROUP, one.name, one.default, check, role, argument))
+        found.append(Key(group.group(), one.name, one.default, check, role, argument))
     return found
 
 
@@ -95,8 +99,6 @@ def keys(group: type[Options]) -> list[Key]:
 
 @dataclass
 class ModelOptions(Options):
-    GROUP = "model"
-
     name: str = MISSING
     revision: str | None = None
     dtype: Annotated[str, one_of(*checks.DTYPES)] = "float32"
@@ -113,8 +115,6 @@ def _modules(key: str, value: Any) -> None:
 
 @dataclass
 class LoraOptions(Options):
-    GROUP = "lora"
-
     r: Annotated[int, whole] = 0
     alpha: Annotated[int, at_least_one] = 32
     dropout: Annotated[float, not_negative] = 0.0
@@ -123,8 +123,6 @@ class LoraOptions(Options):
 
 @dataclass
 class DataOptions(Options):
-    GROUP = "data"
-
     train: str = MISSING
     train_split: str = "train"
     train_limit: Annotated[int | None, at_least_one] = None
@@ -138,7 +136,6 @@ class DataOptions(Options):
 
 @dataclass
 class LossOptions(Options):
-    GROUP = "loss"
     ARE_ARGUMENTS = True
 
     alpha: Annotated[Any, partial(checks.per_epoch, minimum=0)] = 1e-5
@@ -149,7 +146,6 @@ class LossOptions(Options):
 
 @dataclass
 class PreferenceOptions(Options):
-    GROUP = "preference"
     ARE_ARGUMENTS = True
 
     labels: Annotated[str, one_of("hard", "soft", "sampled")] = "hard"
@@ -161,7 +157,6 @@ class PreferenceOptions(Options):
 
 @dataclass
 class SamplingOptions(Options):
-    GROUP = "generation"
     ARE_ARGUMENTS = True
 
     max_new_tokens: Annotated[int, at_least_one] = 64
@@ -178,9 +173,10 @@ class GenerationOptions(SamplingOptions):
     batch_size: Annotated[int | None, at_least_one, Argument("generation_batch_size")] = None
     kwargs: Annotated[dict[str, Any], Argument("generation_kwargs")] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_lengths(self)
+
+def is_group(value: Any) -> bool:
+    """Whether a value of the configuration stands for an object: it has a `_target_`."""
+    return isinstance(value, dict) and bool(value.get("_target_"))
 
 
 def _scorers(key: str, scorers: Mapping[str, Any]) -> None:
@@ -193,8 +189,6 @@ def _scorers(key: str, scorers: Mapping[str, Any]) -> None:
 
 @dataclass
 class EvaluationOptions(Options):
-    GROUP = "evaluation"
-
     before: bool = True
     after: bool = True
     greedy: Annotated[bool, Argument("eval_greedy")] = False
@@ -204,8 +198,6 @@ class EvaluationOptions(Options):
 
 @dataclass
 class ReferenceOptions(Options):
-    GROUP = "reference"
-
     store: Annotated[str | None, Role.OPERATION, Argument("reference_store")] = None
     batch_size: Annotated[int, at_least_one, Role.OPERATION, Argument("reference_batch_size")] = 32
 
@@ -228,7 +220,6 @@ class TrainingOptions(Options):
     The defaults are the command line's; XPOConfig keeps transformers' where they differ.
     """
 
-    GROUP = "training"
     ARE_ARGUMENTS = True
 
     max_steps: Annotated[int, _max_steps, Role.LENGTH] = -1
@@ -285,8 +276,6 @@ class TrainingOptions(Options):
 
 @dataclass
 class DeepspeedOptions(Options):
-    GROUP = "deepspeed"
-
     config: Annotated[dict[str, Any], Argument("deepspeed")] = field(default_factory=dict)
     gather_for_generation: Annotated[bool, Argument("ds3_gather_for_generation")] = True
     shard_reference: Annotated[bool, Argument("shard_reference")] = False
@@ -294,8 +283,6 @@ class DeepspeedOptions(Options):
 
 @dataclass
 class LaunchOptions(Options):
-    GROUP = "launch"
-
     num_processes: Annotated[int, at_least_one] = 1
     command: Annotated[str | None, Role.OPERATION] = None
     jobs: Annotated[int, at_least_one, Role.OPERATION] = 1
@@ -313,8 +300,6 @@ class LaunchOptions(Options):
 
 @dataclass
 class SweepOptions(Options):
-    GROUP = "sweep"
-
     name: Annotated[str | None, Role.OPERATION] = None
     seeds: Annotated[int, at_least_one, Role.OPERATION] = 1
     rerun: Annotated[bool, Role.OPERATION] = False
@@ -322,84 +307,8 @@ class SweepOptions(Options):
 
 @dataclass
 class TrackingOptions(Options):
-    GROUP = "tracking"
-
     enabled: Annotated[bool, Role.OPERATION] = True
     uri: Annotated[str | None, Role.OPERATION] = None
     experiment: Annotated[str, Role.OPERATION] = "xpo"
     run_name: Annotated[str | None, Role.OPERATION] = None
     tags: Annotated[dict[str, str], Role.OPERATION] = field(default_factory=dict)
-
-
-GROUPS: list[type[Options]] = [
-    ModelOptions,
-    LoraOptions,
-    DataOptions,
-    LossOptions,
-    PreferenceOptions,
-    GenerationOptions,
-    EvaluationOptions,
-    ReferenceOptions,
-    TrainingOptions,
-    DeepspeedOptions,
-    LaunchOptions,
-    SweepOptions,
-    TrackingOptions,
-]
-
-
-# ---- rules about several keys ------------------------------------------------------------------
-
-Spelling = Callable[[str], str]  # from "generation.max_length" to what the user calls the key
-
-
-def dotted(key: str) -> str:
-    """As the command line calls a key."""
-    return key
-
-
-def as_argument(key: str) -> str:
-    """As XPOConfig calls a key."""
-    return next(one.argument for group in GROUPS for one in keys(group) if f"{one.group}.{one.name}" == key) or key
-
-
-def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
-    """Completions must leave room for a prompt."""
-    new, length = spelled("generation.max_new_tokens"), spelled("generation.max_length")
-    if options.max_new_tokens >= options.max_length:
-        raise ConfigError(
-            f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
-            f"raise {length} or lower {new}"
-        )
-
-
-def check_scaling(options: PreferenceOptions, compares_scores: bool, spelled: Spelling = dotted) -> None:
-    """Scores can be scaled only where their differences are the margins."""
-    for name, neutral in (("normalize_scores", False), ("clip_scores", None)):
-        value = vars(options)[name]
-        if value != neutral and not compares_scores:
-            raise ConfigError(
-                f"{spelled(f'preference.{name}')}={value!r} changes the scores that judge=reward compares; "
-                f"choose that judge, or leave {spelled(f'preference.{name}')} at {neutral}"
-            )
-
-
-def check_deepspeed(
-    tokens_per_micro_batch: int | None, shard_reference: bool, deepspeed: bool, spelled: Spelling = dotted
-) -> None:
-    """What goes with DeepSpeed only, and what does not."""
-    if tokens_per_micro_batch is not None and deepspeed:
-        raise ConfigError(
-            f"{spelled('training.tokens_per_micro_batch')}={tokens_per_micro_batch} does not go with DeepSpeed, whose "
-            f"processes do equally many passes; lower {spelled('training.per_device_train_batch_size')} and raise "
-            f"{spelled('training.gradient_accumulation_steps')}"
-        )
-    if shard_reference and not deepspeed:
-        raise ConfigError(
-            f"{spelled('deepspeed.shard_reference')}=True needs DeepSpeed; choose deepspeed=zero1, zero2 or zero3"
-        )
-
-
-def is_group(value: Any) -> bool:
-    """Whether a value of the configuration stands for an object: it has a `_target_`."""
-    return isinstance(value, dict) and bool(value.get("_target_"))

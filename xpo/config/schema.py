@@ -3,8 +3,8 @@
 A value of the wrong type or out of range raises ConfigError before anything is loaded.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,7 +12,6 @@ from omegaconf import MISSING
 from xpo.config import checks
 from xpo.config.errors import ConfigError
 from xpo.config.options import (
-    GROUPS,
     DataOptions,
     DeepspeedOptions,
     EvaluationOptions,
@@ -21,14 +20,14 @@ from xpo.config.options import (
     LoraOptions,
     LossOptions,
     ModelOptions,
+    Options,
     PreferenceOptions,
     ReferenceOptions,
     Role,
+    SamplingOptions,
     SweepOptions,
     TrackingOptions,
     TrainingOptions,
-    check_deepspeed,
-    check_scaling,
     is_group,
     keys,
 )
@@ -65,6 +64,7 @@ class TrainSchema:
         check_reward_model(self.judge, self.reward_model)
         own_scores = self.judge["_target_"] == REWARD_JUDGE and "reward_model" not in self.judge
         check_scaling(self.preference, own_scores)
+        check_lengths(self.generation)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         if training.eval_steps is not None and training.eval_strategy == "no":
             raise ConfigError(
@@ -82,6 +82,9 @@ class TrainSchema:
                 f"training.eval_strategy={training.eval_strategy!r} needs held-out prompts and data.eval=None; "
                 "set data.eval, or training.eval_strategy=no"
             )
+
+
+GROUPS: list[type[Options]] = [one.type for one in fields(TrainSchema) if is_dataclass(one.type)]  # type: ignore[misc]
 
 
 @dataclass
@@ -138,9 +141,61 @@ def trainer_arguments(config: TrainSchema) -> Iterator[tuple[str, Any]]:
     """The arguments of XPOConfig that a configuration gives, by name; null and {} leave XPOConfig's own default."""
     for group in GROUPS:
         for key in keys(group):
-            value = vars(vars(config)[group.GROUP])[key.name]
+            value = vars(vars(config)[group.group()])[key.name]
             if key.argument is not None and value is not None and value != {}:
                 yield key.argument, value
+
+
+# ---- rules about several keys ------------------------------------------------------------------
+
+Spelling = Callable[[str], str]  # from "generation.max_length" to what the user calls the key
+
+
+def dotted(key: str) -> str:
+    """As the command line calls a key."""
+    return key
+
+
+def as_argument(key: str) -> str:
+    """As XPOConfig calls a key of these rules: by its last word."""
+    return key.rpartition(".")[2]
+
+
+def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
+    """Completions must leave room for a prompt."""
+    new, length = spelled("generation.max_new_tokens"), spelled("generation.max_length")
+    if options.max_new_tokens >= options.max_length:
+        raise ConfigError(
+            f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
+            f"raise {length} or lower {new}"
+        )
+
+
+def check_scaling(options: PreferenceOptions, compares_scores: bool, spelled: Spelling = dotted) -> None:
+    """Scores can be scaled only where their differences are the margins."""
+    for name, neutral in (("normalize_scores", False), ("clip_scores", None)):
+        value = vars(options)[name]
+        if value != neutral and not compares_scores:
+            raise ConfigError(
+                f"{spelled(f'preference.{name}')}={value!r} changes the scores that judge=reward compares; "
+                f"choose that judge, or leave {spelled(f'preference.{name}')} at {neutral}"
+            )
+
+
+def check_deepspeed(
+    tokens_per_micro_batch: int | None, shard_reference: bool, deepspeed: bool, spelled: Spelling = dotted
+) -> None:
+    """What goes with DeepSpeed only, and what does not."""
+    if tokens_per_micro_batch is not None and deepspeed:
+        raise ConfigError(
+            f"{spelled('training.tokens_per_micro_batch')}={tokens_per_micro_batch} does not go with DeepSpeed, whose "
+            f"processes do equally many passes; lower {spelled('training.per_device_train_batch_size')} and raise "
+            f"{spelled('training.gradient_accumulation_steps')}"
+        )
+    if shard_reference and not deepspeed:
+        raise ConfigError(
+            f"{spelled('deepspeed.shard_reference')}=True needs DeepSpeed; choose deepspeed=zero1, zero2 or zero3"
+        )
 
 
 # ---- what names a run --------------------------------------------------------------------------
@@ -148,7 +203,7 @@ def trainer_arguments(config: TrainSchema) -> Iterator[tuple[str, Any]]:
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that tells one run from another."""
-    roles = {group.GROUP: {key.name: key.role for key in keys(group)} for group in GROUPS}
+    roles = {group.group(): {key.name: key.role for key in keys(group)} for group in GROUPS}
     parts = {
         group: {name: value for name, value in values.items() if roles[group][name] is not Role.OPERATION}
         for group, values in config.items()

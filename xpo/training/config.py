@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from xpo.config.errors import ConfigError
 from xpo.config.options import (
-    GROUPS,
     DataOptions,
     DeepspeedOptions,
     EvaluationOptions,
@@ -20,11 +19,9 @@ from xpo.config.options import (
     ReferenceOptions,
     SamplingOptions,
     TrainingOptions,
-    as_argument,
-    check_deepspeed,
-    check_lengths,
     keys,
 )
+from xpo.config.schema import GROUPS, as_argument, check_deepspeed, check_lengths
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
 from xpo.sampling.sampler import check_generation_kwargs

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from xpo.config.errors import ConfigError
-from xpo.config.options import as_argument, check_scaling
+from xpo.config.schema import as_argument, check_scaling
 from xpo.data.prompt_sets import tokenize_prompts
 from xpo.data.store import Store
 from xpo.judges import FunctionJudge, Judge, RewardJudge
