@@ -20,7 +20,7 @@ from torch import Tensor
 from xpo import train
 from xpo.data.prompts import Prompt
 from xpo.launch import processes as launch
-from xpo.launch import worker
+from xpo.launch import build, worker
 from xpo.models.loading import load_model, tiny_model, tiny_tokenizer
 from xpo.rewards import RewardModel
 
@@ -107,7 +107,7 @@ def run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "start_worker", start_worker)
     launch.exit_statuses.clear()
-    monkeypatch.setattr(worker, "load_model", loads)
+    monkeypatch.setattr(build, "load_model", loads)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `main` sets it too: this one is taken back
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")  # a name that never resolves

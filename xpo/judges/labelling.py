@@ -76,19 +76,16 @@ class Labeller:
             JudgeStopped: the judge cannot go on.
         """
         verdicts = self.judge.verdicts(prompts, first.texts, second.texts)
-        margin, flipped = (one_per_pair("judge", values, prompts) for values in verdicts[:2])
-        scored = verdicts.scores
+        scored, scores, parts = verdicts.scores, None, {}
         if self.reward_model is not None:
             one, two = (self.reward_model.scores_with_parts(prompts, c.texts) for c in (first, second))
             scored = one, two
-        scores: Tensor | None = None
-        parts: dict[str, Tensor] = {}
         if scored is not None:
-            scores = torch.stack([one_per_pair("reward_model", each.total, prompts) for each in scored])
+            scores = self.scale(torch.stack([one_per_pair("reward_model", each.total, prompts) for each in scored]))
             parts = {name: torch.stack([each.parts[name] for each in scored]) for name in scored[0].parts}
-            scores = self.scale(scores)
-            if self.reward_model is None:
-                margin = scores[0] - scores[1]  # of the scaled ones
+        margin, flipped = (one_per_pair("judge", values, prompts) for values in verdicts[:2])
+        if scores is not None and self.reward_model is None:
+            margin = scores[0] - scores[1]  # of the scaled ones
         identical = torch.tensor([one == two for one, two in zip(first.texts, second.texts, strict=True)])
         margin = torch.where(identical, torch.zeros_like(margin), margin)
         cost = missing_eos_cost(torch.stack([first.ended, second.ended]).cpu(), self.missing_eos_penalty)
