@@ -31,7 +31,7 @@ from xpo.models.loading import load_model, load_tokenizer, lora_config, policy_d
 from xpo.models.memory import keep_freed_memory
 from xpo.models.zero import loading_whole
 from xpo.tracking import terminal as report
-from xpo.tracking.card import evaluations
+from xpo.tracking.history import evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state
 from xpo.training.callbacks import KeepCompletions, MLflowCallback, Profile, Progress, StopOnSignal

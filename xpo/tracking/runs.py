@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from xpo.config.errors import ConfigError
+from xpo.tracking.history import evaluations
 
 
 @dataclass
@@ -119,11 +120,6 @@ def _file_digest(file: Path, size: int, changed: int) -> str:
 def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
     inner = {key: _without_operation(value) if isinstance(value, dict) else value for key, value in judge.items()}
     return {key: value for key, value in inner.items() if key not in OPERATION}
-
-
-def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
-    """The evaluations in a Trainer's log history, in order, with their step."""
-    return [entry for entry in history if f"{prefix}_runtime" in entry]
 
 
 def last_evaluation(run_dir: Path) -> dict[str, float]:
