@@ -18,6 +18,7 @@ from xpo.config.options import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
 from xpo.launch.command import exit_status
 from xpo.launch.worker import loaded, prompts, training_arguments
+from xpo.models.batches import batches_by_length
 from xpo.models.loading import load_model, load_tokenizer, policy_directory
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
@@ -84,9 +85,7 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     with tqdm(total=number_of_draws, desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:
             prompt_ids, occurrences = rows["prompt_ids"], rows["occurrence"]
-            order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
-            for start in range(0, len(order), batch):
-                part = order[start : start + batch]
+            for part in batches_by_length([len(ids) for ids in prompt_ids], batch, longest_first=True):
                 chunk, equal = ([column[i] for i in part] for column in (prompt_ids, occurrences))
                 greedy = stream == EVAL_REFERENCE and args.eval_greedy
                 with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
