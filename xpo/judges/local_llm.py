@@ -15,14 +15,13 @@ from xpo.data.prompts import Prompt, plain_text, render
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.models.batches import batches_by_length, padded
-from xpo.models.devices import chosen_device
+from xpo.models.devices import DTYPES, chosen_device
 from xpo.models.fingerprints import digest, model_digest
 from xpo.models.loading import load_model, load_tokenizer, policy_directory
 from xpo.models.logprobs import positions
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ANSWER = "\n\nAnswer:\n"  # where a model without a chat template is to go on
 
 
@@ -69,7 +68,7 @@ class LocalLLMJudge(PairwiseJudge):
         count("judge.batch_size", batch_size)
         count("judge.max_length", max_length)
         number("judge.temperature", temperature, above=0)
-        one_of("judge.dtype", dtype, DTYPES)
+        one_of("judge.dtype", dtype, ("auto", *DTYPES))
         template = TEMPLATE if template is None else template
         check_template("judge.template", template)
         super().__init__(both_orders, seed)

@@ -30,7 +30,7 @@ from xpo.data.prompts import Prompt, plain_text
 from xpo.judges.llm_blender import OriginalPairRM, OriginalRanker
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.models.batches import batches_by_length, padded
-from xpo.models.devices import chosen_device
+from xpo.models.devices import DTYPES, chosen_device
 from xpo.models.fingerprints import digest, weights_digest
 from xpo.models.hub import local_directory
 
@@ -40,7 +40,6 @@ SOURCE_TOKENS = 1224  # of a prompt, including [CLS], its marker and [SEP]
 TOTAL_TOKENS = 2048  # of a row; the completions share equally what the prompt leaves
 COMPLETION_TOKENS = (TOTAL_TOKENS - SOURCE_TOKENS) // 2  # 412, what the longest prompt leaves to each
 BACKENDS = ("native", "llm_blender")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PairRMJudge(PairwiseJudge):
