@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.models.attention import blocks_of_pairs, lengths_of_pairs, packed_attention
 from xpo.models.logprobs import Layout, block_mask, completion_logps, replaced_forward, shared_prompt_logps
 
@@ -122,7 +122,7 @@ def why_not(way: PairForward, model: PreTrainedModel, longest: int) -> str | Non
     try:
         return _tried(way, model, head)
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-        return f"it refuses such a row ({str(error).splitlines()[0]:.80})"
+        return f"it refuses such a row ({first_line(error):.80})"
     finally:
         model.train(training)
 

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.data.prompts import Prompt, is_conversational, plain_text, render
 from xpo.models.batches import batches_by_length, padded
 from xpo.models.devices import chosen_device
@@ -89,8 +89,7 @@ class ClassifierReward(RewardModel):
             )
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory, **code)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "point it at a sequence classifier"
+            reason, remedy = first_line(error), "point it at a sequence classifier"
             if "trust_remote_code" in str(error):
                 reason, remedy = "it brings its own code", "read the code, then set reward_model.trust_remote_code=true"
             raise ConfigError(f"reward_model.model={model!r} cannot be loaded ({reason}); {remedy}") from error
