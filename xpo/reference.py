@@ -18,6 +18,7 @@ from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
 from xpo.launch.build import build_arguments, build_inputs, loaded
 from xpo.launch.command import exit_status
+from xpo.models.batches import batches_by_length
 from xpo.models.loading import end_tokens, load_model
 from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
@@ -61,11 +62,8 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     number_of_draws = sum(len(rows["prompt_ids"]) for _, _, rows in work)
     with tqdm(total=number_of_draws, desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:
-            prompt_ids, occurrences = rows["prompt_ids"], rows["occurrence"]
-            order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]), reverse=True)
-            for start in range(0, len(order), batch):
-                part = order[start : start + batch]
-                chunk, equal = ([column[i] for i in part] for column in (prompt_ids, occurrences))
+            for part in batches_by_length([len(ids) for ids in rows["prompt_ids"]], batch, longest_first=True):
+                chunk, equal = ([rows[column][i] for i in part] for column in ("prompt_ids", "occurrence"))
                 greedy = stream == EVAL_REFERENCE and args.eval_greedy
                 with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
                     draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy, occurrences=equal)

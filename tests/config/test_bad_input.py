@@ -19,8 +19,8 @@ from torch import Tensor
 
 from xpo import train
 from xpo.data.prompts import Prompt
-from xpo.launch import processes as launch
 from xpo.launch import build, worker
+from xpo.launch import processes as launch
 from xpo.models.loading import load_model, tiny_model, tiny_tokenizer
 from xpo.rewards import RewardModel
 

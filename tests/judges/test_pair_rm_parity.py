@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 from xpo.config.errors import ConfigError
 from xpo.judges.pair_rm import PairRMJudge
 
-# Not importorskip: without the patches of xpo.judges.llm_blender, the import fails on transformers 5.
+# Not importorskip: without the patches of xpo.judges.llm_blender_shim, the import fails on transformers 5.
 if importlib.util.find_spec("llm_blender") is None:
     pytest.skip("needs llm-blender: pip install 'xpo[pairrm-parity]'", allow_module_level=True)
 

@@ -35,7 +35,7 @@ from xpo.launch import processes as launch
 from xpo.launch import worker
 from xpo.launch.jobs import prepare, run_name
 from xpo.models.loading import tiny_model
-from xpo.tracking.card import evaluations
+from xpo.tracking.history import evaluations
 from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
 
 STEPS = 8

@@ -20,7 +20,7 @@ from xpo.config.options import LaunchOptions
 from xpo.launch import processes as launch
 from xpo.launch import sweep
 from xpo.launch.processes import Outcome
-from xpo.launch.sweep import short_name
+from xpo.launch.sweep_record import short_name
 from xpo.tracking.runs import RunRecord
 
 

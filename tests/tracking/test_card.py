@@ -9,7 +9,8 @@ from conftest import TrainerFactory, prompts
 from peft import LoraConfig
 
 from xpo import XPOConfig
-from xpo.tracking.card import evaluations, measures, model_card, model_name
+from xpo.tracking.card import model_card, model_name
+from xpo.tracking.history import evaluations, measures
 
 HISTORY: list[dict[str, Any]] = [
     {"eval_win_rate": 0.5, "eval_kl": 0.0, "eval_score": 1.0, "eval_ref_score": 1.0, "eval_runtime": 1.0, "step": 0},
@@ -47,7 +48,7 @@ def rows(card: str) -> list[list[str]]:
 
 
 def test_the_numbers_of_the_first_and_last_evaluation_are_in_the_card(args: XPOConfig) -> None:
-    card = model_card(args, "owner/name", HISTORY, adapter=False)
+    card = model_card(vars(args), "owner/name", HISTORY, adapter=False)
     assert ["metric", "step 0", "step 20"] in rows(card)
     assert ["win_rate", "0.500", "0.813"] in rows(card)
     assert ["kl", "0.000", "9.877"] in rows(card)
@@ -57,22 +58,22 @@ def test_the_numbers_of_the_first_and_last_evaluation_are_in_the_card(args: XPOC
 
 
 def test_the_settings_of_the_run_are_in_the_card(args: XPOConfig) -> None:
-    card = model_card(args, "owner/name", HISTORY, adapter=False)
+    card = model_card(vars(args), "owner/name", HISTORY, adapter=False)
     expected = {"alpha": "[2e-05, 1e-05]", "beta": "0.07", "missing_eos_penalty": "1.5", "seed": "7"}
     assert dict(row for row in rows(card) if len(row) == 2).items() >= expected.items()
 
 
 def test_without_an_evaluation_the_card_shows_and_explains_none(args: XPOConfig) -> None:
-    card = model_card(args, "owner/name", HISTORY[1:2], adapter=False)
+    card = model_card(vars(args), "owner/name", HISTORY[1:2], adapter=False)
     assert "Held-out prompts" not in card
     assert "win_rate" not in card
     assert "10 optimizer steps" in card
-    assert "0 optimizer steps" in model_card(args, "owner/name", [], adapter=False)
+    assert "0 optimizer steps" in model_card(vars(args), "owner/name", [], adapter=False)
 
 
 @pytest.mark.parametrize(("adapter", "library"), [(True, "peft"), (False, "transformers")])
 def test_the_front_matter_names_library_and_base_model(args: XPOConfig, adapter: bool, library: str) -> None:
-    assert front_matter(model_card(args, "owner/name", HISTORY, adapter)) == {
+    assert front_matter(model_card(vars(args), "owner/name", HISTORY, adapter)) == {
         "library_name": library,
         "base_model": "owner/name",
         "tags": ["xpo", "preference-optimization"],
@@ -81,7 +82,7 @@ def test_the_front_matter_names_library_and_base_model(args: XPOConfig, adapter:
 
 @pytest.mark.parametrize("name", ["owner/name: a #1", "'owner'/name", "owner/[name", "null/1.0", "LlamaForCausalLM"])
 def test_the_front_matter_is_yaml_whatever_the_model_is_called(args: XPOConfig, name: str) -> None:
-    matter = front_matter(model_card(args, name, HISTORY, adapter=False))
+    matter = front_matter(model_card(vars(args), name, HISTORY, adapter=False))
     assert matter.get("base_model", "LlamaForCausalLM") == name
 
 
@@ -93,7 +94,7 @@ def test_directories_of_this_machine_stay_out_of_the_card(args: XPOConfig, tmp_p
     assert model_name(str(local)) == "smollm2-135m-instruct"
     assert model_name("Qwen/Qwen2-0.5B") == "Qwen/Qwen2-0.5B"
     for directory, base in ((cached, "Qwen/Qwen2-0.5B"), (local, None)):
-        card = model_card(args, str(directory), HISTORY, adapter=False)
+        card = model_card(vars(args), str(directory), HISTORY, adapter=False)
         assert front_matter(card).get("base_model") == base
         assert str(tmp_path) not in card
         assert f"# {model_name(str(directory))}, trained with XPO" in card
@@ -110,7 +111,7 @@ def test_several_sets_of_prompts_have_a_table_each(args: XPOConfig) -> None:
         {"eval_easy_win_rate": 0.75, "eval_easy_runtime": 1.0, "step": 5},
         {"eval_hard_win_rate": 0.5, "eval_hard_runtime": 1.0, "step": 5},
     ]
-    card = model_card(args, "owner/name", history, adapter=False)
+    card = model_card(vars(args), "owner/name", history, adapter=False)
     _, easy, hard = card.split("## Held-out prompts ")
     assert easy.startswith("easy, against")
     assert rows(easy)[2] == ["win_rate", "0.250", "0.750"]

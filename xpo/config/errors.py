@@ -14,6 +14,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The beginning of what an error says; its type if it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 class JudgeStopped(RuntimeError):
     """A judge cannot go on: its budget is used up, or its server is gone. Training stops with a checkpoint."""
 

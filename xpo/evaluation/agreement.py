@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
 from torch import Tensor
 
 
@@ -26,10 +27,9 @@ def share(hits: Tensor) -> Share:
     n = hits.numel()
     if n == 0:
         return Share(math.nan, 0, math.nan, math.nan)
-    p, z = hits.double().mean().item(), 1.959964
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return Share(p, n, max(centre - half, 0.0), min(centre + half, 1.0))
+    test = binomtest(int(hits.sum()), n)
+    interval = test.proportion_ci(method="wilson")
+    return Share(test.statistic, n, float(interval.low), float(interval.high))
 
 
 def decided(margin: Tensor) -> Tensor:

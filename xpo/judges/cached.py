@@ -1,6 +1,5 @@
 """Verdicts remembered on disk."""
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
-from xpo.data.store import Store
+from xpo.data.remembered import Remembered
 from xpo.judges.base import Judge, Verdicts
-from xpo.models.fingerprints import digest
-
-_VERDICT = struct.Struct("<dd")  # margin, flipped
 
 
 class CachedJudge(Judge):
@@ -34,15 +29,7 @@ class CachedJudge(Judge):
 
     def __init__(self, judge: Judge, path: Path | str, commit_every: int = 128):
         self.judge = judge
-        self.store = Store(path)
-        self.commit_every = commit_every
-        fingerprint = judge.fingerprint
-        if fingerprint is None:
-            raise ConfigError(
-                f"judge.cache={str(path)!r} needs a judge with a fingerprint, and {type(judge).__name__} has none; "
-                "define its property `fingerprint`, or set judge.cache=off"
-            )
-        self._fingerprint = fingerprint
+        self._verdicts = Remembered("verdict", "dd", judge, "judge", path, commit_every)
 
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         return self.verdicts(prompts, first, second).margin
@@ -50,28 +37,15 @@ class CachedJudge(Judge):
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         signs = [1.0 if a <= b else -1.0 for a, b in zip(first, second, strict=True)]
         pairs = [(x, *sorted((a, b))) for x, a, b in zip(prompts, first, second, strict=True)]
-        keys = [digest("verdict", self._fingerprint, pair) for pair in pairs]
-        known = {key: _VERDICT.unpack(value) for key, value in self.store.get(keys).items()}
-        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
-        for start in range(0, len(missing), self.commit_every):
-            part = dict(list(missing.items())[start : start + self.commit_every])
-            margin, flipped, _ = self.judge.verdicts(*map(list, zip(*part.values(), strict=True)))
-            fresh = dict(zip(part, zip(margin.tolist(), flipped.tolist(), strict=True), strict=True))
-            self.store.put({key: _VERDICT.pack(*verdict) for key, verdict in fresh.items() if _finite(verdict[0])})
-            known |= fresh
-        margin, flipped = torch.tensor([known[key] for key in keys]).view(-1, 2).T
+        margin, flipped = self._verdicts.columns(pairs, lambda *texts: self.judge.verdicts(*texts)[:2])
         return Verdicts(margin * torch.tensor(signs), flipped)
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self._verdicts.fingerprint
 
     def state(self) -> dict[str, Any]:
         return self.judge.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.judge.load_state(state)
-
-
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")  # False for NaN too

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo.config.checks import count, number, one_of
@@ -15,14 +14,14 @@ from xpo.config.options import ModelOptions
 from xpo.data.prompts import Prompt, plain_text, render
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
-from xpo.models.devices import chosen_device
+from xpo.models.batches import batches_by_length, padded
+from xpo.models.devices import DTYPES, chosen_device
 from xpo.models.fingerprints import digest, model_digest
 from xpo.models.loading import load_model, load_tokenizer, policy_directory
-from xpo.models.logprobs import length_mask, positions
+from xpo.models.logprobs import positions
 
 logger = logging.getLogger(__name__)
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 ANSWER = "\n\nAnswer:\n"  # where a model without a chat template is to go on
 
 
@@ -69,7 +68,7 @@ class LocalLLMJudge(PairwiseJudge):
         count("judge.batch_size", batch_size)
         count("judge.max_length", max_length)
         number("judge.temperature", temperature, above=0)
-        one_of("judge.dtype", dtype, DTYPES)
+        one_of("judge.dtype", dtype, ("auto", *DTYPES))
         template = TEMPLATE if template is None else template
         check_template("judge.template", template)
         super().__init__(both_orders, seed)
@@ -134,13 +133,8 @@ class LocalLLMJudge(PairwiseJudge):
     def _log_odds(self, rows: list[list[int]]) -> Tensor:
         """Log-odds of A over B after each row of tokens, float32 (N,) on the CPU. Similar lengths share a batch."""
         log_odds = torch.empty(len(rows))
-        # Ties in length are broken by content: the batches, and so the rounding, do not depend on the order of rows.
-        longest_first = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
-        for start in range(0, len(rows), self.batch_size):
-            batch = longest_first[start : start + self.batch_size]
-            ids = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True, padding_side="left")  # (N, L)
-            lengths = torch.tensor([len(rows[i]) for i in batch])
-            mask = length_mask(lengths, ids.shape[1]).flip(1)  # by length: a pad token may be a real one elsewhere
+        for batch in batches_by_length([(len(row), row) for row in rows], self.batch_size, longest_first=True):
+            ids, mask = padded([rows[i] for i in batch], side="left")
             logits = self.network(
                 input_ids=ids.to(self.device),
                 attention_mask=mask.long().to(self.device),

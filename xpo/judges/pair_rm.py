@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DebertaV2Config, DebertaV2Model
 from transformers.initialization import no_init_weights
 
@@ -30,7 +29,8 @@ from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt, plain_text
 from xpo.judges.llm_blender import OriginalPairRM, OriginalRanker
 from xpo.judges.pairwise import PairwiseJudge
-from xpo.models.devices import chosen_device
+from xpo.models.batches import batches_by_length, padded
+from xpo.models.devices import DTYPES, chosen_device
 from xpo.models.fingerprints import digest, weights_digest
 from xpo.models.hub import local_directory
 
@@ -40,7 +40,6 @@ SOURCE_TOKENS = 1224  # of a prompt, including [CLS], its marker and [SEP]
 TOTAL_TOKENS = 2048  # of a row; the completions share equally what the prompt leaves
 COMPLETION_TOKENS = (TOTAL_TOKENS - SOURCE_TOKENS) // 2  # 412, what the longest prompt leaves to each
 BACKENDS = ("native", "llm_blender")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class PairRMJudge(PairwiseJudge):
@@ -157,13 +156,8 @@ class PairRMJudge(PairwiseJudge):
     def _logits(self, rows: list[list[int]]) -> Tensor:
         """The logit of each row, float32 (N,) on the CPU. Rows of similar length share a batch."""
         logits = torch.empty(len(rows))
-        # Ties in length are broken by content: the batches, and so the rounding, do not depend on the order of rows.
-        longest_first = sorted(range(len(rows)), key=lambda i: (len(rows[i]), rows[i]), reverse=True)
-        for start in range(0, len(rows), self.batch_size):
-            batch = longest_first[start : start + self.batch_size]
-            ids = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (N, L)
-            lengths = torch.tensor([len(rows[i]) for i in batch])
-            mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (N, L)
+        for batch in batches_by_length([(len(row), row) for row in rows], self.batch_size, longest_first=True):
+            ids, mask = padded([rows[i] for i in batch])
             output = self.network(ids.to(self.device), mask.to(self.device), self.markers)
             logits[batch] = output.float().cpu()
         return logits

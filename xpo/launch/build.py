@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from xpo.config.errors import ConfigError, nearest
+from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import TrainSchema, trainer_arguments
 from xpo.data.prompt_sets import load_prompts
 from xpo.launch.groups import build_group, build_preference, check_target
@@ -59,7 +59,7 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
     except ConfigError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training: {str(error).splitlines()[0]}; correct the values under training") from error
+        raise ConfigError(f"training: {first_line(error)}; correct the values under training") from error
 
 
 def build_inputs(config: TrainSchema, args: XPOConfig) -> Inputs:
@@ -114,7 +114,7 @@ def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
     try:
         return load(*arguments)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"{key}={name!r} cannot be loaded ({reason}); point {key} at a causal language model"
         ) from error

@@ -7,25 +7,16 @@ Layer 0: no torch.
 """
 
 import itertools
-import json
 import os
 import queue
-import re
-import shlex
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from xpo.config.compose import checked, without_hydra
 from xpo.config.errors import ConfigError, RunInUse
@@ -33,54 +24,10 @@ from xpo.config.options import LaunchOptions
 from xpo.config.schema import TrainSchema, to_dict
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.tracking.mlflow_run import chart_link, mark_ended, save_view, set_tags, tracking_uri
+from xpo.launch.sweep_record import DONE, ELSEWHERE, Job, Sweep, continued, short_name
+from xpo.launch.sweep_report import SweepReport
+from xpo.tracking.mlflow_run import mark_ended, set_tags
 from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
-
-ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
-COLORS = (  # of Okabe and Ito, then darker ones: told apart by the colour-blind too
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
-    *("#004C7A", "#8F3E00", "#00604A", "#8A4A6E", "#9A6A00", "#2C6F96"),
-)
-DONE = "finished"
-ELSEWHERE = "running elsewhere"
-STATES = {DONE: "green", "stopped": "yellow", ELSEWHERE: "yellow", "not started": "yellow"}
-
-
-@dataclass
-class Job:
-    """One job of a sweep, as sweep.json has it."""
-
-    name: str
-    point: dict[str, Any]  # the swept keys, and the seed
-    run_dir: str
-    job_key: str
-    state: str = "not started"
-    reason: str | None = None
-    before: bool = False  # it had finished before this command
-    seconds: float = 0.0
-    mlflow_run_id: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation, without "eval_"
-
-
-@dataclass
-class Sweep:
-    """The content of sweep.json."""
-
-    name: str
-    command: str
-    keys: list[str]
-    jobs: list[Job]
-    tracking_uri: str | None
-    experiment: str
-
-    def write(self, directory: Path) -> None:
-        """Puts it into `directory`, whole or not at all."""
-        unfinished = directory / "sweep.json.part"
-        unfinished.write_text(json.dumps(asdict(self), indent=1))
-        unfinished.replace(directory / "sweep.json")
-
-
-Composed = tuple[DictConfig, list[str]]  # a job's configuration, Hydra's part included, and its overrides
 
 
 def run(
@@ -129,7 +76,7 @@ def run(
         )
         for config, schema, point in zip(configs, schemas, given, strict=True)
     ]
-    sweep = _continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
+    sweep = continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
     Runner(sweep, directory, widest).run(jobs, configs)
     return jobs
 
@@ -145,47 +92,6 @@ def with_seeds(overrides: list[str], config: TrainSchema) -> list[list[str]]:
     others = [override for override in overrides if override.partition("=")[0] != "training.seed"]
     seeds = range(config.training.seed, config.training.seed + config.sweep.seeds)
     return [[*others, f"training.seed={seed}"] for seed in seeds]
-
-
-def short_name(point: dict[str, str]) -> str:
-    """A name that fits into the MLflow UI: "a1e-5 b0.1"."""
-    words = {key: key.rpartition(".")[2] for key in point}
-    letters = {
-        key: ABBREVIATIONS.get(word) or "".join(part[0] for part in word.split("_")) for key, word in words.items()
-    }
-    common = [letter for letter in letters.values() if list(letters.values()).count(letter) > 1]
-    return " ".join(
-        (words[key] if letters[key] in common else letters[key]) + re.sub(r"e-0(\d)$", r"e-\1", value)
-        for key, value in point.items()
-    )
-
-
-def _continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSchema) -> Sweep:
-    """The sweep that the jobs belong to: the one in the directory, or one with the same jobs, or a new one."""
-    tracked = config.tracking
-    sweep = Sweep(
-        name=config.sweep.name or f"{directory.parent.name} {directory.name}",
-        command=shlex.join(["python", "-m", "xpo.train", *sys.argv[1:]]),
-        keys=keys,
-        jobs=jobs,
-        tracking_uri=tracking_uri(tracked.uri) if tracked.enabled else None,
-        experiment=tracked.experiment,
-    )
-    here = directory / "sweep.json"
-    if here.exists():  # an earlier batch, or the same command in the same directory
-        before = json.loads(here.read_text())
-        ours = {job.job_key for job in jobs}
-        sweep.jobs = [Job(**job) for job in before["jobs"] if job["job_key"] not in ours] + jobs
-        sweep.keys = list(dict.fromkeys([*before["keys"], *keys]))
-        sweep.name = config.sweep.name or before["name"]
-    elif config.sweep.name is None:
-        ours = {job.job_key for job in jobs}
-        for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-            before = json.loads(file.read_text())
-            if {job["job_key"] for job in before["jobs"]} == ours:
-                sweep.name = before["name"]
-                break
-    return sweep
 
 
 def slots(launch: LaunchOptions) -> list[list[int] | None]:
@@ -225,7 +131,7 @@ class Runner:
         self.directory = directory
         self.launch = config.launch
         self.rerun = config.sweep.rerun
-        self.console = Console(highlight=False)
+        self.report = SweepReport(sweep, directory)
         self.slots: queue.Queue[list[int] | None] = queue.Queue()
         for devices in slots(self.launch):
             self.slots.put(devices)
@@ -242,7 +148,7 @@ class Runner:
                     to_do.append((job, self._prepare(job, config, runs)))
             except RunInUse:
                 job.state, job.reason = ELSEWHERE, f"{job.run_dir} is in use"
-        self._announce(jobs, to_do)
+        self.report.announce(jobs, [run_dir for _, run_dir in to_do])
         self.sweep.write(self.directory)
         try:
             with passing_on_signals(self._stop), ThreadPoolExecutor(self.launch.jobs) as pool:
@@ -252,7 +158,7 @@ class Runner:
             self._collect()
         failed = any(job.state not in (DONE, ELSEWHERE) for job in jobs)
         exit_statuses.append(128 + signals[0] if signals else int(failed))
-        self.report()
+        self.report.summary()
 
     # ---- one job -----------------------------------------------------------------------------
 
@@ -273,7 +179,6 @@ class Runner:
         begun = not self.rerun and run_dir in runs.get(job.job_key, [])
         if not begun:
             job.run_dir = str(run_dir := _without_run(run_dir))
-        tags = _tags(self.sweep) | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]}
         return prepare(
             without_hydra(config),
             run_dir,
@@ -281,7 +186,7 @@ class Runner:
             # For whoever goes on with this job alone.
             [*repeatable(config.hydra.overrides.task, config.hydra.overrides.hydra), "hydra.mode=RUN"],
             name=job.name,
-            tags=tags,
+            tags=self.sweep.tags() | {"mlflow.runColor": self.sweep.color(job)},
             found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,
         )
 
@@ -301,7 +206,7 @@ class Runner:
                 return
             alone = self.launch.jobs == 1
             output = None if alone else run_dir / "output.log"
-            self._say(number, count, job, "starts" + ("" if alone else f", its output in {output}"))
+            self.report.say(number, count, job, "starts" + ("" if alone else f", its output in {output}"))
             process = JobProcess(run_dir, devices, self.launch.jobs, output)
             self._running.append(process)
             if signals:  # that came while it was started
@@ -314,26 +219,12 @@ class Runner:
             self.slots.put(devices)
         job.state, job.reason, job.seconds = outcome.state, outcome.reason, time.monotonic() - started
         with self._writing:
-            self._say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
+            self.report.say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
             self.sweep.write(self.directory)
 
     def _stop(self, number: int) -> None:
         for process in list(self._running):
             process.stop(number)
-
-    # ---- what is said ------------------------------------------------------------------------
-
-    def _say(self, number: int, count: int, job: Job, what: str) -> None:
-        self.console.print(f"[bold]Job {number} of {count}[/]  {escape(job.name)}  {escape(what)}", soft_wrap=True)
-
-    def _announce(self, jobs: Sequence[Job], to_do: Sequence[tuple[Job, Path]]) -> None:
-        resumed = sum(RunRecord.read(run_dir).resume_from is not None for _, run_dir in to_do)
-        parts = [f"{len(jobs)} jobs"]
-        parts += [f"{sum(job.before for job in jobs)} finished before"] * any(job.before for job in jobs)
-        parts += [f"{resumed} go on from a checkpoint"] * bool(resumed)
-        elsewhere = sum(job.state == ELSEWHERE for job in jobs)
-        parts += [f"{elsewhere} {ELSEWHERE}"] * bool(elsewhere)
-        self.console.print(f"Sweep {self.sweep.name!r}: {', '.join(parts)}", soft_wrap=True)
 
     def _collect(self) -> None:
         """What the runs left: their metrics and their place in MLflow, where none may seem to run that does not."""
@@ -347,42 +238,8 @@ class Runner:
                 mark_ended(self.sweep.tracking_uri, job.mlflow_run_id, "FAILED" if job.state == "failed" else "KILLED")
         before = [job.mlflow_run_id for job in self.sweep.jobs if job.before and job.mlflow_run_id]
         if before and self.sweep.tracking_uri:
-            set_tags(self.sweep.tracking_uri, before, _tags(self.sweep))
+            set_tags(self.sweep.tracking_uri, before, self.sweep.tags())
         self.sweep.write(self.directory)
-
-    def report(self) -> None:
-        """A table of all jobs, and how to compare them."""
-        names = [name for name in ("win_rate", "score", "kl") if any(name in job.metrics for job in self.sweep.jobs)]
-        table = Table(title=f"Sweep {self.sweep.name}", title_justify="left")
-        for title in ("job", "state", *(name.replace("_", " ") for name in names), "minutes"):
-            table.add_column(title, justify="left" if title in ("job", "state") else "right")
-        for job in self.sweep.jobs:
-            values = [f"{job.metrics[name]:.3f}" if name in job.metrics else "" for name in names]
-            state = f"[{STATES.get(job.state, 'red')}]{job.state}[/]" + (" before" if job.before else "")
-            table.add_row(escape(job.name), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
-        self.console.print(table)
-        for job in self.sweep.jobs:
-            if job.reason:
-                self.console.print(f"{escape(job.name)}: {job.state}: {escape(job.reason)}", soft_wrap=True)
-        self.console.print(f"Compare: python -m xpo.compare {shlex.quote(_short(self.directory))}", soft_wrap=True)
-        records = [RunRecord.read(Path(job.run_dir)) for job in self.sweep.jobs if job.mlflow_run_id]
-        experiments = [record.mlflow_experiment_id for record in records if record.mlflow_experiment_id]
-        if self.sweep.tracking_uri and experiments:
-            if not self.sweep.tracking_uri.startswith("http"):
-                self.console.print(
-                    f"MLflow:  mlflow ui --backend-store-uri {shlex.quote(self.sweep.tracking_uri)}, then",
-                    soft_wrap=True,
-                )
-            place = (self.sweep.tracking_uri, experiments[0], self.sweep.name)
-            link = chart_link(*place, save_view(*place, self.sweep.keys))
-            self.console.print(f"         {link}", soft_wrap=True)
-        if any(job.state != DONE for job in self.sweep.jobs):
-            self.console.print("Repeat the command to finish the rest.", soft_wrap=True)
-
-
-def _tags(sweep: Sweep) -> dict[str, str]:
-    """What tells the runs of a sweep apart in MLflow."""
-    return {"xpo.sweep": sweep.name, "xpo.sweep_keys": ",".join(sweep.keys)}
 
 
 def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
@@ -402,8 +259,3 @@ def _without_run(run_dir: Path) -> Path:
             break
         free = run_dir.with_name(f"{run_dir.name}-{number}")
     return free
-
-
-def _short(directory: Path) -> str:
-    """The path as one would type it here."""
-    return str(directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory)

@@ -25,7 +25,7 @@ from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.models.memory import keep_freed_memory
 from xpo.tracking import terminal as report
-from xpo.tracking.card import evaluations
+from xpo.tracking.history import evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state
 from xpo.training.callbacks import KeepCompletions, MLflowCallback, Profile, Progress, StopOnSignal

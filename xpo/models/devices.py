@@ -6,6 +6,8 @@ import torch
 
 from xpo.config.errors import ConfigError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def chosen_device(key: str, name: str | None) -> torch.device:
     """The device of a name; None is this process's GPU, or the CPU where there is none.

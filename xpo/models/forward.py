@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.models.attention import blocks_of_pairs, lengths_of_pairs, packed_attention
 from xpo.models.logprobs import Layout, block_mask, completion_logps, replaced_forward, shared_prompt_logps
 
@@ -117,7 +117,7 @@ def why_not(way: str, model: PreTrainedModel, longest: int) -> str | None:
         with eval_mode(model):
             return _tried(way, model, head)
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-        return f"it refuses such a row ({str(error).splitlines()[0]:.80})"
+        return f"it refuses such a row ({first_line(error):.80})"
 
 
 def _tried(way: str, model: PreTrainedModel, head: nn.Module) -> str | None:

@@ -1,19 +1,13 @@
 """Scores remembered on disk."""
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
-from xpo.data.store import Store
-from xpo.models.fingerprints import digest
+from xpo.data.remembered import Remembered
 from xpo.rewards.base import RewardModel
-
-_SCORE = struct.Struct("<f")
 
 
 class CachedReward(RewardModel):
@@ -32,29 +26,12 @@ class CachedReward(RewardModel):
 
     def __init__(self, reward_model: RewardModel, path: Path | str, commit_every: int = 1024):
         self.reward_model = reward_model
-        self.store = Store(path)
-        self.commit_every = commit_every
-        fingerprint = reward_model.fingerprint
-        if fingerprint is None:
-            raise ConfigError(
-                f"judge.cache={str(path)!r} needs a reward model with a fingerprint, and "
-                f"{type(reward_model).__name__} has none; define its property `fingerprint`, or set judge.cache=off"
-            )
-        self._fingerprint = fingerprint
+        self._scores = Remembered("score", "f", reward_model, "reward model", path, commit_every)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         texts = list(zip(prompts, completions, strict=True))
-        keys = [digest("score", self._fingerprint, text) for text in texts]
-        known = {key: _SCORE.unpack(value)[0] for key, value in self.store.get(keys).items()}
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
-        for start in range(0, len(missing), self.commit_every):
-            part = dict(list(missing.items())[start : start + self.commit_every])
-            scores = self.reward_model.scores(*map(list, zip(*part.values(), strict=True)))
-            fresh = dict(zip(part, scores.tolist(), strict=True))
-            self.store.put({key: _SCORE.pack(score) for key, score in fresh.items() if score == score})
-            known |= fresh
-        return torch.tensor([known[key] for key in keys])
+        return self._scores.columns(texts, lambda *columns: (self.reward_model.scores(*columns),))[0]
 
     @property
     def fingerprint(self) -> str:
-        return self._fingerprint
+        return self._scores.fingerprint

@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.data.prompts import Prompt, is_conversational, plain_text, render
+from xpo.models.batches import batches_by_length, padded
 from xpo.models.devices import chosen_device
 from xpo.models.fingerprints import digest, model_digest
 from xpo.models.hub import local_directory
@@ -88,8 +89,7 @@ class ClassifierReward(RewardModel):
             )
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(directory, **code)
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "point it at a sequence classifier"
+            reason, remedy = first_line(error), "point it at a sequence classifier"
             if "trust_remote_code" in str(error):
                 reason, remedy = "it brings its own code", "read the code, then set reward_model.trust_remote_code=true"
             raise ConfigError(f"reward_model.model={model!r} cannot be loaded ({reason}); {remedy}") from error
@@ -102,10 +102,8 @@ class ClassifierReward(RewardModel):
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
-        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
         scores = torch.empty(len(encoded))
-        for start in range(0, len(by_length), self.batch_size):
-            rows = by_length[start : start + self.batch_size]
+        for rows in batches_by_length([len(row.input_ids) for row in encoded], self.batch_size):
             scores[rows] = self._forward([encoded[i] for i in rows])
         return scores
 
@@ -132,16 +130,13 @@ class ClassifierReward(RewardModel):
         pad = self.tokenizer.pad_token_id
         if pad is None or pad in last_tokens:
             pad = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
-        width = max(map(len, rows))
-        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.model.device)
-        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-        mask = torch.arange(width, device=ids.device) < lengths[:, None]
-        types = {}
+        ids, mask = padded(rows, pad)
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self.token_types:
-            padded = [row.token_type_ids + [0] * (width - len(row.token_type_ids)) for row in encoded]
-            types["token_type_ids"] = torch.tensor(padded, device=ids.device)
+            inputs["token_type_ids"], _ = padded([row.token_type_ids for row in encoded])
         with self._pad_token(pad):
-            logits = self.model(input_ids=ids, attention_mask=mask.long(), **types).logits.float().cpu()
+            logits = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits
+        logits = logits.float().cpu()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
     @contextmanager

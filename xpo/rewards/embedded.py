@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
+from xpo.models.batches import batches_by_length
 from xpo.models.devices import chosen_device
 from xpo.models.fingerprints import digest, model_digest
 from xpo.rewards.base import RewardModel
@@ -86,12 +87,9 @@ class MiniLM:
         if not texts:
             return embeddings
         token_ids = self.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
-        # Texts of similar length share a batch, so little of it is padding.
-        order = sorted(range(len(texts)), key=lambda row: len(token_ids[row]))
         # `embeddings` stays a normal tensor, which autograd may save, as it was made outside this mode.
         with torch.inference_mode():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
+            for rows in batches_by_length([len(ids) for ids in token_ids], self.batch_size):
                 ids = {"input_ids": [token_ids[row] for row in rows]}
                 batch = self.tokenizer.pad(ids, return_tensors="pt").to(self.device)
                 hidden = self.encoder(**batch).last_hidden_state  # (rows, tokens, 384)

@@ -1,14 +1,14 @@
 """The model card: what was trained, how, and what this run itself measured."""
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xpo.tracking.runs import evaluations
-from xpo.training.config import XPOConfig
+from huggingface_hub import ModelCardData
 
-_SHOWN = ("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2")
+from xpo.tracking.history import evaluations, measures
+
 _SETTINGS = (
     "alpha",
     "beta",
@@ -23,13 +23,6 @@ _SETTINGS = (
 )
 
 
-def measures(evaluation: dict[str, float], prefix: str = "eval") -> list[str]:
-    """The metrics of an evaluation that a person wants to see first, then the scorers'."""
-    names = [name.removeprefix(f"{prefix}_") for name in evaluation if name.startswith(f"{prefix}_")]
-    scorers = [name.removeprefix("ref_") for name in names if name.startswith("ref_")]
-    return [name for name in dict.fromkeys((*_SHOWN, *scorers)) if name in names]
-
-
 def model_name(name_or_path: str) -> str:
     """A model's name for readers elsewhere: on the hub, or else the last part of its directory."""
     path = Path(name_or_path)
@@ -39,19 +32,23 @@ def model_name(name_or_path: str) -> str:
     return path.name if path.is_absolute() or path.is_dir() else name_or_path
 
 
-def model_card(args: XPOConfig, base_model: str, history: list[dict[str, Any]], adapter: bool) -> str:
+def model_card(settings: Mapping[str, Any], base_model: str, history: list[dict[str, Any]], adapter: bool) -> str:
     """A README.md for the hub, with the run's own numbers.
 
     Args:
-        args: the trainer's arguments.
+        settings: the trainer's arguments by name.
         base_model: the name of the model that was trained, or the directory that it was loaded from.
         history: `trainer.state.log_history`.
         adapter: whether the weights are a PEFT adapter.
     """
     name = model_name(base_model)
-    on_hub = f"base_model: {json.dumps(name)}\n" if "/" in name else ""  # the hub takes its own names only
+    metadata = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        base_model=name if "/" in name else None,  # the hub takes its own names only
+        tags=["xpo", "preference-optimization"],
+    )
     steps = max((entry["step"] for entry in history), default=0)
-    settings = "\n".join(f"| {key} | {getattr(args, key)} |" for key in _SETTINGS)
+    rows = "\n".join(f"| {key} | {settings[key]} |" for key in _SETTINGS)
     sets = dict.fromkeys(
         key.removesuffix("_runtime") for entry in history for key in entry if re.fullmatch("eval(_.+)?_runtime", key)
     )
@@ -62,8 +59,7 @@ def model_card(args: XPOConfig, base_model: str, history: list[dict[str, Any]], 
             "model under the judge of the run; `kl` is in nats per completion.\n"
         )
     return f"""---
-library_name: {"peft" if adapter else "transformers"}
-{on_hub}tags: [xpo, preference-optimization]
+{metadata.to_yaml()}
 ---
 
 # {name}, trained with XPO
@@ -75,7 +71,7 @@ library_name: {"peft" if adapter else "transformers"}
 
 | setting | value |
 |---|---|
-{settings}
+{rows}
 """
 
 

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from xpo.config.errors import ConfigError
 from xpo.config.schema import identity
+from xpo.tracking.history import evaluations
 
 
 @dataclass
@@ -99,11 +100,6 @@ def _content(key: str, name: str | None) -> str | None:
 def _file_digest(file: Path, size: int, changed: int) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
-    """The evaluations in a Trainer's log history, in order, with their step."""
-    return [entry for entry in history if f"{prefix}_runtime" in entry]
 
 
 def last_evaluation(run_dir: Path) -> dict[str, float]:

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from transformers import TrainingArguments
 
-from xpo.tracking.card import evaluations, measures
+from xpo.tracking.history import evaluations, measures
 from xpo.tracking.runs import RunRecord
-from xpo.training.config import XPOConfig
 
 
 def quiet() -> None:
@@ -32,7 +32,7 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def say(args: XPOConfig, message: str) -> None:
+def say(args: TrainingArguments, message: str) -> None:
     """One line on the main process, at once."""
     if args.process_index == 0:
         print(message, flush=True)

@@ -88,7 +88,7 @@ class ResumableTrainer(Trainer):
         """Writes README.md into the output directory, with the run's own numbers. Arguments are ignored."""
         if self.is_world_process_zero():
             name = base_model(self.model).config.name_or_path or type(base_model(self.model)).__name__
-            card = model_card(self.args, name, self.state.log_history, isinstance(self.model, PeftModel))
+            card = model_card(vars(self.args), name, self.state.log_history, isinstance(self.model, PeftModel))
             (Path(self.args.output_dir) / "README.md").write_text(card)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.config.schema import as_argument, check_scaling
 from xpo.data.prompt_sets import tokenize_prompts
 from xpo.data.store import Store
@@ -184,7 +184,7 @@ def with_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) ->
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"peft_config: {reason}; correct target_modules (lora.target_modules)") from error
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from xpo.config.errors import first_line
 from xpo.evaluation.compare.read import Sweep, connect, experiment_id, tagged
 
 TAG = "xpo.report"
@@ -26,5 +27,5 @@ def log(sweep: Sweep, paths: Sequence[Path]) -> str | None:
             client.log_artifact(run.info.run_id, str(path))
         client.set_terminated(run.info.run_id)
     except Exception as error:  # the report is written, whatever the server or its client say
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return None

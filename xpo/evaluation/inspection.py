@@ -1,0 +1,173 @@
+"""What a judge is worth: its verdicts on given pairs, the figures that they make, and how these look."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from xpo.config.errors import JudgeStopped
+from xpo.data.pairs import Pair
+from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
+from xpo.judges.base import Judge, Verdicts
+
+_CHUNK = 256  # pairs between two movements of the progress bar
+
+
+class Judged(NamedTuple):
+    """The verdicts of one judge on N pairs, NaN where it was not asked any more.
+
+    Attributes:
+        name: the judge.
+        margin: see `Judge.margins`, (N,).
+        flipped: see `Verdicts`; from asking with the completions swapped if the judge asks one order, (N,).
+        seconds: for each pair, swapped questions left out.
+        stopped: why the judge could not go on, if so.
+    """
+
+    name: str
+    margin: Tensor
+    flipped: Tensor
+    seconds: float
+    stopped: str | None
+
+
+def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
+    """All verdicts of a judge; what it said before it could not go on is kept."""
+    margin, flipped = torch.full((2, len(pairs)), torch.nan)
+    seconds, done, stopped = 0.0, 0, None
+    with tqdm(total=len(pairs), desc=name, leave=False) as bar:
+        for start in range(0, len(pairs), _CHUNK):
+            chunk = pairs[start : start + _CHUNK]
+            prompts = [pair.prompt for pair in chunk]
+            first, second = [pair.first for pair in chunk], [pair.second for pair in chunk]
+            started = time.perf_counter()
+            try:
+                verdicts = judge.verdicts(prompts, first, second)
+                seconds, done = seconds + time.perf_counter() - started, done + len(chunk)
+                if verdicts.flipped.isnan().all():
+                    verdicts = _with_flips(verdicts, judge.margins(prompts, second, first))
+            except JudgeStopped as error:
+                stopped = str(error)
+                break
+            margin[start : start + len(chunk)], flipped[start : start + len(chunk)] = verdicts[:2]
+            bar.update(len(chunk))
+    return Judged(name, margin, flipped, seconds / max(done, 1), stopped)
+
+
+def _with_flips(verdicts: Verdicts, swapped: Tensor) -> Verdicts:
+    """A judge that asks one order, or does not look at it: does the verdict turn when the completions swap places?"""
+    known = verdicts.margin.isfinite() & swapped.isfinite()
+    turned = (verdicts.margin.sign() != -swapped.sign()).float()
+    return Verdicts(verdicts.margin, torch.where(known, turned, torch.nan))
+
+
+def report(pairs: list[Pair], judged: dict[str, Judged]) -> dict[str, Any]:
+    """The figures of each judge by its key, and of their agreement, as JSON."""
+    winner = torch.tensor([pair.winner for pair in pairs])
+    figures: dict[str, Any] = {}
+    for key, (name, margin, flipped, seconds, _) in judged.items():
+        valid = margin.isfinite()
+        fit = calibration(margin, winner)
+        figures[key] = {
+            "judge": name,
+            "pairs": len(pairs),
+            "accuracy": accuracy(margin, winner)._asdict(),
+            "ties": share(margin[valid] == 0)._asdict(),
+            "invalid": share(~valid)._asdict(),
+            "flips": share(flipped[~flipped.isnan()] > 0)._asdict(),
+            "first_wins": share(margin[valid & (margin != 0)] > 0)._asdict(),
+            "calibration_error": fit.error,
+            "best_temperature": fit.temperature,
+            "calibration": [b._asdict() for b in fit.bins],
+            "seconds_per_pair": seconds,
+        }
+    if len(judged) == 2:
+        same, kappa, table = agreement(*(judge.margin for judge in judged.values()))
+        figures["agreement"] = {"same": same._asdict(), "kappa": kappa, "table": table}
+    return figures
+
+
+def write(out: Path, pairs: list[Pair], judged: dict[str, Judged], figures: dict[str, Any]) -> None:
+    """verdicts.jsonl, report.json and, where the truth is known, calibration.png."""
+    with (out / "verdicts.jsonl").open("w") as file:
+        for i, pair in enumerate(pairs):
+            verdicts = {key: _number(judge.margin[i].item()) for key, judge in judged.items()}
+            flips = {f"{key}_flipped": _number(judge.flipped[i].item()) for key, judge in judged.items()}
+            file.write(json.dumps(pair._asdict() | verdicts | flips) + "\n")
+    (out / "report.json").write_text(json.dumps(figures, indent=1))
+    if any(figures[key]["calibration"] for key in judged):
+        plot({judge.name: figures[key]["calibration"] for key, judge in judged.items()}, out / "calibration.png")
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """How often the winner was right, against the probability that the judge gave it; dots grow with the count."""
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0.5, 1], [0.5, 1], color="0.6", linestyle="--", label="calibrated")
+    for name, bins in curves.items():
+        total = max(sum(b["pairs"] for b in bins), 1)
+        x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+        (line,) = axes.plot(x, y, label=name)
+        axes.scatter(x, y, s=[10 + 300 * b["pairs"] / total for b in bins], color=line.get_color(), alpha=0.6)
+    axes.set(
+        xlabel="probability given to the winner", ylabel="how often it was right", xlim=(0.49, 1.01), ylim=(0, 1.02)
+    )
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def show(judged: dict[str, Judged], figures: dict[str, Any], out: Path) -> None:
+    """The figures on the terminal."""
+    console = Console()
+    table = Table(title=f"{figures['judge']['pairs']} pairs, 95 % intervals", title_justify="left")
+    table.add_column("")
+    for judge in judged.values():
+        table.add_column(judge.name, justify="right")
+    lines = {
+        "accuracy": "right, of decided pairs",
+        "ties": "ties",
+        "invalid": "invalid",
+        "flips": "flips between orders",
+        "first_wins": "first one wins",
+    }
+    for figure, title in lines.items():
+        table.add_row(title, *(_share(Share(**figures[key][figure])) for key in judged))
+    table.add_row("calibration error", *(f"{figures[key]['calibration_error']:.3f}" for key in judged))
+    table.add_row("best label_temperature", *(f"{figures[key]['best_temperature']:.3g}" for key in judged))
+    table.add_row("ms a pair", *(f"{1000 * figures[key]['seconds_per_pair']:.3g}" for key in judged))
+    console.print(table)
+    for key, judge in judged.items():
+        if figures[key]["calibration"]:
+            console.print(_calibration_table(judge.name, figures[key]["calibration"]))
+    if "agreement" in figures:
+        same, kappa = Share(**figures["agreement"]["same"]), figures["agreement"]["kappa"]
+        console.print(f"The two agree on {_share(same)} of the pairs that both could judge; Cohen's kappa {kappa:.3f}")
+    print(f"Verdicts, figures and plot: {out}")
+
+
+def _share(value: Share) -> str:
+    if not value.cases:
+        return "-"
+    return f"{100 * value.value:.1f} % ({100 * value.low:.1f} to {100 * value.high:.1f})"
+
+
+def _calibration_table(name: str, bins: list[dict[str, float]]) -> Table:
+    table = Table(title=f"Calibration of {name}", title_justify="left")
+    for title in ("probability given", "pairs", "was right", ""):
+        table.add_column(title, justify="left" if title == "" else "right")
+    for b in bins:
+        bar = "█" * round(20 * b["accuracy"])
+        table.add_row(f"{b['low']:.2f} to {b['high']:.2f}", f"{b['pairs']:.0f}", f"{100 * b['accuracy']:.1f} %", bar)
+    return table

@@ -1,0 +1,31 @@
+"""Rows of similar length in batches, padded. Shapes: N rows, L tokens of the longest."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from xpo.models.logprobs import length_mask
+
+
+def batches_by_length(lengths: Sequence[Any], size: int, longest_first: bool = False) -> Iterator[list[int]]:
+    """The indices of rows, at most `size` of similar length at a time, so that little of a batch is padding.
+
+    Args:
+        lengths: of the rows; or (length, content): ties are then broken by content, so that the batches, and so the
+            rounding, do not depend on the order of the rows.
+        size: rows in a batch.
+        longest_first: the order of the batches; without it the shortest rows come first.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=longest_first)
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids as one tensor, and which of them are real, (N, L) each. A real token may be equal to `pad`."""
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad, padding_side=side)
+    mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1])
+    return ids, mask.flip(1) if side == "left" else mask
