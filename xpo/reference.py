@@ -80,9 +80,8 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     work = [(REFERENCE, epoch, collate_prompts(parts["train"])) for epoch in range(epochs)]
     if "eval" in parts:
         work.append((EVAL_REFERENCE, 0, collate_prompts(parts["eval"])))
-    computed = total = 0
-    number_of_draws = sum(len(rows["prompt_ids"]) for _, _, rows in work)
-    with tqdm(total=number_of_draws, desc="Filling", disable=args.disable_tqdm) as bar:
+    computed, total = 0, sum(len(rows["prompt_ids"]) for _, _, rows in work)
+    with tqdm(total=total, desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:
             prompt_ids, occurrences = rows["prompt_ids"], rows["occurrence"]
             for part in batches_by_length([len(ids) for ids in prompt_ids], batch, longest_first=True):
@@ -90,7 +89,7 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
                 greedy = stream == EVAL_REFERENCE and args.eval_greedy
                 with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
                     draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy, occurrences=equal)
-                computed, total = computed + int(draw.fresh.sum()), total + len(chunk)
+                computed += int(draw.fresh.sum())
                 bar.update(len(chunk))
     print(f"{computed} of {total} draws computed, {total - computed} were there: {store.path}")
 
