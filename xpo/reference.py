@@ -58,16 +58,15 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(epochs)]
     if "eval" in inputs.datasets:
         work.append((EVAL_REFERENCE, 0, collate_prompts(inputs.datasets["eval"])))
-    computed = total = 0
-    number_of_draws = sum(len(rows["prompt_ids"]) for _, _, rows in work)
-    with tqdm(total=number_of_draws, desc="Filling", disable=args.disable_tqdm) as bar:
+    computed, total = 0, sum(len(rows["prompt_ids"]) for _, _, rows in work)
+    with tqdm(total=total, desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:
             for part in batches_by_length([len(ids) for ids in rows["prompt_ids"]], batch, longest_first=True):
                 chunk, equal = ([rows[column][i] for i in part] for column in ("prompt_ids", "occurrence"))
                 greedy = stream == EVAL_REFERENCE and args.eval_greedy
                 with torch.autocast(args.device.type, half, enabled=bool(args.bf16 or args.fp16)):
                     draw = draws.draw(chunk, args.seed, stream, number, args.device, greedy, occurrences=equal)
-                computed, total = computed + int(draw.fresh.sum()), total + len(chunk)
+                computed += int(draw.fresh.sum())
                 bar.update(len(chunk))
     print(f"{computed} of {total} draws computed, {total - computed} were there: {args.reference_store}")
 

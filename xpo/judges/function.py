@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge
-from xpo.rewards.functions import numbers, resolve
+from xpo.rewards.function import numbers, resolve
 
 
 class FunctionJudge(Judge):

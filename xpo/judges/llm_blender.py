@@ -39,8 +39,10 @@ class OriginalRanker:
                 "set judge.backend=native or judge.dtype=float32"
             )
         # The package guesses the kind of tokenizer from words anywhere in its path: "phi" is in "sophia".
-        named = {"build_tokenizer": lambda *_args, **_kwargs: load_tokenizer(backbone, normalizer)}
-        with quiet(), torch.random.fork_rng([]), patch.multiple(package.blender.blender_utils, **named):
+        own_tokenizer = patch.object(
+            package.blender.blender_utils, "build_tokenizer", lambda *_, **__: load_tokenizer(backbone, normalizer)
+        )
+        with quiet(), torch.random.fork_rng([]), own_tokenizer:
             self.blender = package.Blender()
             # Without fp16=False, CUDA means float16.
             self.blender.loadranker(str(directory), device=str(device), model_name=str(backbone), fp16=False)

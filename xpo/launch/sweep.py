@@ -144,10 +144,12 @@ class Runner:
         to_do: list[tuple[Job, Path]] = []
         for job, config in zip(jobs, configs, strict=True):
             try:
-                if not self._finished_before(job, runs):
-                    to_do.append((job, self._prepare(job, config, runs)))
+                run_dir = self._prepare(job, config, runs)
             except RunInUse:
                 job.state, job.reason = ELSEWHERE, f"{job.run_dir} is in use"
+                continue
+            if run_dir is not None:
+                to_do.append((job, run_dir))
         self.report.announce(jobs, [run_dir for _, run_dir in to_do])
         self.sweep.write(self.directory)
         try:
@@ -160,25 +162,15 @@ class Runner:
         exit_statuses.append(128 + signals[0] if signals else int(failed))
         self.report.summary()
 
-    # ---- one job -----------------------------------------------------------------------------
-
-    def _finished_before(self, job: Job, runs: dict[str, list[Path]]) -> bool:
-        """Whether there is nothing to do for a job; if it was interrupted, its directory is that of its run."""
-        if self.rerun:
-            return False
-        for run_dir in runs.get(job.job_key, []):
+    def _prepare(self, job: Job, config: DictConfig, runs: dict[str, list[Path]]) -> Path | None:
+        """The run directory of a job, ready to train, and its own if it was interrupted; None if it has finished."""
+        begun = [] if self.rerun else runs.get(job.job_key, [])
+        for run_dir in begun:
             if RunRecord.read(run_dir).finished:
                 job.state, job.before, job.run_dir = DONE, True, str(run_dir)
-                return True
-        for run_dir in runs.get(job.job_key, [])[:1]:
-            job.run_dir = str(run_dir)
-        return False
-
-    def _prepare(self, job: Job, config: DictConfig, runs: dict[str, list[Path]]) -> Path:
-        run_dir = Path(job.run_dir)
-        begun = not self.rerun and run_dir in runs.get(job.job_key, [])
-        if not begun:
-            job.run_dir = str(run_dir := _without_run(run_dir))
+                return None
+        run_dir = begun[0] if begun else _without_run(Path(job.run_dir))
+        job.run_dir = str(run_dir)
         return prepare(
             without_hydra(config),
             run_dir,
@@ -253,9 +245,5 @@ def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
 
 def _without_run(run_dir: Path) -> Path:
     """The directory, or RUN_DIR-2 and so on if it holds a run: a sweep's directory may be used for more values."""
-    free = run_dir
-    for number in itertools.count(2):
-        if not (free / "run.json").exists():
-            break
-        free = run_dir.with_name(f"{run_dir.name}-{number}")
-    return free
+    numbered = (run_dir.with_name(f"{run_dir.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([run_dir], numbered) if not (free / "run.json").exists())

