@@ -1,4 +1,7 @@
-"""Judges: who wins a pair of completions. One file per kind; `python -m xpo.judges` inspects them."""
+"""Judges: who wins a pair of completions, one file per kind; and labels, what training makes of their verdicts.
+
+Nothing here draws completions or trains. `python -m xpo.judges` inspects judges.
+"""
 
 from xpo.judges.base import Judge, Verdicts
 from xpo.judges.cached import CachedJudge

@@ -1,4 +1,7 @@
-"""Reward models: how good a single completion is. One file per kind."""
+"""Reward models: how good a single completion is. One file per kind.
+
+Nothing here knows of a second completion: that is a judge's matter.
+"""
 
 from xpo.rewards.base import RewardModel, Scores
 from xpo.rewards.cached import CachedReward
