@@ -1,6 +1,6 @@
 """`python -m xpo.track replay [RUN_DIR ...]`: sends to MLflow what runs could not while it was out of reach.
 
-Without RUN_DIR, every backlog under outputs/ and multirun/. A point that MLflow holds already is not sent again.
+Without RUN_DIR, of every run under outputs/ and multirun/. A point that MLflow holds already is not sent again.
 Exit status 1 if something could not be sent, which is kept; 2 for bad input.
 """
 
@@ -8,22 +8,21 @@ import argparse
 import logging
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.launch.command import exit_status
-from xpo.tracking.backlog import Backlog, Entry, count, in_words, send
-from xpo.tracking.mlflow_run import first_line, held_points, reach
+from xpo.tracking.metrics_log import MetricsLog
+from xpo.tracking.mlflow_client import held_points, reach
+from xpo.tracking.mlflow_follower import Followed, Follower, in_words
 
 ROOTS = (Path("outputs"), Path("multirun"))
 
 
 class NotSent(Exception):
-    """A backlog, or the end of it, is still there: why."""
+    """MLflow still lacks something of a run: why."""
 
 
 def main() -> None:
@@ -35,15 +34,13 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that goes away ends this in seconds
-    run_dirs = options.run_dirs or sorted(path.parent for root in ROOTS for path in root.rglob("backlog.jsonl"))
-    if not run_dirs:
-        print(f"nothing to send: no backlog under {' or '.join(map(str, ROOTS))}")
+    kept = False
     try:
-        for run_dir in run_dirs:
-            check(run_dir)
+        run_dirs = [run_dir for run_dir in options.run_dirs or _tracked() if lacks(run_dir)]
     except ConfigError as error:
         sys.exit(exit_status(error))
-    kept = False
+    if not run_dirs:
+        print(f"nothing to send of {' '.join(map(str, options.run_dirs)) or 'runs under outputs or multirun'}")
     for run_dir in run_dirs:
         try:
             print(f"{run_dir}: {replay(run_dir, options.uri)}", flush=True)
@@ -53,18 +50,33 @@ def main() -> None:
     sys.exit(int(kept))
 
 
-def check(run_dir: Path) -> None:
-    """Raises ConfigError unless the run directory has a backlog that can be read."""
-    path = run_dir / "backlog.jsonl"
-    if not path.is_file():
+def _tracked() -> list[Path]:
+    return sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
+
+
+def lacks(run_dir: Path) -> bool:
+    """Whether MLflow may lack something of a run.
+
+    Raises:
+        ConfigError: the run is not tracked, or its files cannot be read.
+    """
+    try:
+        complete = Followed.read(run_dir).complete
+    except FileNotFoundError:
         raise ConfigError(
-            f"RUN_DIR={str(run_dir)!r} has no backlog.jsonl; leave RUN_DIR out to send every one there is"
-        )
-    Backlog(path)
+            f"RUN_DIR={str(run_dir)!r} has no mlflow.json, as tracked runs of this version have; "
+            "leave RUN_DIR out to send all there is"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{run_dir}/mlflow.json cannot be read ({first_line(error)}); mend it, or resume the run"
+        ) from error
+    MetricsLog(run_dir)
+    return not complete
 
 
 def replay(run_dir: Path, uri: str | None = None) -> str:
-    """Sends a run's backlog, and removes it. A run that was killed before it could say how it ended is KILLED then.
+    """Sends what MLflow lacks of a run. One that was killed before it could say how it ended is KILLED then.
 
     Args:
         run_dir: the run directory.
@@ -74,51 +86,42 @@ def replay(run_dir: Path, uri: str | None = None) -> str:
         What was sent, in words.
 
     Raises:
-        NotSent: MLflow or the run in it is out of reach, or a live run owns the backlog.
+        NotSent: MLflow or the run in it is out of reach, or the run is alive.
     """
     try:
         with FileLock(run_dir / "run.lock", timeout=0):
-            return _replay(Backlog(run_dir / "backlog.jsonl"), uri)
+            return _replay(MetricsLog(run_dir), Followed.read(run_dir), uri)
     except Timeout:
-        raise NotSent("in use by a run, which sends its backlog itself") from None
+        raise NotSent("in use by a run, which sends the rest itself") from None
 
 
-def _replay(backlog: Backlog, uri: str | None) -> str:
+def _replay(log: MetricsLog, state: Followed, uri: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    if not backlog.entries:  # a full disk or a kill left only the beginning of the file
-        backlog.drain(lambda entry: None)
-        return "nothing to send"
-    uri, run_id = uri or backlog.where["uri"], backlog.where["run_id"]
+    uri, run_id = uri or state.uri, state.run_id
+    otherwise = f"or delete {log.path.parent / 'mlflow.json'}"
     try:
         client = reach(uri)
         run = client.get_run(run_id)
-        keys = {point[0] for entry in backlog.entries for point in entry.get("metrics", ())}
-        there = backlog.forget(held_points(client, run, keys))
-    except Exception as error:  # see Backlog.drain
+        follower = Follower(log, state, held_points(client, run, run.data.metrics))
+    except Exception as error:  # drivers of databases raise their own
         if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise NotSent(
-                f"{uri} knows no run {run_id}; name the right place with --uri, or delete {backlog.path}"
-            ) from error
+            raise NotSent(f"{uri} knows no run {run_id}; name the right place with --uri, {otherwise}") from error
         raise NotSent(f"{uri} does not answer ({first_line(error)}); kept") from error
     if run.info.lifecycle_stage == "deleted":
-        raise NotSent(
-            f"run {run_id} was deleted in MLflow; restore it (mlflow runs restore --run-id {run_id}) "
-            f"or delete {backlog.path}"
-        )
-    if run.info.status == "RUNNING" and not any("status" in entry for entry in backlog.entries):
-        last = max((point[2] for entry in backlog.entries for point in entry.get("metrics", ())), default=None)
-        backlog.append({"status": "KILLED", "time": last})
-    sent: list[Entry] = []
-    with tqdm(total=len(backlog.entries), delay=1, disable=None, leave=False) as bar:
-
-        def send_one(entry: Entry) -> None:
-            if send(client, run_id, entry, backlog.directory):
-                sent.append(entry)
-            bar.update()
-
-        failure = backlog.drain(send_one)
-    words = f"sent {in_words(count(sent))}; {in_words(Counter(point=there))} had arrived before"
+        restore = f"mlflow runs restore --run-id {run_id}"
+        raise NotSent(f"run {run_id} was deleted in MLflow; restore it ({restore}) {otherwise}")
+    if state.ended is None:
+        state.ended = log.entries[-1]["time"] if log.entries else run.info.start_time
+        state.status = "KILLED" if run.info.status == "RUNNING" else None
+    if uri != state.uri:
+        state.uri, state.files = uri, {}
+    before = follower.lacks()
+    failure = follower.send(client, lambda: None)
+    after = follower.lacks()
+    follower.save()
+    sent = {kind: before[kind] - after[kind] for kind in before}
+    words = f"sent {in_words(sent)}; {in_words({'point': follower.arrived})} had arrived before"
     if failure is not None:
         raise NotSent(f"{words}; MLflow did not take the rest ({first_line(failure)}), which is kept")
     return words

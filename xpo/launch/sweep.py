@@ -26,7 +26,7 @@ from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
 from xpo.launch.sweep_record import DONE, ELSEWHERE, Job, Sweep, continued, short_name
 from xpo.launch.sweep_report import SweepReport
-from xpo.tracking.mlflow_run import mark_ended, set_tags
+from xpo.tracking.mlflow_client import mark_ended, set_tags
 from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
 
 

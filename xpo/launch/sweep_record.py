@@ -10,7 +10,7 @@ from typing import Any
 
 from xpo.config.files import write_whole
 from xpo.config.schema import TrainSchema
-from xpo.tracking.mlflow_run import tracking_uri
+from xpo.tracking.mlflow_client import tracking_uri
 
 ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
 COLORS = (  # of Okabe and Ito, then darker ones: told apart by the colour-blind too

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from xpo.launch.sweep_record import DONE, ELSEWHERE, Job, Sweep
-from xpo.tracking.mlflow_run import chart_link, save_view
+from xpo.tracking.mlflow_ui import chart_link, save_view
 from xpo.tracking.runs import RunRecord
 
 STATES = {DONE: "green", "stopped": "yellow", ELSEWHERE: "yellow", "not started": "yellow"}

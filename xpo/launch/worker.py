@@ -26,9 +26,10 @@ from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.models.memory import keep_freed_memory
 from xpo.tracking import terminal as report
 from xpo.tracking.history import evaluations
+from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state
-from xpo.training.callbacks import KeepCompletions, MLflowCallback, Profile, Progress, StopOnSignal
+from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, Progress, StopOnSignal
 from xpo.training.checkpoints import check_same_zero
 from xpo.training.trainer import XPOTrainer
 
@@ -135,19 +136,18 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         check_same_zero(Path(checkpoint), args)
     args.eval_on_start = config.evaluation.before and config.data.eval is not None and checkpoint is None
     inputs = build_inputs(config, args)
-    mlflow_run = _tracking(config, run_dir, record) if config.tracking.enabled and main_process else None
+    log = MetricsLog(run_dir) if main_process else None
+    mlflow_run = _tracking(config, log, record) if config.tracking.enabled and log is not None else None
     if mlflow_run is not None:
         tracked.append(mlflow_run)
 
     report.say(args, f"Loading {config.model.name}")
     trainer = build_trainer(config, args, inputs, [stop])
-    trainer.add_callback(KeepCompletions(trainer.evaluator, run_dir / "completions", mlflow_run))
-    if mlflow_run is not None:
-        trainer.add_callback(MLflowCallback(mlflow_run))
-
+    trainer.add_callback(KeepCompletions(trainer.evaluator, run_dir / "completions"))
+    if log is not None:
+        trainer.add_callback(KeepMetrics(log, mlflow_run))
     if config.training.profile:
-        trainer.add_callback(Profile(run_dir / "profile" / f"rank_{args.process_index}.json.gz", mlflow_run))
-
+        trainer.add_callback(Profile(run_dir / "profile" / f"rank_{args.process_index}.json.gz"))
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress())
@@ -167,8 +167,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if "eval" in inputs.datasets and config.evaluation.after and not evaluated:
         report.say(args, "Evaluating after training")
         trainer.evaluate()
-    if main_process:
-        _finish(config, trainer, run_dir, record, mlflow_run)
+    if log is not None:
+        _finish(config, trainer, log, record, mlflow_run)
     _leave_together(trainer)
     return 0
 
@@ -180,7 +180,8 @@ def _leave_together(trainer: XPOTrainer) -> None:
         trainer.accelerator.end_training()
 
 
-def _tracking(config: TrainSchema, run_dir: Path, record: RunRecord) -> MLflowRun:
+def _tracking(config: TrainSchema, log: MetricsLog, record: RunRecord) -> MLflowRun:
+    run_dir = log.path.parent
     run = MLflowRun(
         config.tracking.uri,
         config.tracking.experiment,
@@ -195,12 +196,11 @@ def _tracking(config: TrainSchema, run_dir: Path, record: RunRecord) -> MLflowRu
             **record.tags,
             **config.tracking.tags,
         },
+        log=log,
         run_id=record.mlflow_run_id,
-        backlog=run_dir / "backlog.jsonl",
     )
     record.mlflow_run_id, record.mlflow_experiment_id = run.run_id, run.experiment_id
     record.write(run_dir)
-    run.log_file(run_dir / "config.yaml")
     return run
 
 
@@ -217,19 +217,20 @@ def _evaluated_last_step(trainer: XPOTrainer) -> bool:
 
 
 def _finish(
-    config: TrainSchema, trainer: XPOTrainer, run_dir: Path, record: RunRecord, mlflow_run: MLflowRun | None
+    config: TrainSchema, trainer: XPOTrainer, log: MetricsLog, record: RunRecord, mlflow_run: MLflowRun | None
 ) -> None:
     """Model card, final metrics, and the last lines on the terminal."""
-    history = trainer.state.log_history
-    (run_dir / "metrics.json").write_text(json.dumps(history, indent=1))
+    history, run_dir = trainer.state.log_history, log.path.parent
     trainer.create_model_card()
+    last = evaluations(history)[-1:]
+    final = {f"final/{name.removeprefix('eval_')}": value for entry in last for name, value in entry.items()}
+    final |= {f"final/{key.removeprefix('loss.')}": value for key, value in _log10(config).items()}
+    # At the last step: when a finished run is extended, these values are the newer ones.
+    log.append(
+        {name: value for name, value in final.items() if name != "final/step"} | {"step": trainer.state.global_step}
+    )
+    log.sync()
     if mlflow_run is not None:
-        last = evaluations(history)[-1:]
-        final = {f"final/{name.removeprefix('eval_')}": value for entry in last for name, value in entry.items()}
-        final |= {f"final/{key.removeprefix('loss.')}": value for key, value in _log10(config).items()}
-        # At the last step: when a finished run is extended, these values are the newer ones.
-        step = trainer.state.global_step
-        mlflow_run.log_metrics({name: value for name, value in final.items() if name != "final/step"}, step)
         mlflow_run.finish()
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

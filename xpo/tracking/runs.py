@@ -6,10 +6,10 @@ RUN_DIR/
   run.lock, worker.pid   held by the worker while it runs
   completions/           one file per evaluation
   model/                 the final model with its card, and checkpoint-N/ beside it
-  metrics.json           everything that was logged
+  metrics.jsonl          everything that was logged, as it was logged
   output.log             what the job of a sweep printed, if several ran at once
   failure.json           why it failed
-  backlog.jsonl          what MLflow has not taken yet: python -m xpo.track replay
+  mlflow.json            where MLflow has the run; what it lacks is sent by: python -m xpo.track replay
 """
 
 import hashlib
@@ -25,8 +25,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from xpo.config.errors import ConfigError
+from xpo.config.files import write_whole
 from xpo.config.schema import identity
 from xpo.tracking.history import evaluations
+from xpo.tracking.metrics_log import read_metrics
 
 
 @dataclass
@@ -51,9 +53,7 @@ class RunRecord:
 
     def write(self, run_dir: Path) -> None:
         """Puts the record into `run_dir`, whole or not at all."""
-        unfinished = run_dir / "run.json.part"
-        unfinished.write_text(json.dumps(asdict(self), indent=1))
-        unfinished.replace(run_dir / "run.json")
+        write_whole(run_dir / "run.json", json.dumps(asdict(self), indent=1))
 
     def command(self, resume: Path | str) -> str:
         """The command line that goes on with the run."""
@@ -106,7 +106,7 @@ def last_evaluation(run_dir: Path) -> dict[str, float]:
     """The metrics of a finished run's last evaluation, without "eval_"."""
     if not RunRecord.read(run_dir).finished:
         return {}
-    evaluated = evaluations(json.loads((run_dir / "metrics.json").read_text()))
+    evaluated = evaluations(read_metrics(run_dir))
     entries = evaluated[-1].items() if evaluated else []
     return {name.removeprefix("eval_"): value for name, value in entries if name.startswith("eval_")}
 

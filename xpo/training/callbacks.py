@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from numbers import Real
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,21 +16,13 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
-from xpo.tracking.mlflow_run import (
-    TABLE_NAME,
-    TABLE_TAG,
-    TABLE_TAG_VALUE,
-    MLflowRun,
-    completion_rows,
-    metric_name,
-    write_table,
-)
+from xpo.tracking.completions import TABLE_NAME, completion_rows, write_table
+from xpo.tracking.metrics_log import MetricsLog
+from xpo.tracking.mlflow_run import MLflowRun
 
 logger = logging.getLogger(__name__)
 
 _ECHO_S = 2.0
-# The Trainer's summary of a call of train(): about this process, not about the run.
-_SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
 class StopOnSignal(TrainerCallback):
@@ -84,60 +75,48 @@ class StopOnSignal(TrainerCallback):
         self.in_training = False
 
 
-class MLflowCallback(TrainerCallback):
-    """Sends every logged metric to a run. On a resumed run, first what its checkpoint knows of."""
+class KeepMetrics(TrainerCallback):
+    """Writes every log to metrics.jsonl, on a resumed run behind what its checkpoint knows; MLflow follows."""
 
-    def __init__(self, run: MLflowRun):
+    def __init__(self, log: MetricsLog, run: MLflowRun | None = None):
+        self.log = log
         self.run = run
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            for entry in state.log_history:
-                self._log(entry, entry["step"])
+        self.log.restore(state.log_history)
+        if self.run is not None:
+            self.run.follow(again=True)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.is_world_process_zero:
-            self._log(logs or {}, state.global_step)
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.log.append(state.log_history[-1])
+        if self.run is not None:
+            self.run.follow()
 
-    def _log(self, logs: dict[str, Any], step: int) -> None:
-        metrics = {  # Real: NumPy's numbers too
-            metric_name(name): float(value)
-            for name, value in logs.items()
-            if isinstance(value, Real) and name != "step" and name not in _SUMMARY
-        }
-        self.run.log_metrics(metrics, step)
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.run is not None:
+            self.run.flush()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.log.sync()
 
 
 class KeepCompletions(TrainerCallback):
     """Writes the completions of each evaluation to a file, and all of them to one table for MLflow."""
 
-    def __init__(self, evaluator: Evaluator, directory: Path, run: MLflowRun | None):
+    def __init__(self, evaluator: Evaluator, directory: Path):
         self.evaluator = evaluator
         self.directory = directory
-        self.run = run
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         path = self.directory / f"step_{state.global_step:06d}.json"
         write_table(path, completion_rows(self.evaluator.records, state.global_step))
-        if self.run is None:
-            return
-        table = self.directory / TABLE_NAME
         files = sorted(self.directory.glob("step_*.json"))
-        write_table(table, [row for file in files for row in json.loads(file.read_text())["data"]])
-        self.run.log_file(path, "completions")
-        self.run.log_file(table)
-        self.run.set_tag(TABLE_TAG, TABLE_TAG_VALUE)
+        rows = [row for file in files for row in json.loads(file.read_text())["data"]]
+        write_table(self.directory / TABLE_NAME, rows)
 
 
 class Profile(TrainerCallback):
@@ -145,12 +124,10 @@ class Profile(TrainerCallback):
 
     Args:
         path: of the trace, which chrome://tracing and https://ui.perfetto.dev open; it ends in .json.gz.
-        run: where the trace is an artifact too.
     """
 
-    def __init__(self, path: Path, run: MLflowRun | None):
+    def __init__(self, path: Path):
         self.path = path
-        self.run = run
         self._steps = 0
         self._profiler = profile(activities=supported_activities(), record_shapes=True)
 
@@ -162,8 +139,6 @@ class Profile(TrainerCallback):
             self._profiler.stop()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self.path))
-            if self.run is not None:
-                self.run.log_file(self.path)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

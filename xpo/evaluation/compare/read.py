@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
-from xpo.config.errors import ConfigError, nearest
+from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import flatten
-from xpo.tracking.mlflow_run import metric_name, reach, stored_key, tracking_uri
+from xpo.tracking.metrics_log import has_metrics, read_metrics
+from xpo.tracking.mlflow_client import metric_name, reach, stored_key, tracking_uri
 from xpo.tracking.runs import RunRecord
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ def _job(job: dict[str, Any], directory: Path) -> Run:
     run_dir = Path(job["run_dir"])
     if not run_dir.is_dir():
         run_dir = directory / run_dir.name  # the sweep was moved here from elsewhere
-    if not (run_dir / "metrics.json").is_file():
-        return Run(job["name"], "missing", f"{run_dir} holds no metrics.json")
+    if not has_metrics(run_dir):
+        return Run(job["name"], "missing", f"{run_dir} holds no metrics.jsonl")
     config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
     flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
     files = sorted((run_dir / "completions").glob("step_*.json"))
@@ -151,7 +152,7 @@ def _job(job: dict[str, Any], directory: Path) -> Run:
         "finished",
         None,
         flat,
-        _history(json.loads((run_dir / "metrics.json").read_text())),
+        _history(read_metrics(run_dir)),
         _rows(files[-1]) if files else [],
     )
 
@@ -180,9 +181,9 @@ def connect(uri: str) -> "MlflowClient":
     try:
         return reach(uri)
     except Exception as error:  # of MLflow, SQLAlchemy, a socket, a missing driver
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"--tracking-uri={uri!r} does not answer ({reason}); name the database or server that the runs went to"
+            f"--tracking-uri={uri!r} does not answer ({first_line(error)}); "
+            "name the database or server that the runs went to"
         ) from error
 
 

@@ -1,0 +1,39 @@
+"""Tables of completions, as the MLflow UI compares them side by side."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from xpo.config.files import write_whole
+
+COMPLETION_COLUMNS = ("prompt", "completion", "reference", "verdict", "score", "ref_score", "step")
+TABLE_NAME = "eval_completions.json"  # of all evaluations
+
+
+def completion_rows(records: Iterable[dict[str, Any]], step: int) -> list[list[Any]]:
+    """Evaluation records as rows of COMPLETION_COLUMNS; scores that are no number are empty."""
+    verdicts = {1.0: "policy", -1.0: "reference", 0.0: "none"}
+
+    def score(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None  # JSON knows no NaN
+
+    return [
+        [
+            record["prompt"],
+            record["completion"],
+            record["reference"],
+            verdicts[record["label"]],
+            score(record.get("score")),
+            score(record.get("ref_score")),
+            step,
+        ]
+        for record in records
+    ]
+
+
+def write_table(path: Path, rows: list[list[Any]]) -> None:
+    """Writes rows in the UI's format, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"columns": COMPLETION_COLUMNS, "data": rows}, indent=1))

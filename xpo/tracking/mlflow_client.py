@@ -1,0 +1,167 @@
+"""MLflow within seconds: a server that is gone or hangs, or a locked database, does not hold anybody up.
+
+Imports neither torch nor, before a run is tracked, MLflow: a parent process starts at once.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from xpo.config.errors import first_line
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_MAX_KEY = 250  # characters of the name of a param or metric
+_REACH_S = 10.0  # how long a server may take to answer for the first time: it may have to wake up
+
+# MLflow's client would try for minutes; a run does not lose anything by giving up early.
+_SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+def tracking_uri(uri: str | None) -> str:
+    """The tracking server or database: `uri`, $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return f"sqlite:///{database(uri)}" if uri.startswith("sqlite:///") else uri
+
+
+def database(uri: str) -> Path:
+    """The file of a database by its URI."""
+    return Path(uri.removeprefix("sqlite:///")).absolute()
+
+
+def is_server(uri: str) -> bool:
+    """Whether a URI names a server instead of a database."""
+    return uri.startswith(("http://", "https://"))
+
+
+def knock(uri: str, seconds: float) -> None:
+    """Finds out in `seconds` what MLflow's client would wait for: a server that is gone or hangs, a locked database.
+
+    Raises:
+        ConnectionError, sqlite3.Error: nobody answers.
+    """
+    if is_server(uri):
+        from mlflow.exceptions import MlflowException, RestException
+
+        # By MLflow's client, which knows the user's certificates and passwords; and not by /health, which answers
+        # while the server's database is locked.
+        short = _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{seconds:.0f}"})
+        try:
+            with short:
+                make_client(uri).get_experiment("0")
+        except RestException:
+            pass  # a refusal is an answer
+        except MlflowException as error:
+            raise ConnectionError(first_line(_first_cause(error))) from error
+    elif uri.startswith("sqlite:///"):
+        file = f"file:{quote(str(database(uri)))}?mode=rw"
+        with contextlib.closing(sqlite3.connect(file, timeout=seconds, isolation_level=None, uri=True)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+
+
+@contextlib.contextmanager
+def short_calls() -> Iterator[None]:
+    """Within it, MLflow's HTTP client gives up after seconds, unless the environment says otherwise."""
+    with _environment({name: value for name, value in _SHORT.items() if name not in os.environ}):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Within it, environment variables have these values."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def make_client(uri: str) -> "MlflowClient":
+    """A client that leaves it to its caller to speak of errors."""
+    from mlflow import MlflowClient
+
+    # mlflow.store.db logs tracebacks of what it raises, which is reported here in one line.
+    for name, level in (("alembic", "WARNING"), ("mlflow", "WARNING"), ("mlflow.store.db", "CRITICAL")):
+        logging.getLogger(name).setLevel(level)
+    return MlflowClient(uri)
+
+
+def reach(uri: str) -> "MlflowClient":
+    """A client of a server or database that exists and answers.
+
+    Raises:
+        Exception: whatever its driver raises if it does not.
+    """
+    knock(uri, _REACH_S)
+    return make_client(uri)
+
+
+def mark_ended(uri: str | None, run_id: str, status: str) -> bool:
+    """Sets a run that MLflow still calls running to KILLED or FAILED.
+
+    Returns:
+        Whether MLflow was reached.
+    """
+    try:
+        with short_calls():
+            client = reach(tracking_uri(uri))
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_terminated(run_id, status)
+    except Exception:  # drivers of databases raise their own
+        return False
+    return True
+
+
+def set_tags(uri: str | None, run_ids: Iterable[str], tags: dict[str, str]) -> bool:
+    """Sets tags of runs.
+
+    Returns:
+        Whether MLflow took all of them.
+    """
+    from mlflow.entities import RunTag
+
+    try:
+        with short_calls():
+            client = reach(tracking_uri(uri))
+            for run_id in run_ids:
+                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+    except Exception:  # drivers of databases raise their own
+        return False
+    return True
+
+
+def held_points(client: "MlflowClient", run: "Run", keys: Iterable[str]) -> set[tuple[str, int]]:
+    """(key, step) of every point that MLflow holds of these metrics."""
+    known = set(keys) & run.data.metrics.keys()
+    return {(key, point.step) for key in known for point in client.get_metric_history(run.info.run_id, key)}
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What an error came of in the end; MLflow tells of the whole request."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def stored_key(name: str) -> str:
+    """`name` as MLflow takes it for a param or metric."""
+    return re.sub(r"[^\w\-. :/]", "_", name)[:_MAX_KEY]
+
+
+def metric_name(name: str) -> str:
+    """MLflow's name of a Trainer log: "eval_win_rate" is eval/win_rate; the UI groups by the prefix."""
+    return name.replace("eval_", "eval/", 1) if name.startswith("eval_") else name
