@@ -1,12 +1,16 @@
 """Trains once without interruption, and once more for each moment of a SIGKILL, then resumes.
 
-python tests/kill_and_resume.py OUT: writes OUT/NAME/result.pt for the names "whole" and each of MOMENTS.
+python tests/kill_and_resume.py OUT: writes OUT/NAME/result.pt and metrics.jsonl for the names "whole", each of
+MOMENTS, and each of RANDOM, which are killed at a moment that is drawn anew each time.
 Each run is a forked child of one process that has imported everything and computed nothing.
 """
 
 import os
+import random
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,12 @@ from transformers import TrainerState
 from xpo import XPOConfig, XPOTrainer
 from xpo.models.loading import tiny_model, tiny_tokenizer
 from xpo.sampling.sampler import Sampler
+from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.runs import last_complete_checkpoint
+from xpo.training.callbacks import KeepMetrics
 
 MOMENTS = ("mid_rollout", "mid_update", "mid_save")
+RANDOM = ("random_1", "random_2", "random_3", "random_4")
 
 
 def trainer(out: Path) -> XPOTrainer:
@@ -45,15 +52,16 @@ def trainer(out: Path) -> XPOTrainer:
         args=args,
         processing_class=tiny_tokenizer(),
         train_dataset=prompts(20),
+        callbacks=[KeepMetrics(MetricsLog(out))],
     )
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kill_at(run: XPOTrainer, moment: str) -> None:
     """Arranges for SIGKILL in step 6, after checkpoint-3; for mid_save, while checkpoint-6 is written."""
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
     if moment == "mid_rollout":
         sample = Sampler.sample
 
@@ -86,12 +94,15 @@ def kill_at(run: XPOTrainer, moment: str) -> None:
         TrainerState.save_to_json = save_and_die  # type: ignore[method-assign]
 
 
-def train(out: Path, moment: str | None, resume: bool) -> None:
+def train(out: Path, moment: str | float | None = None) -> None:
+    """From the last checkpoint, if there is one; up to a moment of MOMENTS, or for so many seconds."""
+    out.mkdir(exist_ok=True)
     run = trainer(out)
-    if moment is not None:
+    if isinstance(moment, str):
         kill_at(run, moment)
-    checkpoint = last_complete_checkpoint(out) if resume else None
-    assert resume == (checkpoint is not None and checkpoint.name == "checkpoint-3")
+    elif moment is not None:
+        threading.Timer(moment, die).start()
+    checkpoint = last_complete_checkpoint(out)
     run.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     weights = {name: p.detach() for name, p in run.model.named_parameters()}
     torch.save({"logs": step_logs(run), "weights": weights}, out / "result.pt")
@@ -108,7 +119,13 @@ def in_child(*arguments: Any) -> int:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    assert in_child(root / "whole", None, False) == 0
+    began = time.monotonic()
+    assert in_child(root / "whole") == 0
+    seconds = time.monotonic() - began
     for moment in MOMENTS:
-        assert in_child(root / moment, moment, False) == -signal.SIGKILL
-        assert in_child(root / moment, None, True) == 0
+        assert in_child(root / moment, moment) == -signal.SIGKILL
+        assert last_complete_checkpoint(root / moment) == root / moment / "checkpoint-3"
+        assert in_child(root / moment) == 0
+    for name in RANDOM:
+        in_child(root / name, random.uniform(0, seconds))
+        assert in_child(root / name) == 0

@@ -29,7 +29,7 @@ def test_the_example_judge_trains_and_is_inspected(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
     run("xpo.train", "experiment=smoke", "tracking=none", "hydra.run.dir=trained")
-    first = json.loads((tmp_path / "trained" / "metrics.json").read_text())[-1]
+    first = read_metrics(tmp_path / "trained")[-1]
     assert first["eval_invalid_rate"] == 0
     completions = next((tmp_path / "trained" / "completions").glob("step_*.json"))
     run("xpo.judges", f"pairs={completions}", "hydra.run.dir=inspected")

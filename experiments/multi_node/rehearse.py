@@ -227,7 +227,7 @@ def wait(condition: Any, nodes: Sequence[subprocess.Popen[bytes]] = ()) -> None:
 
 def metrics(disk: Path) -> list[dict[str, float]]:
     """What the run logged, without clocks."""
-    history = json.loads((disk / "run" / "metrics.json").read_text())
+    history = read_metrics(disk / "run")
     entries = [{name: value for name, value in entry.items() if not name.startswith(NOT_COMPARED)} for entry in history]
     return [entry for entry in entries if entry.keys() - {"step", "epoch"}]
 

@@ -280,11 +280,11 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         config = {"judge": "reward"} | flatten(yaml.safe_load((run_dir / "config.yaml").read_text()))
         points = [
             Metric(metric_name(name), value, 0, entry["step"])
-            for entry in json.loads((run_dir / "metrics.json").read_text())[:-1]
+            for entry in read_metrics(run_dir)[:-1]
             for name, value in entry.items()
             if name != "step"
         ]
-        last = json.loads((run_dir / "metrics.json").read_text())[-2]
+        last = read_metrics(run_dir)[-2]
         points += [
             Metric(name.replace("eval_", "final/"), value, 0, last["step"])
             for name, value in last.items()

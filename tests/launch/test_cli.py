@@ -197,7 +197,7 @@ def test_the_run_directory_says_what_was_done(finished: Ended):
     config = OmegaConf.load(finished.run_dir / "config.yaml")
     assert config.model.name == "embedded:tiny"
     assert config.training.max_steps == STEPS
-    history = json.loads((finished.run_dir / "metrics.json").read_text())
+    history = read_metrics(finished.run_dir)
     assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, STEPS + 1))
     assert {path.name for path in (finished.run_dir / "completions").iterdir()} == {
         "step_000000.json",
@@ -220,7 +220,7 @@ def test_the_model_loads_with_transformers_alone(finished: Ended):
 def test_the_model_card_holds_the_numbers_of_the_run(finished: Ended):
     """First and last evaluation, as in metrics.json, and the settings."""
     card = (finished.run_dir / "model" / "README.md").read_text()
-    first, last = evaluations(json.loads((finished.run_dir / "metrics.json").read_text()))
+    first, last = evaluations(read_metrics(finished.run_dir))
     assert f"{STEPS} optimizer steps" in card
     assert f"| metric | step 0 | step {STEPS} |" in card
     for name in ("win_rate", "score", "kl", "vader"):

@@ -267,7 +267,7 @@ def run(tmp_path: Path, *command: str) -> str:
 
 
 def hit_rates(run_dir: Path) -> list[float]:
-    metrics = json.loads((run_dir / "metrics.json").read_text())
+    metrics = read_metrics(run_dir)
     return [entry["perf/reference_hit_rate"] for entry in metrics if "loss" in entry]
 
 

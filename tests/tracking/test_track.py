@@ -23,7 +23,9 @@ from mlflow import MlflowClient
 
 from xpo import track
 from xpo.tracking import mlflow_run as tracking
-from xpo.tracking.backlog import Backlog
+from xpo.tracking.completions import TABLE_NAME, write_table
+from xpo.tracking.metrics_log import MetricsLog
+from xpo.tracking.mlflow_follower import Followed
 from xpo.tracking.mlflow_run import MLflowRun
 
 BIN = Path(sys.executable).parent
@@ -141,7 +143,12 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def start(uri: str, run_dir: Path, run_id: str | None = None, experiment: str = "xpo") -> MLflowRun:
-    return MLflowRun(uri, experiment, "r", {"a": 1}, {}, run_id=run_id, backlog=run_dir / "backlog.jsonl")
+    return MLflowRun(uri, experiment, "r", {"a": 1}, {}, MetricsLog(run_dir), run_id=run_id)
+
+
+def complete(run_dir: Path) -> bool:
+    """Whether MLflow is said to have all of an ended run."""
+    return Followed.read(run_dir).complete
 
 
 def points(uri: str, run_id: str) -> dict[str, list[tuple[int, float]]]:
@@ -157,7 +164,8 @@ def losses(*steps: int) -> dict[str, list[tuple[int, float]]]:
 
 def log(run: MLflowRun, *steps: int) -> None:
     for step in steps:
-        run.log_metrics({"loss": step / 8}, step)
+        run.log.append({"loss": step / 8, "step": step})
+        run.follow()
 
 
 @contextmanager
@@ -191,17 +199,16 @@ def test_a_server_that_vanishes_and_hangs_and_loses_answers_has_everything_once(
     monkeypatch.setattr(tracking, "_KNOCK_S", 5.0)
     proxy = Proxy(server[0])
     run = start(f"http://127.0.0.1:{proxy.port}", run_dir, experiment="served")
-    table = run_dir / "table.json"
-    table.write_text("old")
-    run.log_file(table)
+    tables = [run_dir / "completions" / name for name in ("step_000001.json", TABLE_NAME)]
+    for table in tables:
+        write_table(table, [["old"]])
     log(run, 1)
 
     proxy.stop()
     began = time.monotonic()
     log(run, 2, 3)
-    run.log_file(table, "folder")
-    table.write_text("new")
-    run.log_file(table)
+    for table in tables:
+        write_table(table, [["new and longer"]])
     run.set_tag("error", "none")
     assert time.monotonic() - began < 20  # refused at once, where MLflow's client tries for minutes
     proxy.mode = "hang"
@@ -210,10 +217,9 @@ def test_a_server_that_vanishes_and_hangs_and_loses_answers_has_everything_once(
     log(run, 4)
     assert time.monotonic() - began < 20  # one knock, where MLflow's client waits for 120 seconds, and repeats
     proxy.set("lose")
-    log(run, 5, 6)  # the first batch that waits arrives each time, and nobody hears of it
+    log(run, 5, 6)  # the points that wait arrive each time, and nobody hears of it
     direct = f"http://127.0.0.1:{server[0]}"
-    assert points(direct, run.run_id) == losses(1, 2, 3)
-    assert (run_dir / "backlog.jsonl").exists()
+    assert points(direct, run.run_id) == losses(1, 2, 3, 4, 5, 6)
     proxy.set("forward")
     log(run, 7)
     run.finish()
@@ -223,10 +229,10 @@ def test_a_server_that_vanishes_and_hangs_and_loses_answers_has_everything_once(
     assert stored.info.status == "FINISHED"
     assert stored.data.tags["error"] == "none"
     client = MlflowClient(direct)
-    for path in ("table.json", "folder/table.json"):
+    for path in ("completions/step_000001.json", TABLE_NAME):
         local = client.download_artifacts(run.run_id, path, str(run_dir))
-        assert Path(local).read_text() == "new"
-    assert not (run_dir / "backlog.jsonl").exists()
+        assert json.loads(Path(local).read_text())["data"] == [["new and longer"]]
+    assert complete(run_dir)
     first, last = messages(caplog)
     assert first.startswith("xpo: MLflow does not take what the run logs ([Errno 111] Connection refused); it waits in")
     assert last == "xpo: MLflow is back and has what waited"
@@ -238,17 +244,16 @@ def test_a_run_that_ends_while_the_database_is_locked_is_sent_later(
 ) -> None:
     run = start(uri, run_dir)
     log(run, 1)
-    (run_dir / "note.txt").write_text("hello")
     with locked(uri):
         began = time.monotonic()
         log(run, 2)
         assert time.monotonic() - began < 15  # one knock, where MLflow waits for 20 seconds
-        run.log_file(run_dir / "note.txt", "notes")
+        write_table(run_dir / "completions" / "step_000002.json", [])
         run.set_tag("error", "RuntimeError")
         run.finish("FAILED")
         assert replay(monkeypatch, run_dir) == 1
     first, last = messages(caplog)
-    assert f"(database is locked); it waits in {run_dir / 'backlog.jsonl'}" in first
+    assert f"(database is locked); it waits in {run_dir}" in first
     assert "(1 point, 1 file, 1 tag)" in last
     assert last.endswith(f"send it with: python -m xpo.track replay {run_dir}")
     moved = run_dir.parent / "moved"
@@ -259,8 +264,9 @@ def test_a_run_that_ends_while_the_database_is_locked_is_sent_later(
     stored = MlflowClient(uri).get_run(run.run_id)
     assert stored.info.status == "FAILED"
     assert stored.data.tags["error"] == "RuntimeError"
-    assert [file.path for file in MlflowClient(uri).list_artifacts(run.run_id, "notes")] == ["notes/note.txt"]
-    assert "outputs/moved: sent 1 point, 1 file, 1 tag; 0 points had arrived before" in capsys.readouterr().out
+    files = MlflowClient(uri).list_artifacts(run.run_id, "completions")
+    assert [file.path for file in files] == ["completions/step_000002.json"]
+    assert "outputs/moved: sent 1 point, 1 file, 1 tag; 1 point had arrived before" in capsys.readouterr().out
     assert replay(monkeypatch) == 0
     assert "nothing to send" in capsys.readouterr().out
 
@@ -270,19 +276,23 @@ KILLED = """
 import json, os, signal, sqlite3, sys
 from pathlib import Path
 from xpo.tracking import mlflow_run as tracking
+from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
+
+def log(run, step):
+    run.log.append({"loss": step / 8, "step": step})
+    run.follow()
 
 tracking._KNOCK_S, tracking._FLUSH_SECONDS = 0.1, -1.0
 uri, *run_dirs = sys.argv[1:]
-runs = [MLflowRun(uri, "xpo", "r", {}, {}, backlog=Path(path) / "backlog.jsonl") for path in run_dirs]
+runs = [MLflowRun(uri, "xpo", "r", {}, {}, MetricsLog(Path(path))) for path in run_dirs]
 for run in runs:
-    run.log_metrics({"loss": 1 / 8}, 1)
+    log(run, 1)
 sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None).execute("BEGIN EXCLUSIVE")
 for run, path in zip(runs, run_dirs):
-    run.log_metrics({"loss": 2 / 8}, 2)
-    run.log_metrics({"loss": 3 / 8}, 3)
-    (Path(path) / "note.txt").write_text("hello")
-    run.log_file(Path(path) / "note.txt")
+    log(run, 2)
+    log(run, 3)
+    (Path(path) / "config.yaml").write_text("a: 1")
     run.set_tag("error", "none")
 print(json.dumps([run.run_id for run in runs]), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
@@ -300,14 +310,15 @@ def test_what_a_killed_run_left_behind_is_sent_by_the_resumed_run_or_by_replay(
     assert done.returncode == -signal.SIGKILL, done.stderr
     resumed_id, replayed_id = json.loads(done.stdout)
     for path in (run_dir, other_dir):
-        with (path / "backlog.jsonl").open("a") as file:
-            file.write('{"metrics": [["loss", 9.0')  # torn by the kill
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write('{"loss": 9.0, "st')  # torn by the kill
 
     resumed = start(uri, run_dir, resumed_id)
     assert resumed.run_id == resumed_id
     assert points(uri, resumed_id) == losses(1, 2, 3)
     for step in (2, 3, 4):
-        resumed.log_metrics({"loss": step / 8 if step == 4 else 9.0}, step)  # 2 and 3 are repeated
+        resumed.log.append({"loss": step / 8 if step == 4 else 9.0, "step": step})  # 2 and 3 are repeated
+        resumed.follow()
     resumed.finish()
     assert replay(monkeypatch, other_dir) == 0
     assert "sent 2 points, 1 file, 1 tag" in capsys.readouterr().out
@@ -315,26 +326,28 @@ def test_what_a_killed_run_left_behind_is_sent_by_the_resumed_run_or_by_replay(
         assert points(uri, run_id) == losses(*steps)
         stored = MlflowClient(uri).get_run(run_id)
         assert (stored.info.status, stored.data.tags["error"]) == (status, "none")
-        assert [file.path for file in MlflowClient(uri).list_artifacts(run_id)] == ["note.txt"]
-    assert not list(run_dir.parent.rglob("backlog.jsonl"))
+        assert [file.path for file in MlflowClient(uri).list_artifacts(run_id)] == ["config.yaml"]
+    assert complete(run_dir)
+    assert complete(other_dir)
 
 
 def test_a_full_disk_loses_nothing_when_there_is_room_again(
     uri: str, run_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The database cannot grow, and soon the backlog cannot either: the rest waits in memory."""
+    """The database cannot grow, and soon the log cannot either: the rest waits in memory."""
     run = start(uri, run_dir)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         log(run, *range(1, 41))
-        size = (run_dir / "backlog.jsonl").stat().st_size
+        size = (run_dir / "metrics.jsonl").stat().st_size
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert 0 < size <= 1000
-    kept = Backlog(run_dir / "backlog.jsonl").entries  # only whole lines
-    assert 0 < sum(len(entry["metrics"]) for entry in kept) < 40
+    assert 0 < len(MetricsLog(run_dir).entries) < 40  # only whole lines
+    run.log.sync()
     run.finish()
+    assert [entry["step"] for entry in MetricsLog(run_dir).entries] == list(range(1, 41))
     assert points(uri, run.run_id) == losses(*range(1, 41))
     first, second, last = messages(caplog)
     assert "MLflow does not take what the run logs" in first
@@ -351,11 +364,10 @@ def test_the_file_catches_up_when_there_is_room_again(uri: str, run_dir: Path) -
         log(run, 2)
         hidden.rename(run_dir)
         log(run, 3)
-    (entry,) = Backlog(run_dir / "backlog.jsonl").entries
-    assert [step for _, _, _, step in entry["metrics"]] == [1, 2, 3]
+    assert [entry["step"] for entry in MetricsLog(run_dir).entries] == [1, 2, 3]
 
 
-def test_a_backlog_of_a_run_that_is_gone_goes_to_the_one_that_replaces_it(uri: str, run_dir: Path) -> None:
+def test_what_a_run_that_is_gone_logged_goes_to_the_one_that_replaces_it(uri: str, run_dir: Path) -> None:
     run = start(uri, run_dir)
     with locked(uri):
         log(run, 1, 2)
@@ -371,23 +383,21 @@ def test_a_backlog_of_a_run_that_is_gone_goes_to_the_one_that_replaces_it(uri: s
 
 @pytest.fixture
 def left_behind(uri: str, run_dir: Path) -> MLflowRun:
-    """A run that ended with a backlog, of which step 1 had arrived."""
+    """A run that ended while MLflow was away; of what it logged, step 1 had arrived."""
     run = start(uri, run_dir)
     with locked(uri):
         log(run, 1, 2)
         run.finish()
-    point = next(iter(Backlog(run_dir / "backlog.jsonl").entries))["metrics"][0]
-    run.client.log_metric(run.run_id, *point)
+    first = MetricsLog(run_dir).entries[0]
+    run.client.log_metric(run.run_id, "loss", first["loss"], first["time"], first["step"])
     return run
 
 
 def test_points_that_had_arrived_are_not_sent_again(
     left_behind: MLflowRun, uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    with (run_dir / "backlog.jsonl").open("r+") as file:
-        text = file.read().replace('["loss", 0.125, ', '["loss", 0.125, 1')  # another time: MLflow would store it
-        file.seek(0)
-        file.write(text)
+    path = run_dir / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"time": ', '"time": 1'))  # other times: MLflow would store them
     assert replay(monkeypatch, run_dir) == 0
     assert "sent 1 point, 0 files, 0 tags; 1 point had arrived before" in capsys.readouterr().out
     assert points(uri, left_behind.run_id) == losses(1, 2)
@@ -413,7 +423,7 @@ def test_what_cannot_be_sent_is_kept_with_one_line(
     trouble: str,
     said: str,
 ) -> None:
-    before = (run_dir / "backlog.jsonl").read_text()
+    before = [(run_dir / name).read_text() for name in ("metrics.jsonl", "mlflow.json")]
     lock = FileLock(run_dir / "run.lock")
     arguments: list[Any] = [run_dir]
     if trouble == "live":
@@ -434,41 +444,30 @@ def test_what_cannot_be_sent_is_kept_with_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{run_dir}: ")
     assert said in line
-    assert (run_dir / "backlog.jsonl").read_text() == before
+    assert [(run_dir / name).read_text() for name in ("metrics.jsonl", "mlflow.json")] == before
     assert not (tmp_path / "none.db").exists()
 
 
-def test_a_file_that_is_gone_is_said_and_the_rest_is_sent(
-    uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: Any
-) -> None:
-    run = start(uri, run_dir)
-    (run_dir / "note.txt").write_text("hello")
-    with locked(uri):
-        log(run, 1)
-        run.log_file(run_dir / "note.txt")
-        run.finish()
-    (run_dir / "note.txt").unlink()
-    assert replay(monkeypatch, run_dir) == 0
-    assert "sent 1 point, 0 files, 0 tags" in capsys.readouterr().out
-    assert f"xpo: {run_dir / 'note.txt'} is gone: MLflow will not have it" in messages(caplog)
-
-
-@pytest.mark.parametrize("content", [None, '{"metrics": \n'])
+@pytest.mark.parametrize(("name", "content"), [(None, ""), ("mlflow.json", "{"), ("metrics.jsonl", '{"loss": \n')])
 def test_bad_input_is_one_line(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, content: str | None
+    left_behind: MLflowRun, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, name: str | None, content: str
 ) -> None:
-    if content is not None:
-        (run_dir / "backlog.jsonl").write_text(content)
+    if name is None:
+        (run_dir / "mlflow.json").unlink()
+    else:
+        (run_dir / name).write_text(content)
     assert replay(monkeypatch, run_dir) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("xpo: error: ")
     assert str(run_dir) in line
 
 
-def test_a_backlog_of_which_a_full_disk_left_nothing_is_removed(
-    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_a_log_of_which_a_full_disk_left_nothing_is_no_trouble(
+    left_behind: MLflowRun, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    (run_dir / "backlog.jsonl").touch()
+    (run_dir / "metrics.jsonl").write_text("")
+    assert replay(monkeypatch, run_dir) == 0
+    assert "sent 0 points, 0 files, 0 tags" in capsys.readouterr().out
+    assert complete(run_dir)
     assert replay(monkeypatch, run_dir) == 0
     assert "nothing to send" in capsys.readouterr().out
-    assert not (run_dir / "backlog.jsonl").exists()

@@ -1,5 +1,6 @@
 """MLflow runs on temporary databases: no point is lost, and none is logged twice."""
 
+import itertools
 import json
 import logging
 import math
@@ -23,31 +24,28 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from xpo.config.errors import ConfigError
 from xpo.tracking import mlflow_run as tracking
-from xpo.tracking.mlflow_run import (
-    TABLE_NAME,
-    TABLE_TAG,
-    TABLE_TAG_VALUE,
-    MLflowRun,
-    chart_link,
-    completion_rows,
-    mark_ended,
-    metric_name,
-    set_tags,
-    write_table,
-)
-from xpo.training.callbacks import KeepCompletions, MLflowCallback
+from xpo.tracking.completions import TABLE_NAME, completion_rows, write_table
+from xpo.tracking.metrics_log import MetricsLog, read_metrics
+from xpo.tracking.mlflow_client import mark_ended, metric_name, set_tags
+from xpo.tracking.mlflow_follower import TABLE_TAG, TABLE_TAG_VALUE, Followed
+from xpo.tracking.mlflow_run import MLflowRun
+from xpo.tracking.mlflow_ui import chart_link
+from xpo.training.callbacks import KeepCompletions, KeepMetrics
 
 # One import, three processes that start at the same time, each printing its experiment and its run.
 RACE = """
-import os, sys
+import os, sys, tempfile
+from pathlib import Path
+from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
 
 children = []
 for _ in range(3):
     child = os.fork()
     if child == 0:
-        run = MLflowRun(sys.argv[1], "race", "r", params={"a": 1}, tags={})
-        run.log_metrics({"loss": 0.5}, step=1)
+        log = MetricsLog(Path(tempfile.mkdtemp()))
+        run = MLflowRun(sys.argv[1], "race", "r", params={"a": 1}, tags={}, log=log)
+        log.append({"loss": 0.5, "step": 1})
         run.finish()
         os.write(1, f"{run.experiment_id} {run.run_id}\\n".encode())
         os._exit(0)
@@ -85,13 +83,37 @@ Start = Callable[..., MLflowRun]
 
 
 @pytest.fixture
-def start(uri: str) -> Start:
-    """start(params=..., tags=..., run_id=...): a run in the experiment "xpo"."""
+def new_log(tmp_path: Path) -> Callable[[], MetricsLog]:
+    """The log of a run directory of its own."""
+    numbers = itertools.count()
 
-    def make(params: dict[str, Any] | None = None, **options: Any) -> MLflowRun:
-        return MLflowRun(uri, "xpo", "a1e-5", params=params or {}, **({"tags": {}} | options))
+    def make() -> MetricsLog:
+        run_dir = tmp_path / "runs" / str(next(numbers))
+        run_dir.mkdir(parents=True)
+        return MetricsLog(run_dir)
 
     return make
+
+
+@pytest.fixture
+def start(uri: str, new_log: Callable[[], MetricsLog]) -> Start:
+    """start(params=..., tags=..., log=..., run_id=...): a run in the experiment "xpo"."""
+
+    def make(params: dict[str, Any] | None = None, **options: Any) -> MLflowRun:
+        log = options.pop("log", None) or new_log()
+        return MLflowRun(uri, "xpo", "a1e-5", params=params or {}, log=log, **({"tags": {}} | options))
+
+    return make
+
+
+def log(run: MLflowRun, metrics: dict[str, float], step: int) -> None:
+    run.log.append(metrics | {"step": step})
+    run.follow()
+
+
+def reopened(run: MLflowRun) -> MetricsLog:
+    """The log of a run as another process reads it."""
+    return MetricsLog(run.log.path.parent)
 
 
 def stored(run: MLflowRun) -> Run:
@@ -123,8 +145,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch, run: MLflowRun, times: float) -> lis
 
 def test_points_wait_in_a_buffer_until_they_are_flushed(start: Start) -> None:
     run = start()
-    run.log_metrics({"loss": 0.5, "kl": 2.0}, step=1)
-    run.log_metrics({"loss": 0.25}, step=2)
+    log(run, {"loss": 0.5, "kl": 2.0}, step=1)
+    log(run, {"loss": 0.25}, step=2)
     assert points(run, "loss") == []
     run.flush()
     assert points(run, "loss") == [(1, 0.5), (2, 0.25)]
@@ -134,7 +156,7 @@ def test_points_wait_in_a_buffer_until_they_are_flushed(start: Start) -> None:
 def test_a_flush_sends_each_point_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start()
     calls = refuse(monkeypatch, run, times=0)
-    run.log_metrics({"loss": 0.5}, step=1)
+    log(run, {"loss": 0.5}, step=1)
     run.flush()
     run.flush()
     assert [len(call) for call in calls] == [1]
@@ -144,29 +166,29 @@ def test_a_full_buffer_is_sent_at_once(start: Start, monkeypatch: pytest.MonkeyP
     run = start()
     calls = refuse(monkeypatch, run, times=0)
     for step in range(1, 500):
-        run.log_metrics({"loss": float(step)}, step)
+        log(run, {"loss": float(step)}, step)
     assert calls == []
-    run.log_metrics({"loss": 500.0}, 500)
+    log(run, {"loss": 500.0}, 500)
     assert [len(call) for call in calls] == [500]
 
 
 def test_more_points_than_one_request_holds_are_sent_in_parts(start: Start) -> None:
     run = start()
-    run.log_metrics({f"m{i}": float(i) for i in range(1200)}, step=3)  # MLflow takes 1000 in one request
+    log(run, {f"m{i}": float(i) for i in range(1200)}, step=3)  # MLflow takes 1000 in one request
     assert len(stored(run).data.metrics) == 1200
 
 
 def test_an_old_buffer_is_sent_with_the_next_point(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start()
-    run.log_metrics({"loss": 0.5}, step=1)
+    log(run, {"loss": 0.5}, step=1)
     monkeypatch.setattr(tracking, "_FLUSH_SECONDS", -1.0)
-    run.log_metrics({"loss": 0.25}, step=2)
+    log(run, {"loss": 0.25}, step=2)
     assert points(run, "loss") == [(1, 0.5), (2, 0.25)]
 
 
 def test_values_that_are_no_number_are_stored_too(start: Start) -> None:
     run = start()
-    run.log_metrics({"nan": math.nan, "inf": math.inf}, step=1)
+    log(run, {"nan": math.nan, "inf": math.inf}, step=1)
     run.flush()
     assert math.isnan(points(run, "nan")[0][1])
     assert points(run, "inf")[0][1] > 1e308
@@ -174,7 +196,7 @@ def test_values_that_are_no_number_are_stored_too(start: Start) -> None:
 
 def test_a_name_that_mlflow_refuses_does_not_hold_back_the_other_points(start: Start) -> None:
     run = start(params={"data.kwargs.a[0]": 1})
-    run.log_metrics({"eval/tone (VADER), %": 0.5, "loss": 1.0, "x" * 300: 2.0}, step=1)
+    log(run, {"eval/tone (VADER), %": 0.5, "loss": 1.0, "x" * 300: 2.0}, step=1)
     run.flush()
     assert points(run, "eval/tone _VADER__ _") == [(1, 0.5)]
     assert points(run, "loss") == [(1, 1.0)]
@@ -191,16 +213,16 @@ def test_points_of_an_outage_are_sent_first_when_it_is_over(
     run = start()
     calls = refuse(monkeypatch, run, times=2)
     for step, loss in ((1, 0.5), (2, 0.25)):
-        run.log_metrics({"loss": loss}, step)
+        log(run, {"loss": loss}, step)
         run.flush()
         assert points(run, "loss") == []
-    run.log_metrics({"loss": 0.125}, step=3)
+    log(run, {"loss": 0.125}, step=3)
     run.flush()
     assert [[point.step for point in call] for call in calls] == [[1], [1, 2], [1, 2, 3]]
     assert points(run, "loss") == [(1, 0.5), (2, 0.25), (3, 0.125)]
     run.finish()
     assert [record.getMessage() for record in caplog.records] == [
-        "xpo: MLflow does not take what the run logs (database is locked); it waits in memory",
+        f"xpo: MLflow does not take what the run logs (database is locked); it waits in {run.log.path.parent}",
         "xpo: MLflow is back and has what waited",
     ]
 
@@ -215,7 +237,7 @@ def test_training_does_not_wait_for_the_next_attempt(start: Start, monkeypatch: 
     calls, attempts = refuse(monkeypatch, run, times=math.inf), []
     for second in range(200):
         now[0] = 1000.0 + second
-        run.log_metrics({"loss": 0.5}, step=second)
+        log(run, {"loss": 0.5}, step=second)
         run.flush()
         attempts += [second] * (len(calls) - len(attempts))
     assert attempts == [0, 5, 15, 35, 75, 135, 195]
@@ -224,7 +246,7 @@ def test_training_does_not_wait_for_the_next_attempt(start: Start, monkeypatch: 
 def test_a_training_step_sends_only_some_of_what_has_piled_up(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start()
     calls = refuse(monkeypatch, run, times=1)
-    run.log_metrics({f"m{i}": float(i) for i in range(1200)}, step=1)
+    log(run, {f"m{i}": float(i) for i in range(1200)}, step=1)
     monkeypatch.setattr(tracking, "_DRAIN_S", -1.0)
     for _ in range(5):
         run.flush()
@@ -234,7 +256,7 @@ def test_a_training_step_sends_only_some_of_what_has_piled_up(start: Start, monk
 
 def test_the_end_of_a_run_waits_longer_for_the_database(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     run = start()
-    run.log_metrics({"loss": 0.5}, step=1)
+    log(run, {"loss": 0.5}, step=1)
     refuse(monkeypatch, run, times=4)
     run.finish()
     assert points(run, "loss") == [(1, 0.5)]
@@ -249,20 +271,20 @@ def test_a_file_that_its_store_refuses_holds_nothing_else_back(
     def refuse_file(*args: Any) -> None:
         raise RuntimeError("no credentials")
 
-    path = tmp_path / "note.txt"
-    path.write_text("hello")
-    run = start(backlog=tmp_path / "backlog.jsonl")
+    run = start()
+    run_dir = run.log.path.parent
     original = run.client.log_artifact
     monkeypatch.setattr(run.client, "log_artifact", refuse_file)
-    run.log_file(path)
-    run.log_metrics({"loss": 0.5}, step=1)
+    (run_dir / "config.yaml").write_text("a: 1")
+    log(run, {"loss": 0.5}, step=1)
     run.finish()
     assert points(run, "loss") == [(1, 0.5)]
     assert stored(run).info.status == "FINISHED"
+    assert not Followed.read(run_dir).complete
     monkeypatch.setattr(run.client, "log_artifact", original)
     run.flush()
-    assert [file.path for file in run.client.list_artifacts(run.run_id)] == ["note.txt"]
-    assert not (tmp_path / "backlog.jsonl").exists()
+    assert [file.path for file in run.client.list_artifacts(run.run_id)] == ["config.yaml"]
+    assert Followed.read(run_dir).complete
 
 
 def test_training_goes_on_when_nothing_can_be_stored(
@@ -273,25 +295,25 @@ def test_training_goes_on_when_nothing_can_be_stored(
     def unavailable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to host")
 
-    run = start(backlog=tmp_path / "no such directory" / "backlog.jsonl")
+    run = start()
+    run_dir = run.log.path.parent
+    run_dir.rename(tmp_path / "gone")
     for method in ("log_batch", "log_artifact", "set_tag", "set_terminated"):
         monkeypatch.setattr(run.client, method, unavailable)
-    run.log_metrics({"loss": 0.5}, step=1)
-    run.log_file(Path(__file__))
+    log(run, {"loss": 0.5}, step=1)
     run.set_tag("a", "b")
     run.finish()
-    path = tmp_path / "no such directory" / "backlog.jsonl"
     assert [record.getMessage() for record in caplog.records] == [
-        f"xpo: MLflow does not take what the run logs (no route to host); it waits in {path}",
-        f"xpo: {path} cannot be written (No such file or directory); what it lacks waits in memory",
-        "xpo: the end of this run is lost (1 point, 1 file, 1 tag): neither MLflow nor a file has taken it",
+        f"xpo: {run.log.path} cannot be written (No such file or directory); what it lacks waits in memory",
+        f"xpo: MLflow does not take what the run logs (no route to host); it waits in {run_dir}",
+        "xpo: the end of this run is lost (1 point, 0 files, 1 tag): neither MLflow nor a file has taken it",
     ]
 
 
 def test_a_real_lock_is_waited_for(start: Start, uri: str) -> None:
     """Another process writes for a moment while the run flushes."""
     run = start()
-    run.log_metrics({"loss": 0.5}, step=1)
+    log(run, {"loss": 0.5}, step=1)
     other = sqlite3.connect(uri.removeprefix("sqlite:///"), check_same_thread=False, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     release = threading.Timer(0.3, other.execute, ["COMMIT"])
@@ -306,14 +328,14 @@ def test_a_real_lock_is_waited_for(start: Start, uri: str) -> None:
 
 def test_a_resumed_run_that_repeats_steps_logs_each_point_once(start: Start) -> None:
     run = start()
-    run.log_metrics({"loss": 1.0}, step=1)
-    run.log_metrics({"loss": 2.0, "kl": 3.0}, step=2)
+    log(run, {"loss": 1.0}, step=1)
+    log(run, {"loss": 2.0, "kl": 3.0}, step=2)
     run.flush()
-    resumed = start(run_id=run.run_id)
+    resumed = start(log=reopened(run), run_id=run.run_id)
     assert resumed.run_id == run.run_id
     for step, loss in ((2, 2.5), (3, 3.0)):
-        resumed.log_metrics({"loss": loss, "new": 0.0}, step)
-        resumed.log_metrics({"loss": 9.0, "new": 9.0}, step)
+        log(resumed, {"loss": loss, "new": 0.0}, step)
+        log(resumed, {"loss": 9.0, "new": 9.0}, step)
     resumed.flush()
     assert points(resumed, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert points(resumed, "kl") == [(2, 3.0)]
@@ -350,7 +372,7 @@ def test_a_run_that_cannot_be_looked_up_is_not_started_anew(start: Start, monkey
         start(run_id=run.run_id)
 
 
-def trainer_event(callback: MLflowCallback, event: str, state: TrainerState, tmp_path: Path, **more: Any) -> None:
+def trainer_event(callback: KeepMetrics, event: str, state: TrainerState, tmp_path: Path, **more: Any) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     getattr(callback, event)(args, state, TrainerControl(), **more)
 
@@ -358,43 +380,38 @@ def trainer_event(callback: MLflowCallback, event: str, state: TrainerState, tmp
 def test_a_resumed_callback_first_logs_what_its_checkpoint_knows(start: Start, tmp_path: Path) -> None:
     """The killed process had not sent step 2; step 3 was sent, but lies behind the checkpoint and is repeated."""
     run = start()
-    run.log_metrics({"loss": 1.0}, 1)
-    run.log_metrics({"loss": 3.0}, 3)
+    log(run, {"loss": 1.0}, 1)
+    log(run, {"loss": 3.0}, 3)
     run.flush()
     history = [
         {"loss": 1.0, "learning_rate": 1e-6, "epoch": 0.1, "step": 1},
         {"loss": 2.0, "learning_rate": 1e-6, "epoch": 0.2, "step": 2},
         {"eval_win_rate": 0.5, "eval_runtime": 9.0, "epoch": 0.2, "step": 2},
     ]
-    resumed = start(run_id=run.run_id)
-    callback = MLflowCallback(resumed)
+    resumed = start(log=reopened(run), run_id=run.run_id)
+    callback = KeepMetrics(resumed.log, resumed)
     state = TrainerState(log_history=history, global_step=2)
     trainer_event(callback, "on_train_begin", state, tmp_path)
-    state.global_step = 3
-    trainer_event(callback, "on_log", state, tmp_path, logs={"loss": 3.5})
+    state.log_history.append({"loss": 3.5, "step": 3})
+    trainer_event(callback, "on_log", state, tmp_path)
     resumed.flush()
+    assert read_metrics(resumed.log.path.parent) == state.log_history
     assert points(resumed, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert points(resumed, "eval/win_rate") == [(2, 0.5)]
     assert points(resumed, "step") == []
 
 
-def test_other_ranks_and_other_values_are_not_logged(start: Start, tmp_path: Path) -> None:
+def test_values_that_are_no_numbers_are_no_points(start: Start) -> None:
     run = start()
-    callback = MLflowCallback(run)
-    logs = {"loss": np.float32(0.5), "steps": np.int64(3), "note": "text", "none": None, "train_runtime": 9.0}
-    trainer_event(callback, "on_log", TrainerState(global_step=1), tmp_path, logs=logs)
-    other_rank = TrainerState(global_step=2, is_world_process_zero=False, log_history=[{"loss": 7.0, "step": 2}])
-    trainer_event(callback, "on_log", other_rank, tmp_path, logs=logs)
-    trainer_event(callback, "on_train_begin", other_rank, tmp_path)
+    log(run, {"loss": np.float32(0.5), "steps": np.int64(3), "note": "text", "none": None, "train_runtime": 9.0}, 1)
     run.flush()
     assert stored(run).data.metrics == {"loss": 0.5, "steps": 3.0}
-    assert points(run, "loss") == [(1, 0.5)]
 
 
 def test_a_trainer_logs_every_step_and_evaluation_once(start: Start, make_trainer: TrainerFactory) -> None:
     run = start()
     trainer = make_trainer(
-        max_steps=3, eval_dataset=prompts(2), eval_strategy="steps", eval_steps=2, callbacks=[MLflowCallback(run)]
+        max_steps=3, eval_dataset=prompts(2), eval_strategy="steps", eval_steps=2, callbacks=[KeepMetrics(run.log, run)]
     )
     trainer.train()
     trainer.evaluate()
@@ -404,6 +421,7 @@ def test_a_trainer_logs_every_step_and_evaluation_once(start: Start, make_traine
     assert len(logged) == 3
     assert [step for step, _ in points(run, "eval/win_rate")] == [2, 3]
     names = set(stored(run).data.metrics)
+    assert read_metrics(run.log.path.parent) == trainer.state.log_history
     assert {"loss/dpo", "objective/kl", "preference/win_rate", "perf/rollout_s", "alpha", "beta"} <= names
     assert not [name for name in names if name.startswith(("train_", "eval_"))]
 
@@ -445,7 +463,7 @@ def test_a_run_has_its_name_and_tags(start: Start) -> None:
 def test_a_run_ends_as_it_is_told_with_all_its_points(start: Start, status: str) -> None:
     run = start()
     assert stored(run).info.status == "RUNNING"
-    run.log_metrics({"loss": 0.5}, step=1)
+    log(run, {"loss": 0.5}, step=1)
     run.finish(status)
     assert stored(run).info.status == status
     assert stored(run).info.end_time is not None
@@ -476,7 +494,9 @@ def test_three_processes_on_an_empty_database_make_one_experiment_and_three_runs
     assert [(run.info.status, run.data.metrics) for run in runs] == [("FINISHED", {"loss": 0.5})] * 3
 
 
-def test_the_loser_of_a_race_on_a_server_uses_the_winners_experiment(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loser_of_a_race_on_a_server_uses_the_winners_experiment(
+    uri: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server has no file to lock: the name is free when asked for, and taken when it is to be made."""
     taken = MlflowClient(uri).create_experiment("xpo")
     lookup, asked = MlflowClient.get_experiment_by_name, []
@@ -486,17 +506,17 @@ def test_the_loser_of_a_race_on_a_server_uses_the_winners_experiment(uri: str, m
         return None if len(asked) == 1 else lookup(self, name)
 
     monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
-    assert MLflowRun(uri, "xpo", "r", {}, {}).experiment_id == taken
+    assert start().experiment_id == taken
 
 
 def test_the_database_lies_in_the_working_directory_unless_told_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, new_log: Callable[[], MetricsLog]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run = MLflowRun(None, "xpo", "r", {}, {})
+    run = MLflowRun(None, "xpo", "r", {}, {}, new_log())
     assert run.uri == uri
     assert run.ui_command() == f"mlflow ui --backend-store-uri {run.uri}"
-    relative = MLflowRun("sqlite:///mlflow.db", "xpo", "r", {}, {})
+    relative = MLflowRun("sqlite:///mlflow.db", "xpo", "r", {}, {}, new_log())
     assert relative.experiment_id == run.experiment_id
 
 
@@ -505,24 +525,24 @@ def test_artifacts_lie_beside_the_database_wherever_the_process_runs(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    (tmp_path / "note.txt").write_text("hello")
     run = start()
-    run.log_file(tmp_path / "note.txt", "notes")
+    write_table(run.log.path.parent / "completions" / "step_000001.json", [])
+    run.flush()
     artifacts = Path(stored(run).info.artifact_uri.removeprefix("file://"))
     assert artifacts.is_relative_to(tmp_path / "mlruns" / "xpo")
-    assert (artifacts / "notes" / "note.txt").read_text() == "hello"
+    assert json.loads((artifacts / "completions" / "step_000001.json").read_text())["data"] == []
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize("bad", ["bogus://host", "postgresql://nobody@localhost:1/x", "a file", "below a file"])
 def test_a_store_that_does_not_answer_is_one_line_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, new_log: Callable[[], MetricsLog]
 ) -> None:
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     (tmp_path / "file").write_text("this is no database " * 100)
     uri = {"a file": f"sqlite:///{tmp_path}/file", "below a file": f"sqlite:///{tmp_path}/file/x.db"}.get(bad, bad)
     with pytest.raises(ConfigError, match=r"tracking.uri='.*' does not answer \(.*\); correct it, or set"):
-        MLflowRun(uri, "xpo", "r", {}, {})
+        MLflowRun(uri, "xpo", "r", {}, {}, new_log())
 
 
 @pytest.mark.parametrize(
@@ -564,14 +584,9 @@ def test_a_parent_that_cannot_reach_mlflow_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_parent_imports_neither_torch_nor_mlflow() -> None:
-    code = "import sys, xpo.tracking; sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
+    modules = "mlflow_client, mlflow_follower, mlflow_run, mlflow_ui, runs"
+    code = f"import sys; from xpo.tracking import {modules}; sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_a_color_is_given_once(start: Start) -> None:
-    run = start(color="#ff0000")
-    assert stored(run).data.tags["mlflow.runColor"] == "#ff0000"
-    assert stored(start(run_id=run.run_id, color="#00ff00")).data.tags["mlflow.runColor"] == "#ff0000"
 
 
 # ---- completions -------------------------------------------------------------------------------
@@ -626,7 +641,8 @@ def test_mlflow_reads_the_completions_of_all_evaluations_as_one_table(
     run = start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)  # load_table looks there
     trainer = make_trainer(max_steps=2, eval_dataset=prompts(3), eval_strategy="steps", eval_steps=1)
-    trainer.add_callback(KeepCompletions(trainer.evaluator, tmp_path / "completions", run))
+    trainer.add_callback(KeepCompletions(trainer.evaluator, run.log.path.parent / "completions"))
+    trainer.add_callback(KeepMetrics(run.log, run))
     trainer.train()
     table = run.client.load_table(run.experiment_id, TABLE_NAME, run_ids=[run.run_id])
     assert list(table.columns) == ["prompt", "completion", "reference", "verdict", "score", "ref_score", "step"]

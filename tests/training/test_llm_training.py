@@ -32,7 +32,7 @@ def command(server: LLMServer, tmp_path: Path, *arguments: str) -> subprocess.Po
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return json.loads((run_dir / "metrics.json").read_text())
+    return read_metrics(run_dir)
 
 
 def test_a_run_survives_a_restart_of_the_server_and_reports_what_failed(tmp_path: Path) -> None:

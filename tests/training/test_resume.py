@@ -13,10 +13,11 @@ import pytest
 import torch
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from kill_and_resume import MOMENTS
+from kill_and_resume import MOMENTS, RANDOM
 from omegaconf import OmegaConf
 
 from xpo.launch.jobs import compare_with_run
+from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.runs import RunRecord, drop_training_state, last_complete_checkpoint, resumable_checkpoint
 from xpo.training.callbacks import StopOnSignal
 
@@ -43,6 +44,19 @@ def test_a_killed_run_resumes_to_the_same_end(runs: Path, moment: str):
     assert len(whole["logs"]) == 4
     for name, weights in whole["weights"].items():
         assert torch.equal(weights, resumed["weights"][name]), name
+
+
+@pytest.mark.parametrize("moment", MOMENTS + RANDOM)
+def test_the_metrics_of_a_killed_run_are_those_of_the_uninterrupted_one_line_by_line(runs: Path, moment: str):
+    """Aside from wall-clock figures, and from what the Trainer says of a process at its end (train_*)."""
+
+    def lines(name: str) -> list[str]:
+        logs = read_metrics(runs / name)
+        own = ("perf/", "train_")
+        return [str({key: value for key, value in log.items() if not key.startswith(own)}) for log in logs]
+
+    assert len(lines("whole")) == 5
+    assert lines(moment) == lines("whole")
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(

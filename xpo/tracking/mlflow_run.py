@@ -71,6 +71,7 @@ class MLflowRun:
         from sqlalchemy.exc import SQLAlchemyError
 
         self.uri = tracking_uri(uri)
+        self.log = log
         self._run_dir = log.path.parent
         self._sweep = tags.get("xpo.sweep")
         self._wait = _RETRY_S
@@ -167,6 +168,7 @@ class MLflowRun:
     def set_tag(self, key: str, value: str) -> None:
         """Sets one tag."""
         self._follower.state.tags[key] = value
+        self._saved = self._follower.save()
         self.flush()
 
     def finish(self, status: str = "FINISHED") -> None:
