@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xpo.tracking.metrics_log import read_metrics
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 

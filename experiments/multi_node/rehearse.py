@@ -9,7 +9,6 @@ path. README.md has what came of it. Exit status 1 if anything differs; the name
 """
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -21,6 +20,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from xpo.tracking.metrics_log import read_metrics
+from xpo.tracking.runs import RunRecord
 
 ADDRESSES = ("10.201.77.1", "10.201.77.2")
 PORT = "29511"
@@ -249,7 +251,7 @@ def stopped_after(disks: tuple[Path, Path]) -> str:
     Raises:
         RuntimeError: there is no such checkpoint, or the run had ended.
     """
-    if (disks[0] / "run" / "metrics.json").exists():
+    if RunRecord.read(disks[0] / "run").finished:
         raise RuntimeError("the run ended before it was told to stop")
     parts = [
         sorted((disk / "run" / "model").glob(f"checkpoint-*/xpo_state_{rank}.json")) for rank, disk in enumerate(disks)

@@ -35,7 +35,9 @@ from xpo.evaluation.compare.statistics import (
     main_effect,
     resampled_means,
 )
-from xpo.tracking.mlflow_run import metric_name, write_table
+from xpo.tracking.completions import write_table
+from xpo.tracking.metrics_log import MetricsLog, read_metrics
+from xpo.tracking.mlflow_client import metric_name
 from xpo.tracking.runs import RunRecord
 
 # ---- made runs -------------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def make_sweep(
         run_dir.mkdir()
         (run_dir / "config.yaml").write_text(yaml.safe_dump(nested(config)))
         RunRecord(name=f"job {number}", choices={"judge": "reward"}, finished=True).write(run_dir)
-        (run_dir / "metrics.json").write_text(json.dumps(history))
+        MetricsLog(run_dir).restore(history)
         write_table(run_dir / "completions" / "step_000000.json", rows("l" * len(table), step=0))
         write_table(run_dir / "completions" / f"step_{table[0][-1]:06d}.json", table)
         listed.append({"name": f"job {number}", "run_dir": str(run_dir), "state": "finished", "reason": None})
@@ -376,9 +378,9 @@ def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
     directory = make_sweep(tmp_path / "old", ["loss.alpha"], [job("wl", loss__alpha=0.0)])
     directory.rename(tmp_path / "new")
     assert from_directory(tmp_path / "new").runs[0].state == "finished"
-    (tmp_path / "new" / "0" / "metrics.json").unlink()
+    (tmp_path / "new" / "0" / "metrics.jsonl").unlink()
     (run,) = from_directory(tmp_path / "new").runs
-    assert (run.state, run.reason) == ("missing", f"{tmp_path / 'new' / '0'} holds no metrics.json")
+    assert (run.state, run.reason) == ("missing", f"{tmp_path / 'new' / '0'} holds no metrics.jsonl")
 
 
 def test_the_newest_sweep_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from xpo.launch import worker
 from xpo.launch.jobs import prepare, run_name
 from xpo.models.loading import tiny_model
 from xpo.tracking.history import evaluations
+from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
 
 STEPS = 8
@@ -190,7 +191,8 @@ def test_the_run_directory_says_what_was_done(finished: Ended):
         "config.yaml",
         "run.json",
         "run.lock",
-        "metrics.json",
+        "metrics.jsonl",
+        "mlflow.json",
         "completions",
         "model",
     }
@@ -218,7 +220,7 @@ def test_the_model_loads_with_transformers_alone(finished: Ended):
 
 
 def test_the_model_card_holds_the_numbers_of_the_run(finished: Ended):
-    """First and last evaluation, as in metrics.json, and the settings."""
+    """First and last evaluation, as in metrics.jsonl, and the settings."""
     card = (finished.run_dir / "model" / "README.md").read_text()
     first, last = evaluations(read_metrics(finished.run_dir))
     assert f"{STEPS} optimizer steps" in card

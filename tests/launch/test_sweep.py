@@ -21,6 +21,7 @@ from xpo.launch import processes as launch
 from xpo.launch import sweep
 from xpo.launch.processes import Outcome
 from xpo.launch.sweep_record import short_name
+from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.runs import RunRecord
 
 
@@ -52,7 +53,7 @@ def finish(job: Fake) -> Outcome:
     record.write(job.run_dir)
     alpha = float(job.config.loss.alpha)
     entry = {"step": 3, "eval_win_rate": alpha, "eval_runtime": 1.0}
-    (job.run_dir / "metrics.json").write_text(json.dumps([entry]))
+    MetricsLog(job.run_dir).restore([entry])
     return Outcome("finished", 0)
 
 

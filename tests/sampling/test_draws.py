@@ -1,6 +1,5 @@
 """The reference's answers: drawn once, found again by every run that needs the same ones, and by no other."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
 from xpo.sampling.sampler import Sampler
+from xpo.tracking.metrics_log import read_metrics
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]

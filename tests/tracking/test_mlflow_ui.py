@@ -13,11 +13,14 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 
-from xpo.tracking.mlflow_run import MLflowRun, chart_link, save_view
+from xpo.tracking.metrics_log import MetricsLog
+from xpo.tracking.mlflow_run import MLflowRun
+from xpo.tracking.mlflow_ui import chart_link, save_view
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BASH = shutil.which("bash")
@@ -130,10 +133,10 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 
 def log_run(uri: str, name: str, sweep: str, height: float) -> str:
     """A finished run with three evaluations; the id of its experiment."""
-    run = MLflowRun(uri, "xpo", name, {"loss.alpha": height}, {"xpo.sweep": sweep})
+    run = MLflowRun(uri, "xpo", name, {"loss.alpha": height}, {"xpo.sweep": sweep}, MetricsLog(Path(mkdtemp())))
     for step in (0, 2, 4):
-        run.log_metrics(dict.fromkeys(COURSES, height + step), step)
-    run.log_metrics({FINAL: height}, step=0)
+        run.log.append(dict.fromkeys(COURSES, height + step) | {"step": step})
+    run.log.append({FINAL: height, "step": 0})
     run.finish()
     return run.experiment_id
 
@@ -167,9 +170,9 @@ def test_the_saved_view_of_a_sweep_begins_with_the_charts_that_compare_its_runs(
     """All of its runs: without a view the UI draws ten. The best one comes first, though it began first."""
     names = [f"a{i}" for i in range(12, 0, -1)]
     for i, name in enumerate(names):
-        run = MLflowRun(server, "views", name, {"loss.beta": i}, {"xpo.sweep": "twelve"})
-        run.log_metrics({"eval/win_rate": 0.5, "eval/kl": 1.0, "completions/length": 8.0}, step=1)
-        run.log_metrics({"final/win_rate": 0.9 - i / 100, "final/kl": 1.0 + i}, step=0)
+        run = MLflowRun(server, "views", name, {"loss.beta": i}, {"xpo.sweep": "twelve"}, MetricsLog(Path(mkdtemp())))
+        run.log.append({"eval/win_rate": 0.5, "eval/kl": 1.0, "completions/length": 8.0, "step": 1})
+        run.log.append({"final/win_rate": 0.9 - i / 100, "final/kl": 1.0 + i, "step": 0})
         run.finish()
     view = save_view(server, run.experiment_id, "twelve", ["loss.beta"])
     browser.open(chart_link(server, run.experiment_id, "twelve", view))

@@ -585,7 +585,8 @@ def test_a_parent_that_cannot_reach_mlflow_goes_on(tmp_path: Path) -> None:
 
 def test_a_parent_imports_neither_torch_nor_mlflow() -> None:
     modules = "mlflow_client, mlflow_follower, mlflow_run, mlflow_ui, runs"
-    code = f"import sys; from xpo.tracking import {modules}; sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
+    code = f"import sys; from xpo.tracking import {modules}; "
+    code += "sys.exit(bool({'torch', 'transformers', 'mlflow'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -1,6 +1,5 @@
 """Training runs whose judge is a language model behind a real HTTP server that fails now and then."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 from llm_server import LLMServer
 
+from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.runs import is_complete
 
 KEY = "sk-this-must-never-be-seen"

@@ -59,6 +59,20 @@ def test_the_metrics_of_a_killed_run_are_those_of_the_uninterrupted_one_line_by_
     assert lines(moment) == lines("whole")
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_killed_behind_its_last_checkpoint_takes_no_step_more(make_trainer: TrainerFactory, steps: int):
+    """In the middle of an epoch of four steps, and at its end: the Trainer itself would take one more."""
+    options = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == steps
+    assert step_logs(resumed) == step_logs(whole)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):

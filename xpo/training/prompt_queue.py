@@ -34,6 +34,8 @@ class PromptQueue:
         """
         if epoch is not self._epoch:
             self._epoch, self._waiting = epoch, deque()
+        if steps_left <= 0:  # killed behind the checkpoint of its last step: the Trainer would take one more
+            number = 0
         prompts = sum(len(batch["prompt_ids"]) for batch in self._waiting)
         while len(self._waiting) < number or (
             self.reads_ahead
