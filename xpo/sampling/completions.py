@@ -68,7 +68,7 @@ class PairBatch:
 def micro_batches(pairs: PairBatch, known: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
     """The pairs in micro-batches of these sizes; similar lengths go together.
 
-    Each is what `PairBatch.rows` returns with its part of `known`: labels, say; the last dimension is that of the pairs.
+    Each is what `PairBatch.rows` returns with its part of `known`: labels, say, whose last dimension is the pairs'.
     """
     batches = []
     for rows in pairs.tokens.cpu().argsort(descending=True, stable=True).split(list(sizes)):
