@@ -1,12 +1,12 @@
 """From a command line to a checked configuration. Layer 0: no torch."""
 
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigKeyError
 
 from xpo.config.errors import ConfigError
 from xpo.config.explain import unknown_key
@@ -21,8 +21,7 @@ ConfigStore.instance().store(name="schema", node=TrainSchema)
 def choose_preset(arguments: list[str]) -> list[str]:
     """Leaves the default preset out where a model or data set is chosen: quickstart is made for its own.
 
-    Hydra's defaults list cannot say this: while it chooses an option, it knows those of other groups, but no values,
-    such as model.name.
+    Hydra's defaults list cannot say this: it knows no values, such as model.name, while it chooses options.
     """
     groups = [argument.partition("=")[0] for argument in arguments]
     chosen = [groups.index(key) for key in ("model", "data", "model.name", "data.train") if key in groups]
@@ -47,24 +46,18 @@ def without_hydra(config: DictConfig) -> DictConfig:
 
 
 def checked(config: DictConfig) -> TrainSchema:
-    """The configuration with its types, all values in range.
-
-    Raises:
-        ConfigError: an unknown key, a missing or a bad value.
-    """
+    """The configuration with its types; ConfigError for an unknown key, a missing or a bad value."""
     check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
     check_complete(config)
     return OmegaConf.to_object(config)  # type: ignore[return-value]
 
 
-def check_keys(config: dict[Any, Any], schema: type = TrainSchema, prefix: str = "") -> None:
+def check_keys(config: dict[Any, Any], schema: type = TrainSchema) -> None:
     """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
-    types = {field.name: field.type for field in fields(schema)}
-    for key, value in config.items():
-        if key not in types:
-            raise ConfigError(unknown_key(f"{prefix}{key}", CONF))
-        if is_dataclass(types[key]):
-            check_keys(value, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+    try:
+        OmegaConf.merge(schema, config)
+    except ConfigKeyError as error:
+        raise ConfigError(unknown_key(str(error.full_key), CONF)) from error
 
 
 def check_complete(config: DictConfig) -> None:

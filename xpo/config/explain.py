@@ -10,14 +10,9 @@ from typing import Any, get_origin, get_type_hints
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
 
-from xpo.config.errors import ConfigError, nearest
+from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import TrainSchema, flatten
 
 # Groups whose keys are the arguments of their `_target_`: the schema does not list them, their files do.
@@ -25,12 +20,11 @@ _TARGETS = ("judge", "reward_model")
 
 
 def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), schema: type = TrainSchema) -> str | None:
-    """One line for an error that the command line caused; None for any other error.
+    """One line for an error that the command line, `arguments`, caused; None for any other error.
 
     Args:
         error: what composing the configuration raised.
         conf: the directory of the config groups.
-        arguments: the command line.
         schema: the dataclass of the configuration.
     """
     chain = _chain(error)
@@ -42,7 +36,7 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), sch
     if isinstance(error, OSError):
         return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
     if isinstance(error, OverrideParseException):
-        reason = str(chain[1] if len(chain) > 1 else error).splitlines()[0]
+        reason = first_line(chain[1] if len(chain) > 1 else error)
         return f"{error.override!r} cannot be read ({reason}); write key=value, special characters as 'key=\"a=b\"'"
     if isinstance(error, yaml.YAMLError):
         return f"a file of the configuration is no YAML ({' '.join(str(error).split())}); mend it"
@@ -50,51 +44,46 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), sch
         return _group_value(arguments, conf)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
-    first_line = str(error).splitlines()[0]
-    if twice := re.match(r"Multiple values for ([\w/]+).*: (\S+)'", first_line):
+    said = first_line(error)
+    if twice := re.match(r"Multiple values for ([\w/]+).*: (\S+)'", said):
         return f"{twice[1]} has a value already; choose another with {twice[1]}={twice[2]}, without the +"
-    if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", first_line):
+    if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", said):
         return f"{there[1]} has a value already; give another with {there[1]}=..., without the +"
     for cause in chain:
         if isinstance(cause, InterpolationResolutionError):
-            return f"{str(cause).splitlines()[0]}; correct what stands in ${{...}}"
+            return f"{first_line(cause)}; correct what stands in ${{...}}"
         if isinstance(cause, ConfigAttributeError | ConfigKeyError):
             return unknown_key(cause.full_key or str(cause.key), conf, schema)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-            return _wrong_type(cause, first_line, schema)
-    if unknown := re.match(r"Could not override '([^']+)'", first_line):
+            return _wrong_type(cause, said, schema)
+    if unknown := re.match(r"Could not override '([^']+)'", said):
         return unknown_key(unknown[1], conf, schema)
-    if "Ambiguous value" in first_line:
-        return f"{first_line}; sweep over the values with -m, or write a list: key=[1,2]"
-    return f"{first_line}; see --hydra-help"
+    if "Ambiguous value" in said:
+        return f"{said}; sweep over the values with -m, or write a list: key=[1,2]"
+    return f"{said}; see --hydra-help"
 
 
 def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
     """The message for a key that does not exist."""
-    owner = _open_owner(key, schema)
-    if owner is not None and owner not in _TARGETS:
-        return f"{owner} has no {key.removeprefix(owner + '.')!r} yet; add it with +{key}=..."
+    parts = key.split(".")
+    for depth, kind in enumerate(_schema_types(key, schema)[:-1], start=1):
+        owner, inner = ".".join(parts[:depth]), ".".join(parts[depth:])
+        if get_origin(kind) is dict and owner not in _TARGETS:
+            return f"{owner} has no {inner!r} yet; add it with +{key}=..."
     return f"unknown config key {key!r}{nearest(key, valid_keys(conf, schema))} (--cfg job lists the keys)"
 
 
 def valid_keys(conf: Path, schema: type = TrainSchema) -> list[str]:
     """Every dotted key of the schema and of the files of open groups, and every config group."""
     keys = flatten(OmegaConf.to_container(OmegaConf.structured(schema)))  # type: ignore[arg-type]
-    options = {
-        f"{group}." + str(key)
-        for group in _TARGETS
-        for path in (conf / group).glob("*.yaml")
-        for key in OmegaConf.load(path)
-        if key != "defaults"
-    }
+    files = [path for group in _TARGETS for path in (conf / group).glob("*.yaml")]
+    options = {f"{path.parent.name}." + str(key) for path in files for key in OmegaConf.load(path) if key != "defaults"}
     groups = [str(path.relative_to(conf)) for path in conf.rglob("*") if path.is_dir()]
-    groups = [group for group in groups if not group.startswith("hydra")]
-    return [*keys, *sorted(options), *groups]
+    return [*keys, *sorted(options), *(group for group in groups if not group.startswith("hydra"))]
 
 
 def _missing_option(error: MissingConfigException, conf: Path, schema: type) -> str:
-    name = (error.missing_cfg_file or "").removesuffix(".yaml")
-    group, _, option = name.rpartition("/")
+    group, _, option = (error.missing_cfg_file or "").removesuffix(".yaml").rpartition("/")
     options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
     if not group:
         return f"--config-name={option} does not exist; leave it out"
@@ -114,44 +103,24 @@ def _group_value(arguments: Sequence[str], conf: Path) -> str:
     return "a config group takes the name of one of its options, neither null nor a number; see --help"
 
 
-def _wrong_type(error: OmegaConfBaseException, first_line: str, schema: type) -> str:
+def _wrong_type(error: OmegaConfBaseException, said: str, schema: type) -> str:
     key = str(error.full_key)
-    override = re.search(r"Error merging override \+*([^=]+=.*)", first_line)
+    override = re.search(r"Error merging override \+*([^=]+=.*)", said)
     if override is None:
-        return f"{key}: {str(error).splitlines()[0]}; correct {key}"
-    return f"{override[1]} is of the wrong type; give {_kind(key, schema)}"
-
-
-def _kind(key: str, schema: type) -> str:
-    """What a dotted key takes: "a value of type int" if the schema lists it, "another value" if not."""
-    kind = _schema_types(key, schema)[-1]
-    if kind is None or is_dataclass(kind):
-        return "another value"
-    return f"a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
-
-
-def _open_owner(key: str, schema: type) -> str | None:
-    """The dict in the schema that `key` lies in: "generation.kwargs" for "generation.kwargs.num_beams"."""
-    parts = key.split(".")
-    for depth, kind in enumerate(_schema_types(key, schema)[:-1], start=1):
-        if get_origin(kind) is dict:
-            return ".".join(parts[:depth])
-    return None
+        return f"{key}: {first_line(error)}; correct {key}"
+    kind, wanted = _schema_types(key, schema)[-1], "another value"
+    if kind is not None and not is_dataclass(kind):
+        wanted = f"a value of type {inspect.formatannotation(kind).replace('None', 'null').replace('typing.', '')}"
+    return f"{override[1]} is of the wrong type; give {wanted}"
 
 
 def _schema_types(key: str, schema: type) -> list[Any]:
     """The schema's type of each part of a dotted key; None for what it does not list."""
-    kinds: list[Any] = []
-    kind: Any = schema
+    kinds: list[Any] = [schema]
     for part in key.split("."):
-        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
-        kinds.append(kind)
-    return kinds
+        kinds.append(get_type_hints(kinds[-1]).get(part) if is_dataclass(kinds[-1]) else None)
+    return kinds[1:]
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
+    return [] if error is None else [error, *_chain(error.__cause__ or error.__context__)]

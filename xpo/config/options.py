@@ -81,15 +81,11 @@ def keys(group: type[Options]) -> list[Key]:
     hints = get_type_hints(group, include_extras=True)
     found = []
     for one in fields(group):
-        declared = getattr(hints[one.name], "__metadata__", ())  # of Annotated; a plain type has none
-        check, role, argument = None, Role.IDENTITY, one.name if group.ARE_ARGUMENTS else None
-        for part in declared:
-            if isinstance(part, Role):
-                role = part
-            elif isinstance(part, Argument):
-                argument = part.name
-            else:
-                check = part
+        # Of Annotated; a plain type has none. What is neither Role nor Argument is the check.
+        declared = {type(part): part for part in getattr(hints[one.name], "__metadata__", ())}
+        role = declared.pop(Role, Role.IDENTITY)
+        argument = declared.pop(Argument, Argument(one.name if group.ARE_ARGUMENTS else None)).name
+        check = next(iter(declared.values()), None)
         found.append(Key(group.group(), one.name, one.default, check, role, argument))
     return found
 
@@ -137,7 +133,6 @@ class DataOptions(Options):
 @dataclass
 class LossOptions(Options):
     ARE_ARGUMENTS = True
-
     alpha: Annotated[Any, partial(checks.per_epoch, minimum=0)] = 1e-5
     beta: Annotated[Any, partial(checks.per_epoch, above=0)] = 0.1
     loss_type: Annotated[str, one_of("sigmoid", "ipo")] = "sigmoid"
@@ -147,7 +142,6 @@ class LossOptions(Options):
 @dataclass
 class PreferenceOptions(Options):
     ARE_ARGUMENTS = True
-
     labels: Annotated[str, one_of("hard", "soft", "sampled")] = "hard"
     label_temperature: Annotated[float, positive] = 1.0
     tie_threshold: Annotated[float, not_negative] = 0.0
@@ -158,7 +152,6 @@ class PreferenceOptions(Options):
 @dataclass
 class SamplingOptions(Options):
     ARE_ARGUMENTS = True
-
     max_new_tokens: Annotated[int, at_least_one] = 64
     max_length: Annotated[int, at_least_one] = 512
     temperature: Annotated[float, not_negative] = 0.9
@@ -182,9 +175,8 @@ def is_group(value: Any) -> bool:
 def _scorers(key: str, scorers: Mapping[str, Any]) -> None:
     for name, scorer in scorers.items():
         if not is_group(scorer):
-            raise ConfigError(
-                f"{key}.{name}={scorer!r} has no _target_; give one, or remove the scorer with ~{key}.{name}"
-            )
+            where = f"{key}.{name}"
+            raise ConfigError(f"{where}={scorer!r} has no _target_; give one, or remove the scorer with ~{where}")
 
 
 @dataclass
@@ -221,7 +213,6 @@ class TrainingOptions(Options):
     """
 
     ARE_ARGUMENTS = True
-
     max_steps: Annotated[int, _max_steps, Role.LENGTH] = -1
     num_train_epochs: Annotated[float, positive] = 1.0
     per_device_train_batch_size: Annotated[int, at_least_one] = 8

@@ -10,27 +10,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from xpo.config import checks
+from xpo.config import options as groups
 from xpo.config.errors import ConfigError
-from xpo.config.options import (
-    DataOptions,
-    DeepspeedOptions,
-    EvaluationOptions,
-    GenerationOptions,
-    LaunchOptions,
-    LoraOptions,
-    LossOptions,
-    ModelOptions,
-    Options,
-    PreferenceOptions,
-    ReferenceOptions,
-    Role,
-    SamplingOptions,
-    SweepOptions,
-    TrackingOptions,
-    TrainingOptions,
-    is_group,
-    keys,
-)
+from xpo.config.options import Options, PreferenceOptions, Role, SamplingOptions, is_group, keys
 
 REWARD_JUDGE = "xpo.judges.RewardJudge"
 # Arguments of judges that say how they are asked, not what they answer.
@@ -41,21 +23,21 @@ _JUDGE_OPERATION = ("cache", "concurrency", "timeout_s", "max_retries", "max_req
 class TrainSchema:
     """`python -m xpo.train`. The groups judge and reward_model are the arguments of their `_target_`."""
 
-    model: ModelOptions = field(default_factory=ModelOptions)
-    lora: LoraOptions = field(default_factory=LoraOptions)
+    model: groups.ModelOptions = field(default_factory=groups.ModelOptions)
+    lora: groups.LoraOptions = field(default_factory=groups.LoraOptions)
     judge: dict[str, Any] = field(default_factory=lambda: {"cache": "off"})
     reward_model: dict[str, Any] = field(default_factory=dict)
-    data: DataOptions = field(default_factory=DataOptions)
-    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    generation: GenerationOptions = field(default_factory=GenerationOptions)
-    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    reference: ReferenceOptions = field(default_factory=ReferenceOptions)
-    training: TrainingOptions = field(default_factory=TrainingOptions)
-    deepspeed: DeepspeedOptions = field(default_factory=DeepspeedOptions)
-    launch: LaunchOptions = field(default_factory=LaunchOptions)
-    sweep: SweepOptions = field(default_factory=SweepOptions)
-    tracking: TrackingOptions = field(default_factory=TrackingOptions)
+    data: groups.DataOptions = field(default_factory=groups.DataOptions)
+    preference: groups.PreferenceOptions = field(default_factory=groups.PreferenceOptions)
+    loss: groups.LossOptions = field(default_factory=groups.LossOptions)
+    generation: groups.GenerationOptions = field(default_factory=groups.GenerationOptions)
+    evaluation: groups.EvaluationOptions = field(default_factory=groups.EvaluationOptions)
+    reference: groups.ReferenceOptions = field(default_factory=groups.ReferenceOptions)
+    training: groups.TrainingOptions = field(default_factory=groups.TrainingOptions)
+    deepspeed: groups.DeepspeedOptions = field(default_factory=groups.DeepspeedOptions)
+    launch: groups.LaunchOptions = field(default_factory=groups.LaunchOptions)
+    sweep: groups.SweepOptions = field(default_factory=groups.SweepOptions)
+    tracking: groups.TrackingOptions = field(default_factory=groups.TrackingOptions)
 
     def __post_init__(self) -> None:
         training = self.training
@@ -66,18 +48,15 @@ class TrainSchema:
         check_scaling(self.preference, own_scores)
         check_lengths(self.generation)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
-        if training.eval_steps is not None and training.eval_strategy == "no":
-            raise ConfigError(
-                f"training.eval_steps={training.eval_steps} has no effect with training.eval_strategy=no; "
-                "set training.eval_strategy=steps"
-            )
+        never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
+        if never and training.eval_steps is not None:
+            given = f"training.eval_steps={training.eval_steps}"
+            raise ConfigError(f"{given} has no effect with training.eval_strategy=no; {remedy}")
         if training.push_to_hub and not training.hub_model_id:
             raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")
-        if training.load_best_model_at_end and training.eval_strategy == "no":
-            raise ConfigError(
-                "training.load_best_model_at_end=True needs evaluations; set training.eval_strategy=steps"
-            )
-        if training.eval_strategy != "no" and self.data.eval is None:
+        if never and training.load_best_model_at_end:
+            raise ConfigError(f"training.load_best_model_at_end=True needs evaluations; {remedy}")
+        if not never and self.data.eval is None:
             raise ConfigError(
                 f"training.eval_strategy={training.eval_strategy!r} needs held-out prompts and data.eval=None; "
                 "set data.eval, or training.eval_strategy=no"
@@ -85,6 +64,7 @@ class TrainSchema:
 
 
 GROUPS: list[type[Options]] = [one.type for one in fields(TrainSchema) if is_dataclass(one.type)]  # type: ignore[misc]
+_KEYS = [key for group in GROUPS for key in keys(group)]
 
 
 @dataclass
@@ -116,9 +96,8 @@ def check_reward_model(judge: dict[str, Any], reward_model: dict[str, Any]) -> N
 
 def needs_reward_model(judge: dict[str, Any]) -> bool:
     """Whether a judge, or one of those it is made of, compares the scores of the run's reward model."""
-    if judge.get("_target_") == REWARD_JUDGE and "reward_model" not in judge:
-        return True
-    return any(needs_reward_model(value) for value in judge.values() if isinstance(value, dict))
+    own = judge.get("_target_") == REWARD_JUDGE and "reward_model" not in judge
+    return own or any(needs_reward_model(value) for value in judge.values() if isinstance(value, dict))
 
 
 def to_dict(config: TrainSchema) -> dict[str, Any]:
@@ -130,30 +109,22 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"loss": {"alpha": 1}} as {"loss.alpha": 1}; empty dicts vanish, lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def trainer_arguments(config: TrainSchema) -> Iterator[tuple[str, Any]]:
     """The arguments of XPOConfig that a configuration gives, by name; null and {} leave XPOConfig's own default."""
-    for group in GROUPS:
-        for key in keys(group):
-            value = vars(vars(config)[group.group()])[key.name]
-            if key.argument is not None and value is not None and value != {}:
-                yield key.argument, value
+    for key in _KEYS:
+        value = vars(vars(config)[key.group])[key.name]
+        if key.argument is not None and value is not None and value != {}:
+            yield key.argument, value
 
 
 # ---- rules about several keys ------------------------------------------------------------------
 
 Spelling = Callable[[str], str]  # from "generation.max_length" to what the user calls the key
-
-
-def dotted(key: str) -> str:
-    """As the command line calls a key."""
-    return key
+dotted: Spelling = str  # as the command line does
 
 
 def as_argument(key: str) -> str:
@@ -203,13 +174,10 @@ def check_deepspeed(
 
 def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that tells one run from another."""
-    roles = {group.group(): {key.name: key.role for key in keys(group)} for group in GROUPS}
-    parts = {
-        group: {name: value for name, value in values.items() if roles[group][name] is not Role.OPERATION}
-        for group, values in config.items()
-        if group in roles
-    }
-    named = {group: part for group, part in parts.items() if part}
+    named: dict[str, Any] = {}
+    for key in _KEYS:
+        if key.role is not Role.OPERATION:
+            named.setdefault(key.group, {})[key.name] = config[key.group][key.name]
     named["launch"] = named["launch"]["num_processes"]  # as the names of earlier runs have it
     return named | {"judge": _without_operation(config["judge"]), "reward_model": config["reward_model"]}
 
@@ -226,8 +194,4 @@ def may_change(key: str) -> bool:
     """
     if key.startswith("judge."):
         return key.rpartition(".")[2] in _JUDGE_OPERATION
-    return any(
-        f"{key}.".startswith(f"{one.group}.{one.name}.") and one.role is not Role.IDENTITY
-        for options in GROUPS
-        for one in keys(options)
-    )
+    return any(f"{key}.".startswith(f"{one.group}.{one.name}.") and one.role is not Role.IDENTITY for one in _KEYS)

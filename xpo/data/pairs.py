@@ -24,16 +24,14 @@ class Pair(NamedTuple):
 def load_pairs(name: str, split: str = "train", limit: int | None = None, seed: int = 0) -> list[Pair]:
     """Pairs from a preference data set, or completions without a known winner.
 
-    Rows have the columns `chosen` and `rejected`, texts or messages; `prompt` may be missing if both begin
-    with the same messages. Or `prompt`, `first` and `second`, and perhaps `winner`: first, second or tie.
-    Or they are the completions that a run has kept: RUN_DIR/completions/step_N.json. Chosen and
-    rejected are put in an order drawn by `seed` and the texts: a judge that favours the first place must
-    not look good.
+    Rows have the columns `chosen` and `rejected`, texts or messages; `prompt` may be missing if both begin with the
+    same messages. Or `prompt`, `first` and `second`, and perhaps `winner`: first, second or tie. Or they are what a run
+    has kept: RUN_DIR/completions/step_N.json. Chosen and rejected are put in an order drawn by `seed` and the texts: a
+    judge that favours the first place must not look good.
 
     Args:
         name: a JSONL, JSON or Parquet file, a directory, or a hub data set.
         split: of the last two.
-        limit: so many pairs at most.
 
     Raises:
         ConfigError: no such data, or a row has other columns or values.
@@ -44,13 +42,11 @@ def load_pairs(name: str, split: str = "train", limit: int | None = None, seed: 
 
 def _kept_completions(path: Path) -> list[dict[str, Any]]:
     """The rows of a run's table of completions; none if the file is something else."""
-    if path.suffix != ".json" or not path.is_file():
-        return []
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text()) if path.suffix == ".json" and path.is_file() else None
     except ValueError:
         return []
-    if not isinstance(table, dict) or not {"columns", "data"} <= set(table):
+    if not isinstance(table, dict) or not {"columns", "data"} <= table.keys():
         return []
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     return [{"prompt": row["prompt"], "first": row["completion"], "second": row["reference"]} for row in rows]
@@ -59,9 +55,8 @@ def _kept_completions(path: Path) -> list[dict[str, Any]]:
 def _pair(where: str, row: dict[str, Any], seed: int) -> Pair:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         prompt, chosen, rejected = _preference(where, row)
-        if coin(seed, prompt, chosen, rejected):
-            return Pair(prompt, chosen, rejected, 1.0)
-        return Pair(prompt, rejected, chosen, -1.0)
+        in_order = coin(seed, prompt, chosen, rejected)
+        return Pair(prompt, chosen, rejected, 1.0) if in_order else Pair(prompt, rejected, chosen, -1.0)
     missing = [column for column in ("prompt", "first", "second") if row.get(column) is None]
     if missing:
         raise ConfigError(
@@ -70,12 +65,10 @@ def _pair(where: str, row: dict[str, Any], seed: int) -> Pair:
         )
     if row.get("winner") not in _WINNERS:
         raise ConfigError(f"{where}: winner={row['winner']!r} is not one of first, second, tie")
-    first, second = (_text(where, row[side]) for side in ("first", "second"))
-    return Pair(row["prompt"], first, second, _WINNERS[row.get("winner")])
+    return Pair(row["prompt"], _text(where, row["first"]), _text(where, row["second"]), _WINNERS[row.get("winner")])
 
 
 def _preference(where: str, row: dict[str, Any]) -> tuple[Prompt, str, str]:
-    """Prompt, chosen and rejected completion of a row."""
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ConfigError(f"{where}: chosen and rejected are of different kinds; give two texts or two message lists")

@@ -26,21 +26,24 @@ def load_prompts(key: str, name: str, split: str = "train", column: str = "promp
         key: the config key that holds `name`, for error messages.
         name: "embedded", or see `load_rows`.
         split: for "embedded" one of train and heldout.
-        column: the column with the prompts.
 
     Raises:
         ConfigError: no such data, out of reach, no rows, or no such column.
     """
-    if name != "embedded":
-        return _prompt_column(key, name, load_rows(key, name, split), column)
-    splits = sorted(file.stem for file in EMBEDDED.glob("*.jsonl"))
-    if split not in splits:
-        raise ConfigError(
-            f"{key}_split={split!r} is not a split of {name!r}{nearest(split, splits)}; "
-            f"choose one of {', '.join(splits)}"
-        )
-    dataset = load_dataset("json", data_files=str(EMBEDDED / f"{split}.jsonl"), split="train")
-    return _prompt_column(key, name, dataset, column)
+    source = name
+    if name == "embedded":
+        splits = sorted(path.stem for path in EMBEDDED.glob("*.jsonl"))
+        if split not in splits:
+            hint = f"{nearest(split, splits)}; choose one of {', '.join(splits)}"
+            raise ConfigError(f"{key}_split={split!r} is not a split of 'embedded'{hint}")
+        source = str(EMBEDDED / f"{split}.jsonl")
+    dataset = load_rows(key, source, split)
+    there = dataset.column_names
+    if column not in there:
+        hint = f"(it has {', '.join(there)}){nearest(column, there)}; set data.prompt_column"
+        raise ConfigError(f"{key}={name!r} has no column {column!r} {hint}")
+    dataset = dataset.select_columns([column])
+    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
 
 
 def load_rows(key: str, name: str, split: str = "train") -> Dataset:
@@ -60,58 +63,34 @@ def load_rows(key: str, name: str, split: str = "train") -> Dataset:
             raise ConfigError(f"{key}={name!r} does not exist; point it at a JSONL or Parquet file")
         if path.stat().st_size == 0:
             raise ConfigError(f"{key}={name!r} is empty; give a file with one row per line")
-        try:
-            return load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-        except Exception as error:  # datasets wraps whatever pyarrow and json raise
-            raise ConfigError(
-                f"{key}={name!r} cannot be read as {path.suffix[1:]}: {_reason(error)}; mend the file"
-            ) from error
-    directory = local_directory(key, name, kind="dataset")
+        source = {"path": _FORMATS[path.suffix], "data_files": str(path), "split": "train"}
+        failed, remedy = f" cannot be read as {path.suffix[1:]}", "mend the file"
+    else:
+        source = {"path": str(local_directory(key, name, kind="dataset")), "split": split}
+        failed, remedy = f", split {split!r}", f"correct {key}_split, or give a directory of JSONL or Parquet files"
     try:
-        return load_dataset(str(directory), split=split)
-    except Exception as error:  # no such split, no data files, or files that cannot be read
-        raise ConfigError(
-            f"{key}={name!r}, split {split!r}: {_reason(error)}; "
-            f"correct {key}_split, or give a directory of JSONL or Parquet files"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-
-
-def _prompt_column(key: str, name: str, dataset: Dataset, column: str) -> Dataset:
-    if column not in dataset.column_names:
-        raise ConfigError(
-            f"{key}={name!r} has no column {column!r} (it has {', '.join(dataset.column_names)})"
-            f"{nearest(column, dataset.column_names)}; set data.prompt_column"
-        )
-    dataset = dataset.select_columns([column])
-    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+        return load_dataset(**source)
+    except Exception as error:  # no such split, no data files, or whatever pyarrow and json raise, wrapped
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{key}={name!r}{failed}: {reason}; {remedy}") from error
 
 
 def check_prompt(prompt: Any, key: str = "train_dataset") -> None:
     """ConfigError unless `prompt` is text or a list of messages with role and content."""
-    if isinstance(prompt, str) and prompt:
-        return
-    if isinstance(prompt, list) and prompt and all(_is_message(message) for message in prompt):
-        return
-    raise ConfigError(
-        f"{key}: prompt={prompt!r:.80} is neither text nor a list of messages; "
-        'write {"prompt": "..."} or {"prompt": [{"role": "user", "content": "..."}]}'
-    )
+    is_one = isinstance(prompt, str) or (isinstance(prompt, list) and all(_is_message(part) for part in prompt))
+    if not (is_one and prompt):
+        examples = '{"prompt": "..."} or {"prompt": [{"role": "user", "content": "..."}]}'
+        raise ConfigError(f"{key}: prompt={prompt!r:.80} is neither text nor a list of messages; write {examples}")
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Tokens of a prompt: plain text as it is, messages through the chat template.
-
-    A conversation that ends with the assistant's words is one to be continued. See `xpo.data.prompts.render`.
+    """Tokens of a prompt: plain text as it is, messages through the chat template; see `xpo.data.prompts.render`.
 
     Raises:
         ConfigError: messages, and a tokenizer without a chat template.
@@ -136,15 +115,13 @@ def tokenize_prompts(
 ) -> Dataset | IterableDataset:
     """The data set with the columns "prompt", "prompt_ids" of at most `max_prompt_length` tokens, and "occurrence".
 
-    An occurrence is how many equal prompts stand before a row, 0 for most: each of them has a reference completion of
-    its own.
+    An occurrence is how many equal prompts stand before a row, as each has a reference completion of its own.
 
     Args:
         dataset: has a column "prompt".
         tokenizer: the policy's.
         max_prompt_length: what max_length - max_new_tokens leaves, in tokens.
-        overflow: for longer prompts, "drop" them (logging how many, but for streams), "truncate" to
-            their last tokens, or raise an "error".
+        overflow: "drop" longer prompts (and log how many, but for streams), "truncate" to their last tokens, "error".
         key: what the data set is called in error messages.
         template_kwargs: what the chat template takes beside the messages.
 
@@ -158,6 +135,7 @@ def tokenize_prompts(
         _check_column(key, dataset.column_names)
         dataset = dataset.select_columns(["prompt"])
 
+    room = f"max_length - max_new_tokens = {max_prompt_length}"
     before: Counter[int] = Counter()  # equal prompts, by the hash of their tokens
 
     def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
@@ -166,14 +144,13 @@ def tokenize_prompts(
         _check_column(key, row)  # a stream may not know its columns before its first row
         check_prompt(row["prompt"], key)
         ids = prompt_token_ids(tokenizer, row["prompt"], template_kwargs)
-        if len(ids) > max_prompt_length:
-            if overflow == "error":
-                raise ConfigError(
-                    f"{key}: a prompt of {len(ids)} tokens exceeds max_length - max_new_tokens = {max_prompt_length}; "
-                    "raise max_length, or set prompt_overflow to drop or truncate"
-                )
-            if overflow == "truncate":
-                ids = ids[-max_prompt_length:]
+        if overflow == "error" and len(ids) > max_prompt_length:
+            raise ConfigError(
+                f"{key}: a prompt of {len(ids)} tokens exceeds {room}; "
+                "raise max_length, or set prompt_overflow to drop or truncate"
+            )
+        if overflow == "truncate":
+            ids = ids[-max_prompt_length:]
         if not ids:
             raise ConfigError(f"{key}: prompt={row['prompt']!r} has no tokens; leave it out")
         equal = hash(tuple(ids))
@@ -181,25 +158,18 @@ def tokenize_prompts(
         return {"prompt": row["prompt"], "prompt_ids": ids, "occurrence": before[equal] - 1}
 
     # Seconds of work; a cache on disk would tie it to the tokenizer's hash for little gain.
-    options = {} if streamed else {"load_from_cache_file": False, "desc": "Tokenizing prompts"}
+    options: dict[str, Any] = {} if streamed else {"load_from_cache_file": False, "desc": "Tokenizing prompts"}
     tokenized = dataset.map(tokenize, with_indices=True, **options)
     if overflow != "drop":
         return tokenized
-    kept = tokenized.filter(
-        lambda ids: len(ids) <= max_prompt_length,
-        input_columns="prompt_ids",
-        **({} if streamed else {"load_from_cache_file": False}),
-    )
-    if not streamed and len(kept) < len(tokenized):
-        dropped = len(tokenized) - len(kept)
-        if not len(kept):
-            raise ConfigError(
-                f"{key}: all {dropped} prompts exceed max_length - max_new_tokens = {max_prompt_length} tokens; "
-                "raise max_length"
-            )
-        logger.warning(
-            "%s: dropped %d of %d prompts longer than %d tokens", key, dropped, len(tokenized), max_prompt_length
-        )
+    options.pop("desc", None)
+    kept = tokenized.filter(lambda ids: len(ids) <= max_prompt_length, input_columns="prompt_ids", **options)
+    if streamed or len(kept) == len(tokenized):
+        return kept
+    given, dropped = len(tokenized), len(tokenized) - len(kept)
+    if dropped == given:
+        raise ConfigError(f"{key}: all {given} prompts exceed {room} tokens; raise max_length")
+    logger.warning("%s: dropped %d of %d prompts longer than %d tokens", key, dropped, given, max_prompt_length)
     return kept
 
 

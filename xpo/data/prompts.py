@@ -15,8 +15,7 @@ def is_conversational(prompt: Prompt) -> bool:
 def plain_text(prompt: Prompt) -> str:
     """A prompt as text for readers without a chat template (PairRM, lexicons, terminals).
 
-    Plain text and a single user message give the text itself; a longer conversation gives one
-    "Role: content" paragraph per message.
+    A single user message gives its text, a longer conversation one "Role: content" paragraph per message.
     """
     if isinstance(prompt, str):
         return prompt
@@ -28,31 +27,25 @@ def plain_text(prompt: Prompt) -> str:
 def render(tokenizer: Any, prompt: Prompt, completion: str | None = None, **template_kwargs: Any) -> str:
     """A prompt, or a prompt with its completion, as the text that `tokenizer`'s model expects.
 
-    Standard prompts are concatenated with the completion. Conversational prompts go through the
-    tokenizer's own chat template and end, without a completion, with the generation prompt. A
-    conversation that ends with the assistant's words is one to be continued: the completion goes on
-    with that message. `template_kwargs` are what the template takes beside the messages.
+    Plain text is followed by the completion. Messages go through the tokenizer's chat template and end, without a
+    completion, with the generation prompt. A conversation that ends with the assistant's words is one to be continued:
+    the completion goes on with that message. `template_kwargs` are what the template takes beside the messages.
     """
     if isinstance(prompt, str):
         return prompt + (completion or "")
+    messages, options = prompt, {}
     continues = prompt[-1]["role"] == "assistant"
     if completion is None:
-        return tokenizer.apply_chat_template(
-            prompt,
-            tokenize=False,
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-            **template_kwargs,
-        )
-    if continues:
+        options = {"add_generation_prompt": not continues, "continue_final_message": continues}
+    elif continues:
         messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + completion}]
     else:
         messages = [*prompt, {"role": "assistant", "content": completion}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, **template_kwargs)
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options, **template_kwargs)
 
 
 def coin(seed: int, prompt: Prompt, first: str, second: str) -> bool:
     """A fair coin, fixed by `seed` and the texts. Swapping different completions turns it over."""
-    one, two = sorted((first, second))
-    heads = hashlib.sha256(repr((seed, plain_text(prompt), one, two)).encode()).digest()[0] % 2 == 1
-    return heads == (first == one)
+    texts = (seed, plain_text(prompt), *sorted((first, second)))
+    heads = hashlib.sha256(repr(texts).encode()).digest()[0] % 2 == 1
+    return heads == (first <= second)

@@ -53,9 +53,7 @@ class Remembered:
     def columns(self, rows: Sequence[tuple[Any, ...]], compute: Callable[..., Sequence[Tensor]]) -> Tensor:
         """The numbers of N rows, float32 (numbers, N). Rows whose first number is not finite are not kept.
 
-        Args:
-            rows: what the numbers depend on.
-            compute: from the columns of B rows to the columns of their numbers, (B,) each.
+        `compute` takes the columns of B rows and returns the columns of their numbers, (B,) each.
         """
         keys = [digest(self.kind, self.fingerprint, row) for row in rows]
         known = {key: self.layout.unpack(value) for key, value in self.store.get(keys).items()}

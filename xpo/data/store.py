@@ -1,15 +1,15 @@
 """Results on disk that processes share: keys and bytes in one SQLite file. Layer 0: no project imports.
 
-Safe for concurrent processes and for kill -9: what `put` has returned from is there, whole, for everybody;
-the rest is not there at all (SQLite's write-ahead log). Not for network file systems, on which
-SQLite's locks do not work.
+Safe for concurrent processes and for kill -9: what `put` has returned from is there, whole, for everybody; the rest is
+not there at all (SQLite's write-ahead log). Not for network file systems, on which SQLite's locks do not work.
 """
 
+import json
 import logging
 import sqlite3
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -17,15 +17,13 @@ from filelock import FileLock
 logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 120  # how long a process waits for another one's write
-_KEYS_PER_QUERY = 500  # SQLite limits the placeholders of a statement
+# Below, an OperationalError is trouble of the moment: a full disk or a lock, say. Any other DatabaseError is damage.
 
 
 class Store:
-    """A table of keys and bytes.
+    """A table of keys and bytes in the file `path`, made with its directories if need be.
 
-    Args:
-        path: the file, made with its directories if need be. A damaged one is set aside, with a warning,
-            and a new one begun.
+    A damaged file is set aside, with a warning, and a new one begun.
     """
 
     def __init__(self, path: Path | str):
@@ -36,13 +34,8 @@ class Store:
 
     def get(self, keys: Iterable[str]) -> dict[str, bytes]:
         """The values of those keys that are there."""
-        wanted = list(dict.fromkeys(keys))
-        found: dict[str, bytes] = {}
-        for start in range(0, len(wanted), _KEYS_PER_QUERY):
-            part = wanted[start : start + _KEYS_PER_QUERY]
-            query = f"SELECT key, value FROM results WHERE key IN ({','.join('?' * len(part))})"
-            found.update(self._read(query, part))
-        return found
+        query = "SELECT key, value FROM results WHERE key IN (SELECT value FROM json_each(?))"
+        return dict(self._read(query, [json.dumps(list(keys))]))
 
     def put(self, values: Mapping[str, bytes]) -> None:
         """Adds values, all or none. A key that is there already keeps its value: equal keys mean equal results.
@@ -51,12 +44,11 @@ class Store:
         """
         try:
             self._insert(values)
+        except sqlite3.OperationalError as error:
+            if not self._has_warned:
+                logger.warning("xpo: %s takes no new results (%s); the run goes on without it", self.path, error)
+            self._has_warned = True
         except sqlite3.DatabaseError as error:
-            if _is_trouble_of_the_moment(error):
-                if not self._has_warned:
-                    logger.warning("xpo: %s takes no new results (%s); the run goes on without it", self.path, error)
-                self._has_warned = True
-                return
             self._mend(error)
             self._insert(values)
 
@@ -74,20 +66,33 @@ class Store:
     def _read(self, query: str, values: list[str]) -> list[tuple[str, bytes]]:
         try:
             return self._connection.execute(query, values).fetchall()
+        except sqlite3.OperationalError:
+            raise
         except sqlite3.DatabaseError as error:
             self._mend(error)
             return self._connection.execute(query, values).fetchall()
 
-    def _open(self) -> sqlite3.Connection:
+    def _mend(self, error: sqlite3.DatabaseError) -> None:
+        self._connection.close()
+        self._connection = self._open(error)
+
+    def _open(self, damage: sqlite3.DatabaseError | None = None) -> sqlite3.Connection:
+        """A connection; to a new file, if there was `damage` in the middle of the old one."""
         # One process at a time: two that begin a file together, or set a damaged one aside, would collide.
         with FileLock(f"{self.path}.lock"):
             try:
-                return self._connect()
+                connection = self._connect()
+                if damage is None:
+                    return connection
+                with closing(connection):
+                    if connection.execute("PRAGMA quick_check").fetchone() == ("ok",):  # another process was faster
+                        return self._connect()
+            except sqlite3.OperationalError:
+                raise
             except sqlite3.DatabaseError as error:
-                if _is_trouble_of_the_moment(error):
-                    raise
-                self._set_aside(error)
-                return self._connect()
+                damage = damage or error
+            self._set_aside(damage)
+            return self._connect()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=_TIMEOUT_S, check_same_thread=False)
@@ -95,40 +100,14 @@ class Store:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
-            connection.commit()
         except sqlite3.DatabaseError:
             connection.close()
             raise
         return connection
 
-    def _mend(self, error: sqlite3.DatabaseError) -> None:
-        """Goes on with a new file after damage was found in the middle of the old one."""
-        if _is_trouble_of_the_moment(error):
-            raise error
-        self._connection.close()
-        with FileLock(f"{self.path}.lock"):
-            if not self._is_sound():  # another process may have been faster
-                self._set_aside(error)
-            self._connection = self._connect()
-
-    def _is_sound(self) -> bool:
-        try:
-            with closing(self._connect()) as connection:
-                return bool(connection.execute("PRAGMA quick_check").fetchone() == ("ok",))
-        except sqlite3.DatabaseError as error:
-            if _is_trouble_of_the_moment(error):
-                raise
-            return False
-
     def _set_aside(self, error: sqlite3.DatabaseError) -> None:
         aside = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
         logger.warning("xpo: %s is damaged (%s); it is now %s, and a new one begins", self.path, error, aside.name)
         for suffix in ("", "-wal", "-shm"):
-            part = self.path.with_name(self.path.name + suffix)
-            if part.exists():
-                part.replace(aside.with_name(aside.name + suffix))
-
-
-def _is_trouble_of_the_moment(error: sqlite3.DatabaseError) -> bool:
-    """A full disk or a lock, say; "database disk image is malformed" and "file is not a database" are not."""
-    return isinstance(error, sqlite3.OperationalError)
+            with suppress(FileNotFoundError):
+                Path(f"{self.path}{suffix}").replace(f"{aside}{suffix}")

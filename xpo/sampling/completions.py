@@ -5,7 +5,7 @@ C completion tokens (padded on the right).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,19 +68,12 @@ class PairBatch:
 def micro_batches(pairs: PairBatch, known: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
     """The pairs in micro-batches of these sizes; similar lengths go together.
 
-    Args:
-        known: what else a micro-batch holds of its pairs, such as labels; the last dimension is that of the pairs.
-
-    Returns:
-        What `PairBatch.rows` returns, with the pairs' part of `known`.
+    Each is what `PairBatch.rows` returns with its part of `known`: labels, say, whose last dimension is the pairs'.
     """
-    (order,) = token_batches(pairs.tokens, range(sum(sizes)), None)
-    batches, start = [], 0
-    for size in sizes:
-        rows = order[start : start + size]
+    batches = []
+    for rows in pairs.tokens.cpu().argsort(descending=True, stable=True).split(list(sizes)):
         part = {name: values[..., rows].to(pairs.prompt_ids.device) for name, values in known.items()}
-        batches.append(pairs.rows(rows) | part)
-        start += size
+        batches.append(pairs.rows(rows.tolist()) | part)
     return batches
 
 
@@ -94,11 +87,8 @@ def take_pairs(batch: dict[str, Tensor], rows: Sequence[int]) -> dict[str, Tenso
     part = {name: values.index_select(_PAIR_DIMENSION.get(name, 0), index) for name, values in batch.items()}
     first_column = int(part["prompt_mask"].any(dim=0).int().argmax())
     width = int(part["completion_mask"].sum(dim=2).max())
-    for name in ("prompt_ids", "prompt_mask"):
-        part[name] = part[name][:, first_column:]
-    for name in ("completion_ids", "completion_mask"):
-        part[name] = part[name][..., :width]
-    return part
+    cut = {name: part[name][:, first_column:] for name in ("prompt_ids", "prompt_mask")}
+    return part | cut | {name: part[name][..., :width] for name in ("completion_ids", "completion_mask")}
 
 
 def token_batches(lengths: Tensor, rows: Sequence[int], budget: int | None, packed: bool = False) -> list[list[int]]:
@@ -116,11 +106,10 @@ def token_batches(lengths: Tensor, rows: Sequence[int], budget: int | None, pack
     length = lengths.tolist()
     batches: list[list[int]] = []
     for row in sorted(rows, key=length.__getitem__, reverse=True):
-        batch = batches[-1] if batches else []
-        more = [*batch, row]
+        more = [*batches[-1], row] if batches else [row]
         tokens = sum(length[i] for i in more) if packed else length[more[0]] * len(more)
-        if batch and (budget is None or tokens <= budget):
-            batch.append(row)
+        if batches and (budget is None or tokens <= budget):
+            batches[-1] = more
         else:
             batches.append([row])
     return batches
@@ -139,7 +128,8 @@ def pad_columns(ids: Tensor, width: int, value: int) -> Tensor:
 def same_width(first: Completions, second: Completions, pad_token_id: int) -> tuple[Completions, Completions]:
     """Two sets of completions padded to one width."""
     width = max(first.ids.shape[1], second.ids.shape[1])
-    return tuple(  # type: ignore[return-value]
-        Completions(pad_columns(c.ids, width, pad_token_id), pad_columns(c.mask, width, 0), c.ended, c.texts)
-        for c in (first, second)
-    )
+
+    def widened(one: Completions) -> Completions:
+        return replace(one, ids=pad_columns(one.ids, width, pad_token_id), mask=pad_columns(one.mask, width, 0))
+
+    return widened(first), widened(second)

@@ -1,10 +1,10 @@
 """The reference's completions: drawn once, and found again by every run that needs the same ones.
 
-y~ depends on the reference, the prompt, the sampling options, the seed and how often the prompt was drawn
-before, but not on alpha, beta, the judge or the policy. A store keeps it: the jobs of a sweep share their draws, which
-also pairs their comparison, and a resumed or repeated run samples none of them again. log pi_ref(y~) is computed
-along with log pi_ref(y) each time, in a pass like the policy's: so a policy that equals the reference has a
-ratio of exactly 0, and a run that finds its draws has the numbers of the one that drew them, on a CPU to the last bit.
+y~ depends on the reference, the prompt, the sampling options, the seed and how often the prompt was drawn before, but
+not on alpha, beta, the judge or the policy. A store keeps it: the jobs of a sweep share their draws, which also pairs
+their comparison, and a repeated run samples none again. log pi_ref(y~) is computed along with log pi_ref(y) each time,
+in a pass like the policy's: a policy that equals the reference has a ratio of exactly 0, and a run that finds its draws
+has the numbers of the one that drew them, on a CPU to the last bit.
 """
 
 from collections.abc import Sequence
@@ -48,10 +48,8 @@ class ReferenceDraws:
         self.reference = reference
         self.sampler = sampler
         self.store = store
-        self._source = ""
+        self._source = "" if store is None else digest(reference.fingerprint, (*sampler.settings, precision))
         self._drawn_ahead: set[str] = set()  # keys of what this run has put into the store and not asked for yet
-        if store is not None:
-            self._source = digest(reference.fingerprint, (*sampler.settings, precision))
 
     def draw(
         self,
@@ -73,15 +71,13 @@ class ReferenceDraws:
             number: how often these prompts were drawn before: the epoch.
             device: where the reference is.
             greedy: take the likeliest token instead of drawing one.
-            ahead: prompts that will be asked for next. Where something must be drawn, these are drawn in the same
-                batch for the store, if there is one: on a CPU 32 rows cost 1.4 times what 8 cost.
+            ahead: prompts that will be asked for next: drawn along for the store, if there is one and something
+                must be drawn. On a CPU 32 rows cost 1.4 times what 8 cost.
             occurrences: of `prompts` and `ahead`, see `xpo.data.prompt_sets.tokenize_prompts`; none: all 0.
         """
-        every = [*prompts, *(() if self.store is None else ahead)]
-        numbered = zip(every, occurrences or repeat(0), strict=False)
-        names = [
-            digest(list(prompt), occurrence) if occurrence else digest(list(prompt)) for prompt, occurrence in numbered
-        ]
+        every = [*prompts, *ahead] if self.store is not None else list(prompts)
+        numbers = ([occurrence] if occurrence else [] for occurrence in occurrences or repeat(0))
+        names = [digest(list(prompt), *number) for prompt, number in zip(every, numbers, strict=False)]
         keys = [digest("reference", self._source, seed, stream, number, greedy, name) for name in names]
         asked = keys[: len(prompts)]
         tokens = self._find(asked)
@@ -96,7 +92,7 @@ class ReferenceDraws:
                 ids, masks = drawn.ids.cpu(), drawn.mask.cpu()
                 new = {key: row[mask] for key, row, mask in zip(missing, ids, masks, strict=True)}
                 if self.store is not None:
-                    self.store.put({key: _pack(row) for key, row in new.items()})
+                    self.store.put({key: row.numpy().astype("<i4").tobytes() for key, row in new.items()})
                     self._drawn_ahead |= new.keys()
                 tokens |= new
         self._drawn_ahead.difference_update(asked)
@@ -106,12 +102,4 @@ class ReferenceDraws:
     def _find(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The tokens of those draws that the store has."""
         found = {} if self.store is None else self.store.get(keys)
-        return {key: _unpack(value) for key, value in found.items()}
-
-
-def _pack(tokens: Tensor) -> bytes:
-    return tokens.numpy().astype("<i4").tobytes()
-
-
-def _unpack(value: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(value, dtype="<i4").astype(np.int64))
+        return {key: torch.from_numpy(np.frombuffer(row, "<i4").astype(np.int64)) for key, row in found.items()}

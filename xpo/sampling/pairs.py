@@ -1,5 +1,6 @@
 """The pairs of an optimizer step: the first completion of each prompt is the policy's, the second the reference's."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,42 +17,25 @@ from xpo.sampling.sampler import Sampler
 
 
 class StepPrompts(NamedTuple):
-    """The prompts of one optimizer step on this process, B in all its micro-batches.
-
-    Attributes:
-        prompts: texts or messages, B.
-        ids: their tokens, B.
-        rows: the place of each in the optimizer batch of all processes, B.
-        sizes: how many each micro-batch has.
-        ahead: tokens of prompts of the next steps, which the reference may answer along with these.
-        occurrences: of `ids` and `ahead`; see `xpo.data.prompt_sets.tokenize_prompts`.
-    """
+    """The prompts of one optimizer step on this process, B in all its micro-batches."""
 
     prompts: list[Prompt]
-    ids: list[list[int]]
-    rows: list[int]
-    sizes: list[int]
-    ahead: list[list[int]]
-    occurrences: list[int]
+    ids: list[list[int]]  # their tokens
+    rows: list[int]  # the place of each in the optimizer batch of all processes
+    sizes: list[int]  # how many each micro-batch has
+    ahead: list[list[int]]  # tokens of prompts of the next steps, which the reference may answer along with these
+    occurrences: list[int]  # of `ids` and `ahead`; see `xpo.data.prompt_sets.tokenize_prompts`
 
 
+@dataclass
 class PairSampler:
-    """Draws both completions of each prompt.
+    """Draws both completions of each prompt."""
 
-    Args:
-        sampler: draws the policy's.
-        draws: draws the reference's, or finds them.
-        seed: of the run.
-        device: where the models are.
-        gather: see `xpo.models.zero.sampling`.
-    """
-
-    def __init__(self, sampler: Sampler, draws: ReferenceDraws, seed: int, device: torch.device, gather: bool):
-        self.sampler = sampler
-        self.draws = draws
-        self.seed = seed
-        self.device = device
-        self.gather = gather
+    sampler: Sampler  # draws the policy's
+    draws: ReferenceDraws  # draws the reference's, or finds them
+    seed: int  # of the run
+    device: torch.device  # where the models are
+    gather: bool  # see `xpo.models.zero.sampling`
 
     def __call__(
         self, policy: PreTrainedModel, engine: nn.Module | None, step: StepPrompts, number: int, epoch: int

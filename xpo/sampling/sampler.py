@@ -15,6 +15,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 
 from xpo.config.errors import ConfigError, nearest
 from xpo.config.options import SamplingOptions
+from xpo.models.batches import batches_by_length, padded
 from xpo.models.forward import eval_mode
 from xpo.models.logprobs import completion_lengths, length_mask, positions
 from xpo.sampling.completions import Completions, token_batches, tokens_at_once
@@ -27,10 +28,7 @@ _REFUSED_OPTIONS = {
     "do_sample": "set temperature=0 for greedy decoding",
     "num_beams": "rollouts are sampled, not searched: remove it",
     "num_return_sequences": "a rollout is one completion per prompt: remove it",
-    "typical_p": "use top_p, top_k or min_p",
-    "epsilon_cutoff": "use top_p, top_k or min_p",
-    "eta_cutoff": "use top_p, top_k or min_p",
-    "top_h": "use top_p, top_k or min_p",
+    **dict.fromkeys(("typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), "use top_p, top_k or min_p"),
     "stop_strings": "completions end with an EOS token or at max_new_tokens: remove it",
     "return_dict_in_generate": "remove it",
     "eos_token_id": "set it in the tokenizer or in the model's generation_config",
@@ -42,14 +40,13 @@ _REFUSED_OPTIONS = {
 
 def check_generation_kwargs(options: Mapping[str, Any]) -> None:
     """ConfigError for what is no option of GenerationConfig, or would change what a rollout is."""
+    known = vars(GenerationConfig())
     for key, value in options.items():
+        given = f"generation_kwargs: {key}={value!r}"
         if key in _REFUSED_OPTIONS:
-            raise ConfigError(f"generation_kwargs: {key}={value!r} is not supported; {_REFUSED_OPTIONS[key]}")
-        if key not in vars(GenerationConfig()):
-            raise ConfigError(
-                f"generation_kwargs: {key}={value!r} is no option of GenerationConfig"
-                f"{nearest(key, vars(GenerationConfig()))}; correct or remove it"
-            )
+            raise ConfigError(f"{given} is not supported; {_REFUSED_OPTIONS[key]}")
+        if key not in known:
+            raise ConfigError(f"{given} is no option of GenerationConfig{nearest(key, known)}; correct or remove it")
 
 
 def warpers(options: SamplingOptions) -> LogitsProcessorList:
@@ -110,10 +107,8 @@ class Sampler:
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Left-padded prompt tokens and their mask, (B, P) each."""
-        rows = [torch.tensor(ids, dtype=torch.long) for ids in prompts]
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
-        lengths = torch.tensor([len(row) for row in rows])
-        return ids.to(device), length_mask(lengths, ids.shape[1]).flip(1).to(device)
+        ids, mask = padded(prompts, self.pad_token_id, side="left")
+        return ids.to(device), mask.to(device)
 
     def sample(
         self,
@@ -140,71 +135,56 @@ class Sampler:
         Returns:
             B completions of at most `max_new_tokens` tokens.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        rows: dict[int, Tensor] = {}
         chunk = self.batch_size or len(prompts)
-        rows: list[Tensor] = [noise] * len(prompts)  # in the order of the prompts, once they are there
-        for start in range(0, len(prompts), chunk):
-            part = order[start : start + chunk]
+        for part in batches_by_length([len(ids) for ids in prompts], chunk, longest_first=True):
             ids, mask = self.pad_prompts([prompts[i] for i in part], device)
             generated = self._generate(model, ids, mask, noise[part].to(device), greedy, synced)
-            for i, row in zip(part, generated, strict=True):
-                rows[i] = row
-        return self.completions(pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id))
+            rows |= zip(part, generated, strict=True)
+        in_order = [rows[i] for i in range(len(prompts))]
+        return self.completions(pad_sequence(in_order, batch_first=True, padding_value=self.pad_token_id))
 
     def _generate(
-        self,
-        model: PreTrainedModel,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        noise: Tensor,
-        greedy: bool,
-        synced: bool,
+        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, noise: Tensor, greedy: bool, synced: bool
     ) -> Tensor:
         processors = LogitsProcessorList()
         if not greedy and self.options.temperature > 0:
             processors = warpers(self.options)
-            processors.append(InverseTransformSampler(noise, prompt_ids.shape[1]))
-        decoding = packed_linears(model, len(prompt_ids))
+            processors.append(InverseTransformSampler(noise, ids.shape[1]))
+        decoding = packed_linears(model, len(ids))
         with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config), decoding:
-            cache = None if synced else self._cache(model, prompt_ids, prompt_mask)
             sequences = model.generate(
-                input_ids=prompt_ids,
-                attention_mask=prompt_mask.long(),
-                position_ids=positions(prompt_mask),
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=positions(mask),
+                past_key_values=None if synced else self._cache(model, ids, mask),
                 generation_config=self.config,
                 logits_processor=processors,
                 synced_gpus=synced,
-                **({} if cache is None else {"past_key_values": cache}),
             )
-        return sequences[:, prompt_ids.shape[1] :]
+        return sequences[:, ids.shape[1] :]
 
-    def _cache(self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> DynamicCache | None:
+    def _cache(self, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache | None:
         """The KV cache to start from, which has the prompts if they are not computed in one batch."""
         if self.config.cache_implementation is not None or not self.config.use_cache:
             return None
-        cache = roomy_cache(model, prompt_ids.shape[1] + self.max_new_tokens)
-        lengths = prompt_mask.sum(dim=1)
-        batches = token_batches(lengths, range(len(lengths)), tokens_at_once(prompt_ids.device))
+        cache = roomy_cache(model, ids.shape[1] + self.max_new_tokens)
+        batches = token_batches(mask.sum(dim=1), range(len(ids)), tokens_at_once(ids.device))
         if cache is not None and len(batches) > 1:
-            prefill(cache, model, prompt_ids, prompt_mask, batches)
+            prefill(cache, model, ids, mask, batches)
         return cache
 
     def completions(self, ids: Tensor) -> Completions:
         """What generated tokens are, (B, C): where they end, and their texts. What stands behind an EOS is padding."""
         lengths, ended = completion_lengths(ids, torch.tensor(self.eos_token_ids, device=ids.device))
         mask = length_mask(lengths, ids.shape[1])
-        texts = self.tokenizer.batch_decode(
-            [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)], skip_special_tokens=True
-        )
-        return Completions(ids=ids, mask=mask, ended=ended, texts=texts)
+        tokens = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        return Completions(ids, mask, ended, self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
 
 @contextmanager
 def own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Keeps the generation defaults that a checkpoint ships (top_k=20, a repetition penalty, ...) out.
-
-    `generate` fills what a GenerationConfig leaves open from the model's own.
-    """
+    """Keeps the defaults that a checkpoint ships (top_k=20, say) out: `generate` takes what `config` leaves open."""
     shipped = model.generation_config
     model.generation_config = config
     try:
