@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 class Share(NamedTuple):
@@ -89,13 +90,13 @@ def _best_temperature(signed: Tensor) -> float:
     """Divides signed margins (positive: right) so that mean log(1 + exp(-signed / T)) is smallest."""
     if (signed > 0).all():
         return math.nan
+
+    def loss(log_t: float) -> float:
+        return softplus(-signed / math.exp(log_t)).mean().item()
+
     low, high = math.log(1e-3), math.log(1e3)
-    fit = minimize_scalar(
-        lambda log_t: torch.nn.functional.softplus(-signed / math.exp(log_t)).mean().item(),
-        bounds=(low, high),
-        method="bounded",
-    )
-    return math.exp(fit.x) if low + 0.01 < fit.x < high - 0.01 else math.nan
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded").x
+    return math.exp(best) if low + 0.01 < best < high - 0.01 else math.nan
 
 
 class Agreement(NamedTuple):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from xpo.config.errors import JudgeStopped
 from xpo.data.pairs import Pair
 from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
-from xpo.judges.base import Judge, Verdicts
+from xpo.judges.base import Judge
 
 _CHUNK = 256  # pairs between two movements of the progress bar
 
@@ -46,27 +46,21 @@ def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
     with tqdm(total=len(pairs), desc=name, leave=False) as bar:
         for start in range(0, len(pairs), _CHUNK):
             chunk = pairs[start : start + _CHUNK]
-            prompts = [pair.prompt for pair in chunk]
-            first, second = [pair.first for pair in chunk], [pair.second for pair in chunk]
+            prompts, first, second, _ = map(list, zip(*chunk, strict=True))
             started = time.perf_counter()
             try:
-                verdicts = judge.verdicts(prompts, first, second)
+                one, flips, _ = judge.verdicts(prompts, first, second)
                 seconds, done = seconds + time.perf_counter() - started, done + len(chunk)
-                if verdicts.flipped.isnan().all():
-                    verdicts = _with_flips(verdicts, judge.margins(prompts, second, first))
+                if flips.isnan().all():  # it asks one order, or does not look at it: does its verdict turn?
+                    other = judge.margins(prompts, second, first)
+                    known = one.isfinite() & other.isfinite()
+                    flips = torch.where(known, (one.sign() != -other.sign()).float(), torch.nan)
             except JudgeStopped as error:
                 stopped = str(error)
                 break
-            margin[start : start + len(chunk)], flipped[start : start + len(chunk)] = verdicts[:2]
+            margin[start : start + len(chunk)], flipped[start : start + len(chunk)] = one, flips
             bar.update(len(chunk))
     return Judged(name, margin, flipped, seconds / max(done, 1), stopped)
-
-
-def _with_flips(verdicts: Verdicts, swapped: Tensor) -> Verdicts:
-    """A judge that asks one order, or does not look at it: does the verdict turn when the completions swap places?"""
-    known = verdicts.margin.isfinite() & swapped.isfinite()
-    turned = (verdicts.margin.sign() != -swapped.sign()).float()
-    return Verdicts(verdicts.margin, torch.where(known, turned, torch.nan))
 
 
 def report(pairs: list[Pair], judged: dict[str, Judged]) -> dict[str, Any]:
