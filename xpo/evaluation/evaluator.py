@@ -40,26 +40,16 @@ class Evaluator:
 
     Verdicts and scores are those of judge and reward model, without the missing-EOS penalty, so that
     runs with different penalties compare.
-
-    Args:
-        sampler: draws the completions.
-        draws: the reference's answers.
-        forwards: how the log-probabilities of policy and reference are computed.
-        labeller: says who wins, and gives `score` if there is a reward model.
-        scorers: further reward models by metric name, which training never sees.
-        greedy: take the likeliest tokens instead of drawing some.
-        gather: see `xpo.models.zero.sampling`.
-        in_step: whether the reference's processes compute together, so that none may end early.
     """
 
-    sampler: Sampler
-    draws: ReferenceDraws
-    forwards: tuple[Forward, Forward]
-    labeller: Labeller
-    scorers: dict[str, RewardModel]
-    greedy: bool = False
-    gather: bool = True
-    in_step: bool = False
+    sampler: Sampler  # draws the completions
+    draws: ReferenceDraws  # the reference's answers
+    forwards: tuple[Forward, Forward]  # how the log-probabilities of policy and reference are computed
+    labeller: Labeller  # says who wins, and gives `score` if there is a reward model
+    scorers: dict[str, RewardModel]  # further reward models by metric name, which training never sees
+    greedy: bool = False  # take the likeliest tokens instead of drawing some
+    gather: bool = True  # see `xpo.models.zero.sampling`
+    in_step: bool = False  # whether the reference's processes compute together, so that none may end early
     records: list[Record] = field(default_factory=list, init=False)  # of the latest evaluation, on every rank
     # The reference's completions of a data set by its prefix, and what they are the answer to.
     _answers: dict[str, tuple[Any, list[Completions]]] = field(default_factory=dict, init=False)
@@ -180,9 +170,8 @@ def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence
     Ranks with fewer rows end with the first row of the data set, for company: under ZeRO-3 no rank can work alone.
     """
     mine = range(rank, count, world)
-    batches: list[Sequence[int]] = [mine[i : i + batch] for i in range(0, len(mine), batch)]
-    of_rank_0 = math.ceil(math.ceil(count / world) / batch)
-    return batches + [[0]] * (of_rank_0 - len(batches)), len(batches)
+    of_rank_0 = math.ceil(count / world)
+    return [mine[i : i + batch] or [0] for i in range(0, of_rank_0, batch)], math.ceil(len(mine) / batch)
 
 
 def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from xpo.evaluation.compare.statistics import (
+    Array,
     Comparison,
     Estimate,
     Point,
@@ -75,9 +76,9 @@ class Band(NamedTuple):
     """A metric over the steps at which all runs of a point have it: mean, least and greatest of the runs, (T,) each."""
 
     steps: list[int]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
+    mean: Array
+    low: Array
+    high: Array
 
 
 def band(point: Point, metric: str) -> Band:
@@ -85,7 +86,7 @@ def band(point: Point, metric: str) -> Band:
     histories = [dict(run.history.get(metric, [])) for run in point.runs]
     steps = sorted(set.intersection(*(set(history) for history in histories)))
     values = np.array([[history[step] for step in steps] for history in histories])
-    return Band(steps, values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist())
+    return Band(steps, values.mean(0), values.min(0), values.max(0))
 
 
 def colour_key(keys: Sequence[str]) -> str | None:
@@ -152,7 +153,7 @@ def frontier(points: Sequence[Point], keys: Sequence[str]) -> Plot | None:
             steps, kl_at, value_at = np.intersect1d(kl.steps, value.steps, return_indices=True)
             if not len(steps):
                 continue
-            x, y = np.array(kl.mean)[kl_at], np.array(value.mean)[value_at]
+            x, y = kl.mean[kl_at], value.mean[value_at]
             axis.plot(x, y, color=look["color"], linestyle=look["linestyle"], lw=1.3, alpha=0.75)
             axis.scatter(x[-1], y[-1], color=look["color"], marker=look["marker"], s=55, edgecolor="white", zorder=3)
         _name_axes(axis, "KL to the reference (nats)", metric)
@@ -193,15 +194,15 @@ def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -
 def main_effects(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot:
     """The mean at each value of each key, with every run as a dot."""
     figure, axes = _panels(len(keys), sharey=True)
-    for i, (axis, key) in enumerate(zip(axes, keys, strict=True)):
+    for axis, key in zip(axes, keys, strict=True):
         effect = main_effect(points, key, metric)
         for x, level in enumerate(effect):
             runs = runs_at(points, **{key: level})
             axis.scatter([x + 0.2] * len(runs), [run.final(metric) for run in runs], s=16, color="0.4", alpha=0.5, lw=0)
         _with_intervals(axis, list(effect.values()), _COLOURS[0], 0.0, "o")
         _levels(axis, list(effect), key)
-        if i % _COLUMNS == 0:
-            axis.set_ylabel(title(metric))
+    for axis in axes[::_COLUMNS]:
+        axis.set_ylabel(title(metric))
     unbalanced = " Some combinations have fewer runs than others: a difference may be that of another key."
     caption = (
         f"Mean {title(metric)} over all runs with a value, whatever their other settings, with its 95 % interval; "
@@ -260,8 +261,7 @@ def _levels(axis: Axes, names: Sequence[str], key: str) -> None:
     fits = width > 8 or max(map(len, names)) <= width
     ticks = [textwrap.fill(name, width) if fits else _short(name) for name in names]
     axis.set_xticks(range(len(names)), ticks, rotation=0 if fits else 90)
-    axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.set_xlabel(key)
+    axis.set(xlim=(-0.5, len(names) - 0.5), xlabel=key)
 
 
 def _short(text: str) -> str:

@@ -29,9 +29,8 @@ _SIDE_BY_SIDE, _PROMPTS = 3, 8
 def verdict_words(comparison: Comparison) -> list[str]:
     """The verdict in plain sentences."""
     verdict, metric, points = comparison.verdict, comparison.metric, comparison.points
-    best = estimate(verdict.best.runs, metric)
-    assert best is not None
-    lines = [f"Best by {title(metric)} (higher is better): {verdict.best.name}, {_number(best, metric)}."]
+    best = _number(estimate(verdict.best.runs, metric), metric)
+    lines = [f"Best by {title(metric)} (higher is better): {verdict.best.name}, {best}."]
     if verdict.runner_up is None:
         lines.append("It is the only setting: there is nothing to compare it with.")
     elif verdict.over_runner_up is None:
@@ -40,11 +39,8 @@ def verdict_words(comparison: Comparison) -> list[str]:
             f"one seed, and {title(metric)} is not kept for each prompt."
         )
     else:
-        surely = verdict.over_runner_up.distinguishable
-        lines.append(
-            f"{'Better than' if surely else 'Not distinguishable from'} the runner-up, {verdict.runner_up.name}: "
-            f"{_difference(verdict.over_runner_up)}."
-        )
+        words = "Better than" if verdict.over_runner_up.distinguishable else "Not distinguishable from"
+        lines.append(f"{words} the runner-up, {verdict.runner_up.name}: {_difference(verdict.over_runner_up)}.")
         lines.append(
             f"It is the best of all {len(points)} settings in {100 * verdict.best_share:.0f} % of the resamples; "
             "picked for its figure among several, it will look somewhat better here than on new prompts and seeds."
@@ -144,9 +140,7 @@ def show(comparison: Comparison, report: Path) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    for run in comparison.left_out:
-        console.print(escape(left_out_words(run)), highlight=False)
-    for line in verdict_words(comparison):
+    for line in [*map(left_out_words, comparison.left_out), *verdict_words(comparison)]:
         console.print(escape(line), highlight=False)
     print(f"Report:  {report}", flush=True)  # a path is not to be wrapped
 

@@ -214,8 +214,8 @@ def by_prompt(run: Run, metric: str) -> Array | None:
     return None
 
 
-def resampled_means(values: Sequence[Array], same_seeds: bool, draws: int = _DRAWS, seed: int = 0) -> Array:
-    """Means of points under the paired bootstrap of prompts and seeds, (draws, points).
+def resampled_means(values: Sequence[Array], same_seeds: bool) -> Array:
+    """Means of points under the paired bootstrap of prompts and seeds, (_DRAWS, points).
 
     Prompts are resampled for all points together, and seeds too where all points have the same ones, since
     evaluations with one seed share noise and reference. Of n seeds n - 1 are drawn, so that the variance of a
@@ -225,28 +225,25 @@ def resampled_means(values: Sequence[Array], same_seeds: bool, draws: int = _DRA
         values: for each point, a value for each of its runs and each prompt, (S, P); NaN is missing.
         same_seeds: whether the rows of all points belong to the same seeds.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
 
-    def counts(n: int, drawn: int) -> Array:
-        return generator.multinomial(drawn, np.full(n, 1 / n), size=draws).astype(float)
+    def counts(n: int, fewer: int = 0) -> Array:
+        return generator.multinomial(max(n - fewer, 1), np.full(n, 1 / n), size=_DRAWS).astype(float)
 
-    def seeds(n: int) -> Array:
-        return counts(n, max(n - 1, 1))
-
-    prompts = counts(values[0].shape[1], values[0].shape[1])
-    shared = seeds(len(values[0])) if same_seeds else None
+    prompts = counts(values[0].shape[1])
+    shared = counts(len(values[0]), 1) if same_seeds else None
     columns = []
     for point in values:
         known = np.isfinite(point)
         with np.errstate(invalid="ignore"):
-            by_run = prompts @ np.where(known, point, 0).T / (prompts @ known.T.astype(float))  # (draws, S)
-        weights = seeds(len(point)) if shared is None else shared
+            by_run = prompts @ np.where(known, point, 0).T / (prompts @ known.T.astype(float))  # (_DRAWS, S)
+        weights = counts(len(point), 1) if shared is None else shared
         columns.append((weights * by_run).sum(1) / weights.sum(1))
     return np.round(np.stack(columns, 1), 12)  # equal means are equal, however they were summed
 
 
 def difference(value: float, resampled: Array) -> Difference:
-    """A difference and its resamples, (draws,), as value, percentile interval and probability."""
+    """A difference and its resamples, (_DRAWS,), as value, percentile interval and probability."""
     low, high = np.nanpercentile(resampled, [2.5, 97.5]).tolist()
     known = resampled[np.isfinite(resampled)]
     return Difference(value, low, high, float(((known > 0) + 0.5 * (known == 0)).mean()))
