@@ -73,9 +73,7 @@ class Evaluator:
         One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models.
 
         Args:
-            policy: unwrapped.
-            dataset: tokenized prompts.
-            accelerator, args: of the trainer.
+            policy, dataset: unwrapped; tokenized prompts.
             engine: the ZeRO-3 engine around the policy, if there is one.
 
         Raises:

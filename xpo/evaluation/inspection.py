@@ -41,7 +41,7 @@ def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
             prompts, first, second, _ = map(list, zip(*pairs[here], strict=True))
             started = time.perf_counter()
             try:
-                one, flips, _ = judge.verdicts(prompts, first, second)
+                one, flips = judge.verdicts(prompts, first, second)[:2]
                 seconds, done = seconds + time.perf_counter() - started, done + len(prompts)
                 if flips.isnan().all():  # it asks one order, or does not look at it: does its verdict turn?
                     other = judge.margins(prompts, second, first)

@@ -30,7 +30,6 @@ from xpo.evaluation.compare.statistics import (
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 _STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "0.35"
 _MOST_CURVES = 8
 _COLUMNS = 3  # of panels
 
@@ -67,9 +66,6 @@ def plots(comparison: Comparison) -> list[Plot]:
         drawn.append(main_effects(points, keys, metric))
     drawn += [interaction(points, first, second, metric) for first, second in combinations(keys, 2)]
     return [plot for plot in drawn if plot is not None]
-
-
-# ---- curves ----------------------------------------------------------------------------------------
 
 
 class Band(NamedTuple):
@@ -130,7 +126,7 @@ class Looks:
             handles.append(Line2D([], [], linestyle="none", label="\n".join(self.rest)))
             for name, (style, marker) in self.shapes.items():
                 shown = marker if markers else None
-                handles.append(Line2D([], [], color=_GREY, linestyle=style, marker=shown, markersize=5, label=name))
+                handles.append(Line2D([], [], color="0.35", linestyle=style, marker=shown, markersize=5, label=name))
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.6)
 
 
@@ -186,9 +182,6 @@ def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -
     which = f"The {_MOST_CURVES} best settings" if len(points) > _MOST_CURVES else "All settings"
     caption = f"{which}; lines are means over seeds, bands reach from the lowest seed to the highest."
     return Plot("learning_curves", "Learning curves", caption, figure)
-
-
-# ---- effects ---------------------------------------------------------------------------------------
 
 
 def main_effects(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot:

@@ -23,9 +23,6 @@ _DIGITS = {"eval/kl": 2, "eval/length": 1}
 _SIDE_BY_SIDE, _PROMPTS = 3, 8
 
 
-# ---- words -----------------------------------------------------------------------------------------
-
-
 def verdict_words(comparison: Comparison) -> list[str]:
     """The verdict in plain sentences."""
     verdict, metric, points = comparison.verdict, comparison.metric, comparison.points
@@ -68,9 +65,6 @@ def _difference(value: Difference) -> str:
         f"difference {value.value:+.3f}, 95 % interval {value.low:+.3f} to {value.high:+.3f}, "
         f"probability of being better {value.probability:.2f}"
     )
-
-
-# ---- tables ----------------------------------------------------------------------------------------
 
 
 def shown_metrics(comparison: Comparison) -> list[str]:
@@ -125,9 +119,6 @@ def as_csv(comparison: Comparison) -> str:
     return text.getvalue()
 
 
-# ---- terminal --------------------------------------------------------------------------------------
-
-
 def show(comparison: Comparison, report: Path) -> None:
     """The table, what is left out, the verdict, and where the report is."""
     console = Console()
@@ -148,9 +139,6 @@ def show(comparison: Comparison, report: Path) -> None:
 def left_out_words(run: Run) -> str:
     """One line on a job that is not in the figures."""
     return f"Left out: {run.name}: {run.state}{f', {run.reason}' if run.reason else ''}"
-
-
-# ---- files -----------------------------------------------------------------------------------------
 
 
 def write(comparison: Comparison, drawn: Sequence[Plot], out: Path) -> list[Path]:

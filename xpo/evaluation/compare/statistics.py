@@ -118,9 +118,6 @@ def check_prompts(runs: Sequence[Run]) -> None:
             )
 
 
-# ---- settings --------------------------------------------------------------------------------------
-
-
 def label(value: Any) -> str:
     """A configuration value as text: null, 1e-05, 0.1."""
     if isinstance(value, float):
@@ -131,11 +128,9 @@ def label(value: Any) -> str:
 
 def rank(value: Any) -> tuple[int, float, str]:
     """Sorts values: null, then numbers, then anything else by its text."""
-    if value is None:
-        return 0, 0.0, ""
     if isinstance(value, int | float):
         return 1, float(value), ""
-    return 2, 0.0, label(value)
+    return (0, 0.0, "") if value is None else (2, 0.0, label(value))
 
 
 def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
@@ -145,9 +140,6 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
         settings = {key: run.config.get(key) for key in keys}
         points.setdefault(tuple(map(label, settings.values())), Point(settings, [])).runs.append(run)
     return sorted(points.values(), key=lambda point: [rank(value) for value in point.settings.values()])
-
-
-# ---- means and effects -----------------------------------------------------------------------------
 
 
 def mean(values: Sequence[float]) -> float:
@@ -199,9 +191,6 @@ def cell_means(points: Sequence[Point], first: str, second: str, metric: str) ->
     """The mean at each pair of values of two keys; None where there is no run. Parallel rows: no interaction."""
     pairs = product(levels(points, first), levels(points, second))
     return {(a, b): estimate(runs_at(points, **{first: a, second: b}), metric) for a, b in pairs}
-
-
-# ---- the best point --------------------------------------------------------------------------------
 
 
 def by_prompt(run: Run, metric: str) -> Array | None:
