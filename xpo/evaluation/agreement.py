@@ -11,6 +11,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 class Share(NamedTuple):
@@ -54,18 +55,12 @@ class Bin(NamedTuple):
 
 
 class Calibration(NamedTuple):
-    """Whether a judge is right as often as it says.
+    """Whether a judge is right as often as it says."""
 
-    Attributes:
-        bins: equally wide bins of the winner's probability from 1/2 to 1, empty ones left out.
-        error: expected calibration error: mean |confidence - accuracy| over the bins, weighted by counts.
-        temperature: what margins must be divided by to fit the truth best (least cross-entropy): a good
-            preference.label_temperature. NaN if the judge is never wrong, or not right more often than by chance.
-    """
-
-    bins: list[Bin]
-    error: float
-    temperature: float
+    bins: list[Bin]  # equally wide, of the winner's probability from 1/2 to 1, empty ones left out
+    error: float  # expected calibration error: mean |confidence - accuracy| over the bins, weighted by counts
+    # What margins must be divided by to fit the truth best (least cross-entropy): a good preference.label_temperature.
+    temperature: float  # NaN if the judge is never wrong, or not right more often than by chance
 
 
 def calibration(margin: Tensor, winner: Tensor, bins: int = 10) -> Calibration:
@@ -80,8 +75,7 @@ def calibration(margin: Tensor, winner: Tensor, bins: int = 10) -> Calibration:
         here = place == i
         low, high = 0.5 + i / (2 * bins), 0.5 + (i + 1) / (2 * bins)
         filled.append(Bin(low, high, int(here.sum()), confidence[here].mean().item(), right[here].mean().item()))
-    pairs = max(len(margin), 1)
-    error = sum(b.pairs * abs(b.confidence - b.accuracy) for b in filled) / pairs if filled else math.nan
+    error = sum(b.pairs * abs(b.confidence - b.accuracy) for b in filled) / len(margin) if filled else math.nan
     return Calibration(filled, error, _best_temperature(margin * winner))
 
 
@@ -89,27 +83,23 @@ def _best_temperature(signed: Tensor) -> float:
     """Divides signed margins (positive: right) so that mean log(1 + exp(-signed / T)) is smallest."""
     if (signed > 0).all():
         return math.nan
+
+    def loss(log_t: float) -> float:
+        return softplus(-signed / math.exp(log_t)).mean().item()
+
     low, high = math.log(1e-3), math.log(1e3)
-    fit = minimize_scalar(
-        lambda log_t: torch.nn.functional.softplus(-signed / math.exp(log_t)).mean().item(),
-        bounds=(low, high),
-        method="bounded",
-    )
-    return math.exp(fit.x) if low + 0.01 < fit.x < high - 0.01 else math.nan
+    best = minimize_scalar(loss, bounds=(low, high), method="bounded").x
+    return math.exp(best) if low + 0.01 < best < high - 0.01 else math.nan
 
 
 class Agreement(NamedTuple):
-    """How often two judges say the same of the pairs that both could judge: first, second or tie.
-
-    Attributes:
-        same: the share of equal verdicts.
-        kappa: Cohen's kappa: 1 for always, 0 for as often as by chance; NaN where chance alone agrees always.
-        table: counts; rows are the first judge's verdicts (first, tie, second), columns the other's, (3, 3).
-    """
+    """How often two judges say the same of the pairs that both could judge: first, second or tie."""
 
     same: Share
-    kappa: float
-    table: list[list[int]]
+    kappa: float  # Cohen's: 1 for always, 0 for as often as by chance; NaN where chance alone agrees always
+    table: list[
+        list[int]
+    ]  # counts; rows: the first judge's verdicts (first, tie, second), columns: the other's, (3, 3)
 
 
 def agreement(one: Tensor, two: Tensor) -> Agreement:

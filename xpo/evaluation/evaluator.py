@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from xpo.tracking.metrics import distinct_bigrams
 Record = dict[str, Any]
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Compares a policy with the reference on held-out prompts.
 
@@ -38,40 +40,19 @@ class Evaluator:
 
     Verdicts and scores are those of judge and reward model, without the missing-EOS penalty, so that
     runs with different penalties compare.
-
-    Args:
-        sampler: draws the completions.
-        draws: the reference's answers.
-        forwards: how the log-probabilities of policy and reference are computed.
-        labeller: says who wins, and gives `score` if there is a reward model.
-        scorers: further reward models by metric name, which training never sees.
-        greedy: take the likeliest tokens instead of drawing some.
-        gather: see `xpo.models.zero.sampling`.
-        in_step: whether the reference's processes compute together, so that none may end early.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        draws: ReferenceDraws,
-        forwards: tuple[Forward, Forward],
-        labeller: Labeller,
-        scorers: dict[str, RewardModel],
-        greedy: bool = False,
-        gather: bool = True,
-        in_step: bool = False,
-    ):
-        self.sampler = sampler
-        self.draws = draws
-        self.forwards = forwards
-        self.labeller = labeller
-        self.scorers = scorers
-        self.greedy = greedy
-        self.gather = gather
-        self.in_step = in_step
-        self.records: list[Record] = []  # of the latest evaluation, one per prompt, on every rank
-        # The reference's completions of a data set by its prefix, and what they are the answer to.
-        self._answers: dict[str, tuple[Any, list[Completions]]] = {}
+    sampler: Sampler  # draws the completions
+    draws: ReferenceDraws  # the reference's answers
+    forwards: tuple[Forward, Forward]  # how the log-probabilities of policy and reference are computed
+    labeller: Labeller  # says who wins, and gives `score` if there is a reward model
+    scorers: dict[str, RewardModel]  # further reward models by metric name, which training never sees
+    greedy: bool = False  # take the likeliest tokens instead of drawing some
+    gather: bool = True  # see `xpo.models.zero.sampling`
+    in_step: bool = False  # whether the reference's processes compute together, so that none may end early
+    records: list[Record] = field(default_factory=list, init=False)  # of the latest evaluation, on every rank
+    # The reference's completions of a data set by its prefix, and what they are the answer to.
+    _answers: dict[str, tuple[Any, list[Completions]]] = field(default_factory=dict, init=False)
 
     def __call__(
         self,
@@ -92,11 +73,7 @@ class Evaluator:
         One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models.
 
         Args:
-            policy: unwrapped.
-            dataset: tokenized prompts.
-            accelerator: of the trainer.
-            args: of the trainer.
-            prefix: of the metrics' names.
+            policy, dataset: unwrapped; tokenized prompts.
             engine: the ZeRO-3 engine around the policy, if there is one.
 
         Raises:
@@ -105,12 +82,8 @@ class Evaluator:
         started = time.perf_counter()
         rows = list(dataset)
         chunks, own = shares(len(rows), args.eval_batch_size, args.process_index, args.world_size)
-        question = (
-            [rows[i]["prompt_ids"] for chunk in chunks[:own] for i in chunk],
-            self.greedy,
-            args.seed,
-            len(chunks),
-        )
+        asked = [rows[i]["prompt_ids"] for chunk in chunks[:own] for i in chunk]
+        question = (asked, self.greedy, args.seed, len(chunks))
         answered, answers = self._answers.get(prefix, (None, []))
         if answered != question:
             answers = []
@@ -119,15 +92,28 @@ class Evaluator:
         silent = args.disable_tqdm or not accelerator.is_local_main_process
         for number, chunk in enumerate(tqdm(chunks, desc="Evaluating", leave=False, disable=silent)):
             prompts = [rows[i] for i in chunk]
+            ids = [row["prompt_ids"] for row in prompts]
             if len(answers) <= number:
+                equal = [row.get("occurrence", 0) for row in prompts]
+                key = (args.seed, EVAL_REFERENCE, 0)
                 with accelerator.autocast():
-                    answers.append(self._reference_answer(prompts, args))
+                    draw = self.draws.draw(ids, *key, args.device, self.greedy, occurrences=equal)
+                answers.append(draw.completions)
+            noise = sampling_noise((args.seed, 0, EVAL_POLICY), list(chunk), self.sampler.max_new_tokens)
             with accelerator.autocast():  # as in training; judge and reward model keep their own precision
                 with sampling(policy, engine, self.gather) as synced:
-                    completions = self._policy_answer(policy, prompts, chunk, args, synced)
-                    policy_logps = self._logps(policy, self.forwards[0], prompts, completions, args)
-                with self.draws.reference.model() as reference:
-                    ratio = policy_logps - self._logps(reference, self.forwards[1], prompts, completions, args)
+                    completions = self.sampler.sample(base_model(policy), ids, noise, args.device, self.greedy, synced)
+                prompt_ids, prompt_mask = self.sampler.pad_prompts(ids, args.device)
+                batch = {
+                    "prompt_ids": prompt_ids,
+                    "prompt_mask": prompt_mask,
+                    "completion_ids": completions.ids[None],
+                    "completion_mask": completions.mask[None],
+                }
+                with torch.no_grad(), eval_mode(policy):
+                    logps = self.forwards[0](policy, batch)[0]  # (b,)
+                with self.draws.reference.model() as reference, torch.no_grad(), eval_mode(reference):
+                    ratio = logps - self.forwards[1](reference, batch)[0]
             if stopped is not None or number >= own:  # the other ranks need this one's company
                 continue
             try:
@@ -144,40 +130,16 @@ class Evaluator:
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
-    def _policy_answer(
-        self,
-        policy: PreTrainedModel,
-        prompts: Sequence[Record],
-        indices: Sequence[int],
-        args: TrainingArguments,
-        synced: bool,
-    ) -> Completions:
-        noise = sampling_noise((args.seed, 0, EVAL_POLICY), list(indices), self.sampler.max_new_tokens)
-        ids = [prompt["prompt_ids"] for prompt in prompts]
-        return self.sampler.sample(base_model(policy), ids, noise, args.device, self.greedy, synced)
-
-    def _reference_answer(self, prompts: Sequence[Record], args: TrainingArguments) -> Completions:
-        ids = [prompt["prompt_ids"] for prompt in prompts]
-        equal = [prompt.get("occurrence", 0) for prompt in prompts]
-        draw = self.draws.draw(ids, args.seed, EVAL_REFERENCE, 0, args.device, self.greedy, occurrences=equal)
-        return draw.completions
-
     def _compare(
-        self,
-        rows: Sequence[Record],
-        indices: Sequence[int],
-        completions: Completions,
-        answers: Completions,
-        ratio: Tensor,
+        self, rows: list[Record], indices: Sequence[int], completions: Completions, answers: Completions, ratio: Tensor
     ) -> list[Record]:
         prompts = [row["prompt"] for row in rows]
         labelled = self.labeller(prompts, completions, answers)
-        extra = {
-            name: torch.stack(
-                [one_per_pair(name, scorer.scores(prompts, c.texts), prompts) for c in (completions, answers)]
-            )
-            for name, scorer in self.scorers.items()
-        }
+        scores = {} if labelled.scores is None else {"score": labelled.scores}  # by name, (2, b)
+        for name, scorer in self.scorers.items():
+            both = [one_per_pair(name, scorer.scores(prompts, c.texts), prompts) for c in (completions, answers)]
+            scores[name] = torch.stack(both)
+        scores |= {f"score_{name}": part for name, part in labelled.parts.items()}
         records = []
         for i, index in enumerate(indices):
             record = {
@@ -194,33 +156,10 @@ class Evaluator:
                 "tokens": completions.ids[i][completions.mask[i]].tolist(),
                 "ref_tokens": answers.ids[i][answers.mask[i]].tolist(),
             }
-            if labelled.scores is not None:
-                record |= {"score": labelled.scores[0, i].item(), "ref_score": labelled.scores[1, i].item()}
-            parts = {f"score_{name}": part for name, part in labelled.parts.items()}
-            for name, scores in (extra | parts).items():
-                record |= {name: scores[0, i].item(), f"ref_{name}": scores[1, i].item()}
+            for name, (own, reference) in scores.items():
+                record |= {name: own[i].item(), f"ref_{name}": reference[i].item()}
             records.append(record)
         return records
-
-    @torch.no_grad()
-    def _logps(
-        self,
-        model: PreTrainedModel,
-        forward: Forward,
-        rows: Sequence[Record],
-        completions: Completions,
-        args: TrainingArguments,
-    ) -> Tensor:
-        """The log-probability of each completion, (b,)."""
-        ids, mask = self.sampler.pad_prompts([row["prompt_ids"] for row in rows], args.device)
-        batch = {
-            "prompt_ids": ids,
-            "prompt_mask": mask,
-            "completion_ids": completions.ids[None],
-            "completion_mask": completions.mask[None],
-        }
-        with eval_mode(model):
-            return forward(model, batch)[0]
 
 
 def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence[int]], int]:
@@ -229,21 +168,19 @@ def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence
     Ranks with fewer rows end with the first row of the data set, for company: under ZeRO-3 no rank can work alone.
     """
     mine = range(rank, count, world)
-    batches: list[Sequence[int]] = [mine[i : i + batch] for i in range(0, len(mine), batch)]
-    of_rank_0 = math.ceil(math.ceil(count / world) / batch)
-    company: list[Sequence[int]] = [[0]] * (of_rank_0 - len(batches))
-    return batches + company, len(batches)
+    of_rank_0 = math.ceil(count / world)
+    return [mine[i : i + batch] or [0] for i in range(0, of_rank_0, batch)], math.ceil(len(mine) / batch)
 
 
 def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:
     """The metrics of an evaluation, from one record per prompt; see `Evaluator.__call__`."""
 
     def mean(values: Sequence[float]) -> float:
-        finite = [value for value in values if value == value and abs(value) != float("inf")]
-        return sum(finite) / len(finite) if finite else float("nan")
+        finite = [value for value in values if math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.nan
 
     labels = [record["label"] for record in records]
-    invalid = [not torch.tensor(record["margin"]).isfinite().item() for record in records]
+    invalid = [not math.isfinite(record["margin"]) for record in records]
     distinct, ref_distinct = (distinct_bigrams(r[key] for r in records) for key in ("tokens", "ref_tokens"))
     metrics = {
         "win_rate": mean([label > 0 for label in labels]),

@@ -15,28 +15,20 @@ from tqdm.auto import tqdm
 
 from xpo.config.errors import JudgeStopped
 from xpo.data.pairs import Pair
-from xpo.evaluation.agreement import Share, accuracy, agreement, calibration, share
-from xpo.judges.base import Judge, Verdicts
+from xpo.evaluation.agreement import accuracy, agreement, calibration, share
+from xpo.judges.base import Judge
 
 _CHUNK = 256  # pairs between two movements of the progress bar
 
 
 class Judged(NamedTuple):
-    """The verdicts of one judge on N pairs, NaN where it was not asked any more.
-
-    Attributes:
-        name: the judge.
-        margin: see `Judge.margins`, (N,).
-        flipped: see `Verdicts`; from asking with the completions swapped if the judge asks one order, (N,).
-        seconds: for each pair, swapped questions left out.
-        stopped: why the judge could not go on, if so.
-    """
+    """The verdicts of one judge on N pairs, NaN where it was not asked any more."""
 
     name: str
-    margin: Tensor
-    flipped: Tensor
-    seconds: float
-    stopped: str | None
+    margin: Tensor  # see `Judge.margins`, (N,)
+    flipped: Tensor  # see `Verdicts`; from asking with the completions swapped if the judge asks one order, (N,)
+    seconds: float  # for each pair, swapped questions left out
+    stopped: str | None  # why the judge could not go on, if so
 
 
 def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
@@ -45,28 +37,22 @@ def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
     seconds, done, stopped = 0.0, 0, None
     with tqdm(total=len(pairs), desc=name, leave=False) as bar:
         for start in range(0, len(pairs), _CHUNK):
-            chunk = pairs[start : start + _CHUNK]
-            prompts = [pair.prompt for pair in chunk]
-            first, second = [pair.first for pair in chunk], [pair.second for pair in chunk]
+            here = slice(start, start + _CHUNK)
+            prompts, first, second, _ = map(list, zip(*pairs[here], strict=True))
             started = time.perf_counter()
             try:
-                verdicts = judge.verdicts(prompts, first, second)
-                seconds, done = seconds + time.perf_counter() - started, done + len(chunk)
-                if verdicts.flipped.isnan().all():
-                    verdicts = _with_flips(verdicts, judge.margins(prompts, second, first))
+                one, flips = judge.verdicts(prompts, first, second)[:2]
+                seconds, done = seconds + time.perf_counter() - started, done + len(prompts)
+                if flips.isnan().all():  # it asks one order, or does not look at it: does its verdict turn?
+                    other = judge.margins(prompts, second, first)
+                    known = one.isfinite() & other.isfinite()
+                    flips = torch.where(known, (one.sign() != -other.sign()).float(), torch.nan)
             except JudgeStopped as error:
                 stopped = str(error)
                 break
-            margin[start : start + len(chunk)], flipped[start : start + len(chunk)] = verdicts[:2]
-            bar.update(len(chunk))
+            margin[here], flipped[here] = one, flips
+            bar.update(len(prompts))
     return Judged(name, margin, flipped, seconds / max(done, 1), stopped)
-
-
-def _with_flips(verdicts: Verdicts, swapped: Tensor) -> Verdicts:
-    """A judge that asks one order, or does not look at it: does the verdict turn when the completions swap places?"""
-    known = verdicts.margin.isfinite() & swapped.isfinite()
-    turned = (verdicts.margin.sign() != -swapped.sign()).float()
-    return Verdicts(verdicts.margin, torch.where(known, turned, torch.nan))
 
 
 def report(pairs: list[Pair], judged: dict[str, Judged]) -> dict[str, Any]:
@@ -121,9 +107,8 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
         x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
         (line,) = axes.plot(x, y, label=name)
         axes.scatter(x, y, s=[10 + 300 * b["pairs"] / total for b in bins], color=line.get_color(), alpha=0.6)
-    axes.set(
-        xlabel="probability given to the winner", ylabel="how often it was right", xlim=(0.49, 1.01), ylim=(0, 1.02)
-    )
+    axes.set(xlabel="probability given to the winner", ylabel="how often it was right")
+    axes.set(xlim=(0.49, 1.01), ylim=(0, 1.02))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
@@ -143,31 +128,25 @@ def show(judged: dict[str, Judged], figures: dict[str, Any], out: Path) -> None:
         "first_wins": "first one wins",
     }
     for figure, title in lines.items():
-        table.add_row(title, *(_share(Share(**figures[key][figure])) for key in judged))
+        table.add_row(title, *(_share(**figures[key][figure]) for key in judged))
     table.add_row("calibration error", *(f"{figures[key]['calibration_error']:.3f}" for key in judged))
     table.add_row("best label_temperature", *(f"{figures[key]['best_temperature']:.3g}" for key in judged))
     table.add_row("ms a pair", *(f"{1000 * figures[key]['seconds_per_pair']:.3g}" for key in judged))
     console.print(table)
     for key, judge in judged.items():
-        if figures[key]["calibration"]:
-            console.print(_calibration_table(judge.name, figures[key]["calibration"]))
+        if bins := figures[key]["calibration"]:
+            table = Table(title=f"Calibration of {judge.name}", title_justify="left")
+            for title in ("probability given", "pairs", "was right", ""):
+                table.add_column(title, justify="left" if title == "" else "right")
+            for b in bins:
+                right, bar = f"{100 * b['accuracy']:.1f} %", "█" * round(20 * b["accuracy"])
+                table.add_row(f"{b['low']:.2f} to {b['high']:.2f}", f"{b['pairs']:.0f}", right, bar)
+            console.print(table)
     if "agreement" in figures:
-        same, kappa = Share(**figures["agreement"]["same"]), figures["agreement"]["kappa"]
-        console.print(f"The two agree on {_share(same)} of the pairs that both could judge; Cohen's kappa {kappa:.3f}")
+        same, kappa = _share(**figures["agreement"]["same"]), figures["agreement"]["kappa"]
+        console.print(f"The two agree on {same} of the pairs that both could judge; Cohen's kappa {kappa:.3f}")
     print(f"Verdicts, figures and plot: {out}")
 
 
-def _share(value: Share) -> str:
-    if not value.cases:
-        return "-"
-    return f"{100 * value.value:.1f} % ({100 * value.low:.1f} to {100 * value.high:.1f})"
-
-
-def _calibration_table(name: str, bins: list[dict[str, float]]) -> Table:
-    table = Table(title=f"Calibration of {name}", title_justify="left")
-    for title in ("probability given", "pairs", "was right", ""):
-        table.add_column(title, justify="left" if title == "" else "right")
-    for b in bins:
-        bar = "█" * round(20 * b["accuracy"])
-        table.add_row(f"{b['low']:.2f} to {b['high']:.2f}", f"{b['pairs']:.0f}", f"{100 * b['accuracy']:.1f} %", bar)
-    return table
+def _share(value: float, cases: int, low: float, high: float) -> str:
+    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})" if cases else "-"

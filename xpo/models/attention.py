@@ -8,7 +8,7 @@ Notation for shapes: b pairs with K completions each, L columns of a padded row,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers import AttentionInterface, PreTrainedModel
 
 _NAME = "xpo_packed_pairs"
+_compiled_flex = cache(partial(torch.compile, flex_attention, dynamic=True))  # once, and not before it is needed
 
 
 @contextmanager
@@ -65,16 +66,12 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' models for packed pairs.
+    """The attention function of transformers' models for packed pairs: (1, T, h, D), and no attention weights.
 
     Args:
         query: (1, h, T, D).
-        key: (1, h or fewer, T, D).
-        value: like `key`.
+        key, value: (1, h or fewer, T, D).
         attention_mask: see `lengths_of_pairs` and `blocks_of_pairs`.
-
-    Returns:
-        (1, T, h, D), and no attention weights.
 
     Raises:
         ValueError: the model asks for what these kernels lack.
@@ -87,12 +84,11 @@ def attend(
     if isinstance(attention_mask, BlockMask):
         if dropout:
             raise ValueError("FlexAttention has no dropout; set disable_dropout=True or pair_forward='shared'")
-        flex = _compiled_flex() if query.is_cuda else flex_attention
+        flex: Any = _compiled_flex() if query.is_cuda else flex_attention
         output = flex(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=groups > 1)
     else:
-        key, value = (
-            states[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for states in (key, value)
-        )  # (1, h, T, D)
+        # (1, h, T, D)
+        key, value = (part[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for part in (key, value))
         output = _pair_by_pair(query, key, value, attention_mask, dropout, scaling)
     return output.transpose(1, 2).contiguous(), None
 
@@ -124,8 +120,3 @@ def _completions_see(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     segment = torch.cat([torch.full((length,), k, device=device) for k, length in enumerate(lengths)])
     family = (segment[:, None] == segment) | (segment == 0)
     return (family & torch.ones_like(family).tril())[lengths[0] :]
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)

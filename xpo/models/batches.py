@@ -16,8 +16,6 @@ def batches_by_length(lengths: Sequence[Any], size: int, longest_first: bool = F
     Args:
         lengths: of the rows; or (length, content): ties are then broken by content, so that the batches, and so the
             rounding, do not depend on the order of the rows.
-        size: rows in a batch.
-        longest_first: the order of the batches; without it the shortest rows come first.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=longest_first)
     for start in range(0, len(order), size):

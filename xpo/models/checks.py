@@ -32,12 +32,10 @@ def check_models(
     config = network.config.get_text_config()
     # Not every kind has them.
     limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type")
+    kind, why = rope.get("rope_type"), "the model has learned positions up to"
     if kind in ("longrope", "dynamic"):  # its rotations depend on the longest row of a batch
         limit, why = rope.get("original_max_position_embeddings", limit), f"{kind} positions change beyond"
-    elif _learns_positions(network, limit):
-        why = "the model has learned positions up to"
-    else:
+    elif not _learns_positions(network, limit):
         return
     if limit is not None and max_length > limit:
         raise ConfigError(f"max_length={max_length}: {why} {limit} tokens; lower max_length")
@@ -45,10 +43,8 @@ def check_models(
 
 def _learns_positions(model: PreTrainedModel, count: int | None) -> bool:
     """Whether there is a table of so many positions; OPT's has two more."""
-    tables = [part for part in model.modules() if isinstance(part, nn.Embedding)]
-    return count is not None and any(
-        0 <= table.num_embeddings - count <= 2 for table in tables if table is not model.get_input_embeddings()
-    )
+    tables = {part for part in model.modules() if isinstance(part, nn.Embedding)} - {model.get_input_embeddings()}
+    return count is not None and any(0 <= table.num_embeddings - count <= 2 for table in tables)
 
 
 def check_adapters(model: PeftModel, ref_model: PreTrainedModel | None) -> None:

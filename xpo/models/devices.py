@@ -10,17 +10,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def chosen_device(key: str, name: str | None) -> torch.device:
-    """The device of a name; None is this process's GPU, or the CPU where there is none.
-
-    Which GPU is a process's own is said by LOCAL_RANK: under torchrun a judge may be made before the trainer's
-    configuration, which is what tells torch.
-
-    Args:
-        key: the config key that holds `name`, for the error message.
-        name: "cpu", "cuda" or "cuda:1".
+    """The device of a name: "cpu", "cuda" or "cuda:1"; None is this process's GPU, or the CPU where there is none.
 
     Raises:
-        ConfigError: there is no such device.
+        ConfigError: there is no such device; names the configuration's `key`.
     """
     gpus = torch.cuda.device_count()
     try:
@@ -31,5 +24,7 @@ def chosen_device(key: str, name: str | None) -> torch.device:
         return device
     if (device.index or 0) >= gpus:
         raise ConfigError(f"{key}={name!r}, but torch sees {gpus} GPUs; give cpu or null")
-    own = int(os.environ.get("LOCAL_RANK", 0)) % gpus
-    return torch.device("cuda", own if device.index is None else device.index)
+    if device.index is not None:
+        return device
+    # Not from torch: under torchrun a judge may be made before the trainer's configuration, which is what tells it.
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % gpus)

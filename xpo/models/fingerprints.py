@@ -13,11 +13,7 @@ def digest(*parts: object) -> str:
 
 
 def model_digest(model: PreTrainedModel, adapters: str | None = None) -> str:
-    """Names what a model computes, wherever it came from: its class, configuration and weights.
-
-    Args:
-        adapters: what the names of adapters in it begin with, "lora_" say; they are left out.
-    """
+    """Names what a model computes, wherever it came from: its class, configuration and weights (`weights_digest`)."""
     config = model.config.to_dict()
     for no_matter in ("_name_or_path", "transformers_version", "use_cache", "dtype"):  # the weights have their own
         config.pop(no_matter, None)
@@ -25,7 +21,7 @@ def model_digest(model: PreTrainedModel, adapters: str | None = None) -> str:
 
 
 def weights_digest(model: nn.Module, adapters: str | None = None) -> str:
-    """Names the weights of a module: names, shapes and every bit; those of adapters are left out."""
+    """Names the weights of a module: names, shapes and every bit; not those with `adapters` ("lora_") in their name."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if adapters is not None:

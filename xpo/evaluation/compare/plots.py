@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from xpo.evaluation.compare.statistics import (
+    Array,
     Comparison,
     Estimate,
     Point,
@@ -29,7 +30,6 @@ from xpo.evaluation.compare.statistics import (
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 _STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_GREY = "0.35"
 _MOST_CURVES = 8
 _COLUMNS = 3  # of panels
 
@@ -62,21 +62,19 @@ def plots(comparison: Comparison) -> list[Plot]:
     """All plots for which a sweep has the data."""
     points, metric, keys = comparison.points, comparison.metric, comparison.sweep.keys
     drawn = [frontier(points, keys), learning_curves(points, keys, metric)]
-    drawn.append(main_effects(points, keys, metric) if keys else None)
+    if keys:
+        drawn.append(main_effects(points, keys, metric))
     drawn += [interaction(points, first, second, metric) for first, second in combinations(keys, 2)]
     return [plot for plot in drawn if plot is not None]
-
-
-# ---- curves ----------------------------------------------------------------------------------------
 
 
 class Band(NamedTuple):
     """A metric over the steps at which all runs of a point have it: mean, least and greatest of the runs, (T,) each."""
 
     steps: list[int]
-    mean: list[float]
-    low: list[float]
-    high: list[float]
+    mean: Array
+    low: Array
+    high: Array
 
 
 def band(point: Point, metric: str) -> Band:
@@ -84,7 +82,7 @@ def band(point: Point, metric: str) -> Band:
     histories = [dict(run.history.get(metric, [])) for run in point.runs]
     steps = sorted(set.intersection(*(set(history) for history in histories)))
     values = np.array([[history[step] for step in steps] for history in histories])
-    return Band(steps, values.mean(0).tolist(), values.min(0).tolist(), values.max(0).tolist())
+    return Band(steps, values.mean(0), values.min(0), values.max(0))
 
 
 def colour_key(keys: Sequence[str]) -> str | None:
@@ -104,16 +102,14 @@ class Looks:
         others = dict.fromkeys(map(self._other, in_order))
         self.shapes = dict(zip(others, zip(cycle(_STYLES), cycle(_MARKERS)), strict=False))
 
-    def _shade(self, point: Point) -> str:
-        return label(point.settings[self.key]) if self.key else "all runs"
-
     def _other(self, point: Point) -> str:
         return ", ".join(_short(label(point.settings[key])) for key in self.rest)
 
     def of(self, point: Point) -> dict[str, Any]:
         """Colour, line style and marker of a point."""
         style, marker = self.shapes[self._other(point)]
-        return {"color": self.colours[self._shade(point)], "linestyle": style, "marker": marker}
+        shade = label(point.settings[self.key]) if self.key else "all runs"
+        return {"color": self.colours[shade], "linestyle": style, "marker": marker}
 
     def width(self) -> float:
         """Inches that the legend takes."""
@@ -130,15 +126,14 @@ class Looks:
             handles.append(Line2D([], [], linestyle="none", label="\n".join(self.rest)))
             for name, (style, marker) in self.shapes.items():
                 shown = marker if markers else None
-                handles.append(Line2D([], [], color=_GREY, linestyle=style, marker=shown, markersize=5, label=name))
+                handles.append(Line2D([], [], color="0.35", linestyle=style, marker=shown, markersize=5, label=name))
         figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=2.6)
 
 
 def palette(count: int) -> list[Any]:
     """So many colours: Okabe and Ito's, or shades of viridis where those do not suffice."""
-    if count <= len(_COLOURS):
-        return list(_COLOURS[:count])
-    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count)))
+    enough = count <= len(_COLOURS)
+    return list(_COLOURS[:count] if enough else matplotlib.colormaps["viridis"](np.linspace(0, 0.92, count)))
 
 
 def frontier(points: Sequence[Point], keys: Sequence[str]) -> Plot | None:
@@ -147,26 +142,23 @@ def frontier(points: Sequence[Point], keys: Sequence[str]) -> Plot | None:
     if not metrics or not any(band(p, "eval/kl").steps for p in points):
         return None
     looks = Looks(points, keys)
-    figure, axes = _panels(len(metrics), looks)
+    figure, axes = _panels(len(metrics), looks.width())
     for axis, metric in zip(axes, metrics, strict=True):
         for point in points:
-            kl, value = band(point, "eval/kl"), band(point, metric)
-            value_at = dict(zip(value.steps, value.mean, strict=True))
-            course = [(x, value_at[step]) for step, x in zip(kl.steps, kl.mean, strict=True) if step in value_at]
-            if not course:
+            kl, value, look = band(point, "eval/kl"), band(point, metric), looks.of(point)
+            steps, kl_at, value_at = np.intersect1d(kl.steps, value.steps, return_indices=True)
+            if not len(steps):
                 continue
-            (x, y), look = zip(*course, strict=True), looks.of(point)
+            x, y = kl.mean[kl_at], value.mean[value_at]
             axis.plot(x, y, color=look["color"], linestyle=look["linestyle"], lw=1.3, alpha=0.75)
             axis.scatter(x[-1], y[-1], color=look["color"], marker=look["marker"], s=55, edgecolor="white", zorder=3)
         _name_axes(axis, "KL to the reference (nats)", metric)
     looks.legend(figure, markers=True)
-    return Plot(
-        "frontier",
-        "Reward against KL",
+    caption = (
         "One curve for each setting (mean of its seeds) through the evaluations of training, the marker is the last "
-        "one; higher at the same KL is better.",
-        figure,
+        "one; higher at the same KL is better."
     )
+    return Plot("frontier", "Reward against KL", caption, figure)
 
 
 def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot | None:
@@ -177,7 +169,7 @@ def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -
     if not metrics:
         return None
     looks = Looks(points, keys)
-    figure, axes = _panels(len(metrics), looks)
+    figure, axes = _panels(len(metrics), looks.width())
     for axis, name in zip(axes, metrics, strict=True):
         for point in shown:
             course, look = band(point, name), looks.of(point)
@@ -188,37 +180,28 @@ def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     looks.legend(figure, markers=False)
     which = f"The {_MOST_CURVES} best settings" if len(points) > _MOST_CURVES else "All settings"
-    return Plot(
-        "learning_curves",
-        "Learning curves",
-        f"{which}; lines are means over seeds, bands reach from the lowest seed to the highest.",
-        figure,
-    )
-
-
-# ---- effects ---------------------------------------------------------------------------------------
+    caption = f"{which}; lines are means over seeds, bands reach from the lowest seed to the highest."
+    return Plot("learning_curves", "Learning curves", caption, figure)
 
 
 def main_effects(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot:
     """The mean at each value of each key, with every run as a dot."""
-    figure, axes = _panels(len(keys), None, sharey=True)
-    for i, (axis, key) in enumerate(zip(axes, keys, strict=True)):
+    figure, axes = _panels(len(keys), sharey=True)
+    for axis, key in zip(axes, keys, strict=True):
         effect = main_effect(points, key, metric)
         for x, level in enumerate(effect):
             runs = runs_at(points, **{key: level})
             axis.scatter([x + 0.2] * len(runs), [run.final(metric) for run in runs], s=16, color="0.4", alpha=0.5, lw=0)
         _with_intervals(axis, list(effect.values()), _COLOURS[0], 0.0, "o")
         _levels(axis, list(effect), key)
-        if i % _COLUMNS == 0:
-            axis.set_ylabel(title(metric))
+    for axis in axes[::_COLUMNS]:
+        axis.set_ylabel(title(metric))
     unbalanced = " Some combinations have fewer runs than others: a difference may be that of another key."
-    return Plot(
-        "main_effects",
-        "Effect of each key",
+    caption = (
         f"Mean {title(metric)} over all runs with a value, whatever their other settings, with its 95 % interval; "
-        f"grey dots are the runs.{'' if is_balanced(points, keys) else unbalanced}",
-        figure,
+        f"grey dots are the runs.{'' if is_balanced(points, keys) else unbalanced}"
     )
+    return Plot("main_effects", "Effect of each key", caption, figure)
 
 
 def interaction(points: Sequence[Point], first: str, second: str, metric: str) -> Plot:
@@ -230,7 +213,7 @@ def interaction(points: Sequence[Point], first: str, second: str, metric: str) -
     for i, (row, colour) in enumerate(zip(rows, palette(len(rows)), strict=True)):
         shift = 0.08 * (i - (len(rows) - 1) / 2)
         here = [cells[row, column] for column in columns]
-        _with_intervals(lines, here, colour, shift, _MARKERS[i % len(_MARKERS)], _wrapped(row, 18))
+        _with_intervals(lines, here, colour, shift, _MARKERS[i % len(_MARKERS)], textwrap.fill(row, 18))
     _levels(lines, columns, second)
     lines.set_ylabel(title(metric))
     lines.legend(title=first, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -243,25 +226,24 @@ def interaction(points: Sequence[Point], first: str, second: str, metric: str) -
         colour = "black" if cell is None or cell.value > middle else "white"
         heat.text(x, y, text, ha="center", va="center", color=colour, fontsize=9)
     _levels(heat, columns, second)
-    heat.set_yticks(range(len(rows)), [_wrapped(row, 18) for row in rows])
+    heat.set_yticks(range(len(rows)), [textwrap.fill(row, 18) for row in rows])
     heat.set_ylabel(first)
     figure.colorbar(image, ax=heat, label=title(metric))
-    return Plot(
-        f"interaction_{first}_{second}".replace("/", "_"),
-        f"{first} and {second} together",
+    caption = (
         "Parallel lines: each key does the same whatever the other is. Crossing or spreading lines: they interact. "
-        "Bars are 95 % intervals.",
-        figure,
+        "Bars are 95 % intervals."
     )
+    file = f"interaction_{first}_{second}".replace("/", "_")
+    return Plot(file, f"{first} and {second} together", caption, figure)
 
 
 def _with_intervals(
     axis: Axes, values: Sequence[Estimate | None], colour: Any, shift: float, marker: str, name: str | None = None
 ) -> None:
     """Means at 0, 1, ... joined by a line, with bars where there is an interval."""
-    known = [(x + shift, value) for x, value in enumerate(values) if value is not None]
-    x, y = [place for place, _ in known], [value.value for _, value in known]
-    reach = [[value.value - value.low for _, value in known], [value.high - value.value for _, value in known]]
+    x = [x + shift for x, value in enumerate(values) if value is not None]
+    known = [value for value in values if value is not None]
+    y, reach = [e.value for e in known], [[e.value - e.low for e in known], [e.high - e.value for e in known]]
     axis.plot(x, y, color=colour, marker=marker, lw=1.4, markersize=6, label=name)
     axis.errorbar(x, y, reach, fmt="none", ecolor=colour, capsize=3, lw=1.2)  # none where the interval is NaN
 
@@ -270,14 +252,9 @@ def _levels(axis: Axes, names: Sequence[str], key: str) -> None:
     """Equally spaced ticks, one for each level: null, 0, powers of ten and words look the same."""
     width = 42 // len(names) - 1  # characters that fit
     fits = width > 8 or max(map(len, names)) <= width
-    ticks = [_wrapped(name, width) if fits else _short(name) for name in names]
+    ticks = [textwrap.fill(name, width) if fits else _short(name) for name in names]
     axis.set_xticks(range(len(names)), ticks, rotation=0 if fits else 90)
-    axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.set_xlabel(key)
-
-
-def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width))
+    axis.set(xlim=(-0.5, len(names) - 0.5), xlabel=key)
 
 
 def _short(text: str) -> str:
@@ -291,11 +268,10 @@ def _name_axes(axis: Axes, x: str, metric: str) -> None:
         axis.axhline(0.5, color="0.6", lw=0.8, linestyle=":")
 
 
-def _panels(count: int, looks: Looks | None, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """So many axes, in rows of at most _COLUMNS."""
+def _panels(count: int, aside: float = 0, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """So many axes, in rows of at most _COLUMNS, and room aside, in inches."""
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
-    aside = looks.width() if looks is not None else 0
     figure = Figure(figsize=(max(3.6 * columns, 4.6) + aside, 3.1 * rows + 0.2), layout="constrained", dpi=150)
     grid = figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten().tolist()
     for axis in grid:

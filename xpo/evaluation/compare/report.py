@@ -23,15 +23,11 @@ _DIGITS = {"eval/kl": 2, "eval/length": 1}
 _SIDE_BY_SIDE, _PROMPTS = 3, 8
 
 
-# ---- words -----------------------------------------------------------------------------------------
-
-
 def verdict_words(comparison: Comparison) -> list[str]:
     """The verdict in plain sentences."""
     verdict, metric, points = comparison.verdict, comparison.metric, comparison.points
-    best = estimate(verdict.best.runs, metric)
-    assert best is not None
-    lines = [f"Best by {title(metric)} (higher is better): {verdict.best.name}, {_number(best, metric)}."]
+    best = _number(estimate(verdict.best.runs, metric), metric)
+    lines = [f"Best by {title(metric)} (higher is better): {verdict.best.name}, {best}."]
     if verdict.runner_up is None:
         lines.append("It is the only setting: there is nothing to compare it with.")
     elif verdict.over_runner_up is None:
@@ -40,11 +36,8 @@ def verdict_words(comparison: Comparison) -> list[str]:
             f"one seed, and {title(metric)} is not kept for each prompt."
         )
     else:
-        surely = verdict.over_runner_up.distinguishable
-        lines.append(
-            f"{'Better than' if surely else 'Not distinguishable from'} the runner-up, {verdict.runner_up.name}: "
-            f"{_difference(verdict.over_runner_up)}."
-        )
+        words = "Better than" if verdict.over_runner_up.distinguishable else "Not distinguishable from"
+        lines.append(f"{words} the runner-up, {verdict.runner_up.name}: {_difference(verdict.over_runner_up)}.")
         lines.append(
             f"It is the best of all {len(points)} settings in {100 * verdict.best_share:.0f} % of the resamples; "
             "picked for its figure among several, it will look somewhat better here than on new prompts and seeds."
@@ -53,7 +46,17 @@ def verdict_words(comparison: Comparison) -> list[str]:
         sure, value = verdict.over_parity.distinguishable, verdict.over_parity.value
         words = ("Better than" if value > 0 else "Worse than") if sure else "Not distinguishable from"
         lines.append(f"{words} the reference (a win rate of 0.5, ties not won): {_difference(verdict.over_parity)}.")
-    lines.append(_basis(comparison))
+    what = "held-out prompts and seeds" if verdict.by_prompt else "seeds"
+    rough = f"; with {verdict.seeds} seeds they are rough" if verdict.seeds < 5 else ""
+    if verdict.over_runner_up is None and verdict.over_parity is None:
+        lines.append("Run more seeds (training.seed=1,2,3) for intervals.")
+    elif verdict.seeds == 1 and verdict.by_prompt:
+        lines.append(
+            "Intervals resample the held-out prompts, the same for all runs; a setting has only one seed, so they do "
+            "not say how much another seed would change (training.seed=1,2,3 would)."
+        )
+    else:
+        lines.append(f"Intervals resample the {what}, together for all settings (paired bootstrap){rough}.")
     return lines
 
 
@@ -64,23 +67,6 @@ def _difference(value: Difference) -> str:
     )
 
 
-def _basis(comparison: Comparison) -> str:
-    verdict = comparison.verdict
-    if verdict.over_runner_up is None and verdict.over_parity is None:
-        return "Run more seeds (training.seed=1,2,3) for intervals."
-    what = "held-out prompts and seeds" if verdict.by_prompt else "seeds"
-    if verdict.seeds == 1 and verdict.by_prompt:
-        return (
-            "Intervals resample the held-out prompts, the same for all runs; a setting has only one seed, so they do "
-            "not say how much another seed would change (training.seed=1,2,3 would)."
-        )
-    rough = f"; with {verdict.seeds} seeds they are rough" if verdict.seeds < 5 else ""
-    return f"Intervals resample the {what}, together for all settings (paired bootstrap){rough}."
-
-
-# ---- tables ----------------------------------------------------------------------------------------
-
-
 def shown_metrics(comparison: Comparison) -> list[str]:
     """The metrics of the table: those of _COLUMNS that were measured, and the chosen one."""
     wanted = dict.fromkeys([comparison.metric, *_COLUMNS])
@@ -89,14 +75,12 @@ def shown_metrics(comparison: Comparison) -> list[str]:
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table's header and rows as text, from best to worst."""
-    metrics, keys = shown_metrics(comparison), comparison.sweep.keys
-    rows = [
-        [label(point.settings[key]) for key in keys]
-        + [str(len(point.runs))]
-        + [_number(estimate(point.runs, metric), metric) for metric in metrics]
-        for point in comparison.points
-    ]
-    return [*keys, "runs", *(title(metric) for metric in metrics)], rows
+    metrics = shown_metrics(comparison)
+    rows = []
+    for point in comparison.points:
+        numbers = [_number(estimate(point.runs, metric), metric) for metric in metrics]
+        rows.append([*map(label, point.settings.values()), str(len(point.runs)), *numbers])
+    return [*comparison.sweep.keys, "runs", *map(title, metrics)], rows
 
 
 def _number(value: Estimate | None, metric: str) -> str:
@@ -112,55 +96,42 @@ def _number(value: Estimate | None, metric: str) -> str:
 
 def table_note(comparison: Comparison) -> str:
     """What ± means in this table."""
-    over = {
-        each.over
-        for point in comparison.points
-        for metric in shown_metrics(comparison)
-        if (each := estimate(point.runs, metric))
-    }
+    found = [estimate(point.runs, metric) for point in comparison.points for metric in shown_metrics(comparison)]
     notes = {
         "seeds": "± is half of the 95 % interval over seeds (Student's t)",
         "prompts": "±* is half of the 95 % interval over prompts (Wilson), for there is one seed",
     }
-    return "; ".join(note for kind, note in notes.items() if kind in over)
+    return "; ".join(note for kind, note in notes.items() if any(each and each.over == kind for each in found))
 
 
 def as_csv(comparison: Comparison) -> str:
     """The table as CSV: keys, runs, and mean, low and high of each metric; what is not known is empty."""
-    metrics, keys = shown_metrics(comparison), comparison.sweep.keys
+    metrics = shown_metrics(comparison)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*keys, "runs", *(f"{m}{part}" for m in metrics for part in ("", "/low", "/high"))])
+    parts = [f"{metric}{part}" for metric in metrics for part in ("", "/low", "/high")]
+    writer.writerow([*comparison.sweep.keys, "runs", *parts])
     for point in comparison.points:
-        row = [label(point.settings[key]) for key in keys] + [str(len(point.runs))]
-        for metric in metrics:
-            value = estimate(point.runs, metric)
-            numbers = (value.value, value.low, value.high) if value else (math.nan,) * 3
-            row += ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
-        writer.writerow(row)
+        found = [estimate(point.runs, metric) for metric in metrics]
+        numbers = [number for each in found for number in (each[:3] if each else (math.nan,) * 3)]
+        texts = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
+        writer.writerow([*map(label, point.settings.values()), len(point.runs), *texts])
     return text.getvalue()
-
-
-# ---- terminal --------------------------------------------------------------------------------------
 
 
 def show(comparison: Comparison, report: Path) -> None:
     """The table, what is left out, the verdict, and where the report is."""
     console = Console()
     header, rows = cells(comparison)
-    name = escape(comparison.sweep.name)
+    name, keys = escape(comparison.sweep.name), len(comparison.sweep.keys)
     table = Table(title=f"Sweep {name}", title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.caption = escape(table_note(comparison))
     for i, name in enumerate(header):
-        table.add_column(
-            escape(name.replace(".", ".\n")), justify="left" if i < len(comparison.sweep.keys) else "right"
-        )
+        table.add_column(escape(name.replace(".", ".\n")), justify="left" if i < keys else "right")
     for row in rows:
         table.add_row(*map(escape, row))
     console.print(table)
-    for run in comparison.left_out:
-        console.print(escape(left_out_words(run)), highlight=False)
-    for line in verdict_words(comparison):
+    for line in [*map(left_out_words, comparison.left_out), *verdict_words(comparison)]:
         console.print(escape(line), highlight=False)
     print(f"Report:  {report}", flush=True)  # a path is not to be wrapped
 
@@ -168,9 +139,6 @@ def show(comparison: Comparison, report: Path) -> None:
 def left_out_words(run: Run) -> str:
     """One line on a job that is not in the figures."""
     return f"Left out: {run.name}: {run.state}{f', {run.reason}' if run.reason else ''}"
-
-
-# ---- files -----------------------------------------------------------------------------------------
 
 
 def write(comparison: Comparison, drawn: Sequence[Plot], out: Path) -> list[Path]:
@@ -213,22 +181,14 @@ def side_by_side(points: Sequence[Point]) -> list[dict[str, Any]]:
     for i, row in enumerate(best[0].runs[0].completions[:_PROMPTS]):
         answers = [{"name": "reference", "text": row["reference"], "verdict": "", "score": _score(row["ref_score"])}]
         for point in best:
-            own = point.runs[0].completions[i]
-            answers.append(
-                {
-                    "name": f"{point.name}{_seed(point.runs[0])}",
-                    "text": own["completion"],
-                    "verdict": verdicts[own["verdict"]],
-                    "score": _score(own["score"]),
-                }
-            )
+            run = point.runs[0]
+            own = run.completions[i]
+            name = point.name + (f", seed {run.config[SEED]}" if SEED in run.config else "")
+            verdict, score = verdicts[own["verdict"]], _score(own["score"])
+            answers.append({"name": name, "text": own["completion"], "verdict": verdict, "score": score})
         samples.append({"prompt": row["prompt"], "answers": answers})
     return samples
 
 
 def _score(value: float | None) -> str:
     return "" if value is None else f"score {value:.2f}"
-
-
-def _seed(run: Run) -> str:
-    return f", seed {run.config[SEED]}" if SEED in run.config else ""

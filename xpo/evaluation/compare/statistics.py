@@ -26,20 +26,13 @@ Array = NDArray[np.float64]
 
 
 class Estimate(NamedTuple):
-    """A mean over runs with its 95 % interval; low and high are NaN where there is none.
-
-    Attributes:
-        value: the mean.
-        low, high: the interval.
-        runs: how many.
-        over: what the interval is about: "seeds", "prompts" (a win rate of one run) or "".
-    """
+    """A mean over so many runs with its 95 % interval; low and high are NaN where there is none."""
 
     value: float
     low: float
     high: float
     runs: int
-    over: str
+    over: str  # what the interval is about: "seeds", "prompts" (a win rate of one run) or ""
 
 
 class Point(NamedTuple):
@@ -54,18 +47,12 @@ class Point(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much better one thing is than another.
-
-    Attributes:
-        value: the difference.
-        low, high: its 95 % interval.
-        probability: that it is positive: the share of resamples in which it is, ties by half.
-    """
+    """How much better one thing is than another, with its 95 % interval."""
 
     value: float
     low: float
     high: float
-    probability: float
+    probability: float  # that it is positive: the share of resamples in which it is, ties by half
 
     @property
     def distinguishable(self) -> bool:
@@ -74,25 +61,15 @@ class Difference(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """The best point, and how sure that is.
-
-    Attributes:
-        best: the point with the highest mean.
-        runner_up: the next one; None if there is none.
-        over_runner_up: the difference of the two; None without a runner-up, or where nothing can be resampled.
-        over_parity: the best win rate less 0.5; None for other metrics.
-        best_share: in which share of resamples the best is the best of all points; NaN where nothing can be resampled.
-        seeds: the smallest number of runs at a point.
-        by_prompt: whether prompts were resampled, too: the metric is known for each of them.
-    """
+    """The point with the highest mean, the next one if any, and what resamples say of the best, if there are any."""
 
     best: Point
     runner_up: Point | None
     over_runner_up: Difference | None
-    over_parity: Difference | None
-    best_share: float
-    seeds: int
-    by_prompt: bool
+    over_parity: Difference | None  # the best win rate less 0.5; None for other metrics
+    best_share: float  # in which share of resamples the best is the best of all points; else NaN
+    seeds: int  # the smallest number of runs at a point
+    by_prompt: bool  # whether prompts were resampled, too: the metric is known for each of them
 
 
 class Comparison(NamedTuple):
@@ -123,44 +100,37 @@ def compare(sweep: Sweep, metric: str = WIN_RATE) -> Comparison:
         )
     runs = [run for run in finished if metric in run.history]
     check_prompts(runs)
-    without = [Run(run.name, "finished", f"without {metric}") for run in finished if metric not in run.history]
+    left_out = [run for run in sweep.runs if run.state != "finished"]
+    left_out += [Run(run.name, "finished", f"without {metric}") for run in finished if metric not in run.history]
     points = group(runs, sweep.keys)
     points.sort(key=lambda point: -mean([run.final(metric) for run in point.runs]))
-    left_out = [run for run in sweep.runs if run.state != "finished"] + without
     return Comparison(sweep, metric, points, left_out, judge_best(points, metric))
 
 
 def check_prompts(runs: Sequence[Run]) -> None:
     """ConfigError unless all runs whose completions are kept were evaluated on the same prompts in the same order."""
-    kept = [run for run in runs if run.completions]
-    for run in kept[1:]:
-        if [row["prompt"] for row in run.completions] != [row["prompt"] for row in kept[0].completions]:
+    kept = [(run.name, [row["prompt"] for row in run.completions]) for run in runs if run.completions]
+    for name, prompts in kept:
+        if prompts != kept[0][1]:
             raise ConfigError(
-                f"data.eval: {run.name!r} was evaluated on other prompts than {kept[0].name!r}, so that they do not "
+                f"data.eval: {name!r} was evaluated on other prompts than {kept[0][0]!r}, so that they do not "
                 "compare; sweep with the same data.eval, data.eval_split and data.eval_limit"
             )
 
 
-# ---- settings --------------------------------------------------------------------------------------
-
-
 def label(value: Any) -> str:
     """A configuration value as text: null, 1e-05, 0.1."""
-    if value is None:
-        return "null"
     if isinstance(value, float):
         short = f"{value:g}"
         return short if float(short) == value else repr(value)
-    return str(value)
+    return "null" if value is None else str(value)
 
 
 def rank(value: Any) -> tuple[int, float, str]:
     """Sorts values: null, then numbers, then anything else by its text."""
-    if value is None:
-        return 0, 0.0, ""
     if isinstance(value, int | float):
         return 1, float(value), ""
-    return 2, 0.0, label(value)
+    return (0, 0.0, "") if value is None else (2, 0.0, label(value))
 
 
 def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
@@ -168,12 +138,8 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
     points: dict[tuple[str, ...], Point] = {}
     for run in sorted(runs, key=lambda run: rank(run.config.get(SEED))):
         settings = {key: run.config.get(key) for key in keys}
-        place = tuple(label(value) for value in settings.values())
-        points.setdefault(place, Point(settings, [])).runs.append(run)
+        points.setdefault(tuple(map(label, settings.values())), Point(settings, [])).runs.append(run)
     return sorted(points.values(), key=lambda point: [rank(value) for value in point.settings.values()])
-
-
-# ---- means and effects -----------------------------------------------------------------------------
 
 
 def mean(values: Sequence[float]) -> float:
@@ -181,10 +147,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
-    """The mean of the runs' last values of a metric; None if none of them has it.
+    """The mean of the runs' last values of a metric, with Student's t interval over the runs; None if none has it.
 
-    Student's t interval over the runs. One run has none; for its win rate, Wilson's interval over the prompts
-    is given instead, which knows nothing of other seeds.
+    For the win rate of one run, Wilson's interval over the prompts is given, which knows nothing of other seeds.
     """
     having = [run for run in runs if metric in run.history]
     if not having:
@@ -228,21 +193,18 @@ def cell_means(points: Sequence[Point], first: str, second: str, metric: str) ->
     return {(a, b): estimate(runs_at(points, **{first: a, second: b}), metric) for a, b in pairs}
 
 
-# ---- the best point --------------------------------------------------------------------------------
-
-
 def by_prompt(run: Run, metric: str) -> Array | None:
     """The value of a metric for each held-out prompt, (P,), NaN where it is missing; None if it is not kept."""
     verdicts = {WIN_RATE: "policy", "eval/lose_rate": "reference"}
-    if not run.completions or metric not in (*verdicts, "eval/score"):
-        return None
-    if metric in verdicts:
+    if run.completions and metric in verdicts:
         return np.array([row["verdict"] == verdicts[metric] for row in run.completions], dtype=float)
-    return np.array([math.nan if row["score"] is None else row["score"] for row in run.completions])
+    if run.completions and metric == "eval/score":
+        return np.array([row["score"] for row in run.completions], dtype=float)  # None is NaN
+    return None
 
 
-def resampled_means(values: Sequence[Array], same_seeds: bool, draws: int = _DRAWS, seed: int = 0) -> Array:
-    """Means of points under the paired bootstrap of prompts and seeds, (draws, points).
+def resampled_means(values: Sequence[Array], same_seeds: bool) -> Array:
+    """Means of points under the paired bootstrap of prompts and seeds, (_DRAWS, points).
 
     Prompts are resampled for all points together, and seeds too where all points have the same ones, since
     evaluations with one seed share noise and reference. Of n seeds n - 1 are drawn, so that the variance of a
@@ -252,28 +214,25 @@ def resampled_means(values: Sequence[Array], same_seeds: bool, draws: int = _DRA
         values: for each point, a value for each of its runs and each prompt, (S, P); NaN is missing.
         same_seeds: whether the rows of all points belong to the same seeds.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
 
-    def counts(n: int, drawn: int) -> Array:
-        return generator.multinomial(drawn, np.full(n, 1 / n), size=draws).astype(float)
+    def counts(n: int, fewer: int = 0) -> Array:
+        return generator.multinomial(max(n - fewer, 1), np.full(n, 1 / n), size=_DRAWS).astype(float)
 
-    def seeds(n: int) -> Array:
-        return counts(n, max(n - 1, 1))
-
-    prompts = counts(values[0].shape[1], values[0].shape[1])
-    shared = seeds(len(values[0])) if same_seeds else None
+    prompts = counts(values[0].shape[1])
+    shared = counts(len(values[0]), 1) if same_seeds else None
     columns = []
     for point in values:
         known = np.isfinite(point)
         with np.errstate(invalid="ignore"):
-            by_run = prompts @ np.where(known, point, 0).T / (prompts @ known.T.astype(float))  # (draws, S)
-        weights = seeds(len(point)) if shared is None else shared
+            by_run = prompts @ np.where(known, point, 0).T / (prompts @ known.T.astype(float))  # (_DRAWS, S)
+        weights = counts(len(point), 1) if shared is None else shared
         columns.append((weights * by_run).sum(1) / weights.sum(1))
     return np.round(np.stack(columns, 1), 12)  # equal means are equal, however they were summed
 
 
 def difference(value: float, resampled: Array) -> Difference:
-    """A difference and its resamples, (draws,), as value, percentile interval and probability."""
+    """A difference and its resamples, (_DRAWS,), as value, percentile interval and probability."""
     low, high = np.nanpercentile(resampled, [2.5, 97.5]).tolist()
     known = resampled[np.isfinite(resampled)]
     return Difference(value, low, high, float(((known > 0) + 0.5 * (known == 0)).mean()))
@@ -283,17 +242,14 @@ def judge_best(points: Sequence[Point], metric: str) -> Verdict:
     """The first of `points`, which are in order from best to worst, against the second and against parity."""
     rows = [[by_prompt(run, metric) for run in point.runs] for point in points]
     each_prompt = all(row is not None for point in rows for row in point)
-    values: list[Array] = (
-        [np.stack([row for row in point if row is not None]) for point in rows]
-        if each_prompt
-        else [np.array([[run.final(metric)] for run in point.runs]) for point in points]
-    )
-    means = [mean([run.final(metric) for run in point.runs]) for point in points]
-    fewest = min(len(point.runs) for point in points)
+    finals = [[run.final(metric) for run in point.runs] for point in points]
+    means = [mean(point) for point in finals]
+    fewest = min(map(len, finals))
     runner_up = points[1] if len(points) > 1 else None
     over_runner_up = over_parity = None
     best_share = math.nan
     if each_prompt or fewest > 1:
+        values = [np.array(point) for point in rows] if each_prompt else [np.array(point)[:, None] for point in finals]
         seeds = [[run.config.get(SEED) for run in point.runs] for point in points]
         draws = resampled_means(values, all(each == seeds[0] for each in seeds))
         if runner_up is not None:
