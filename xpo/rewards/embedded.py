@@ -86,7 +86,7 @@ class MiniLM:
 class EmbeddedReward(RewardModel):
     """How favourably a completion reads: a linear head on MiniLM embeddings, fitted to human ratings.
 
-    Scores estimate a rating from -4 (very negative) to 4 (very positive), unclamped, of blank texts too; prompts are not read.
+    Scores estimate a rating, -4 very negative to 4 very positive, unclamped, blank texts' too; prompts are not read.
     Arguments and errors are those of `MiniLM`.
     """
 
