@@ -59,8 +59,7 @@ class Labeller:
     ) -> Labelled:
         """The labels of B pairs. Identical texts are a tie whatever the judge says, before the penalty.
 
-        Args:
-            uniform: numbers in [0, 1) for sampled labels, (B,).
+        `uniform` are numbers in [0, 1) for sampled labels, (B,).
 
         Raises:
             ConfigError: a judge or reward model returned another shape than one number per pair.

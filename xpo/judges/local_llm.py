@@ -103,14 +103,11 @@ class LocalLLMJudge(PairwiseJudge):
 
     @property
     def fingerprint(self) -> str:
-        template = self.tokenizer.chat_template
-        at_once = "enable_thinking" in str(template)  # such models were let think before xpo asked them not to
-        return digest(
-            "local LLM, at once" if at_once else "local LLM",
-            model_digest(self.network),
-            (template, sorted(self.tokenizer.get_vocab().items())),
-            (self.template, self.max_length, self.temperature, self.both_orders, self.both_orders or self.seed),
-        )
+        texts = self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())
+        settings = self.template, self.max_length, self.temperature, self.both_orders, self.both_orders or self.seed
+        # Models that can think were let think before xpo asked them not to.
+        kind = "local LLM, at once" if "enable_thinking" in str(self.tokenizer.chat_template) else "local LLM"
+        return digest(kind, model_digest(self.network), texts, settings)
 
     def _tokens(self, prompt: str, first: str, second: str) -> list[int]:
         text = question(self.template, *map(self._clean, (prompt, first, second)))
@@ -122,24 +119,18 @@ class LocalLLMJudge(PairwiseJudge):
 
     def _clean(self, text: str) -> str:
         """A text without what would read as the structure of the conversation, such as the end of the message."""
-        cleaned = self._structure.sub("", text)
-        while cleaned != text:  # what is left may have closed up to another one
-            text, cleaned = cleaned, self._structure.sub("", cleaned)
-        return cleaned
+        while (cleaned := self._structure.sub("", text)) != text:  # what is left may have closed up to another one
+            text = cleaned
+        return text
 
     @torch.no_grad()
     def _log_odds(self, rows: list[list[int]]) -> Tensor:
         """Log-odds of A over B after each row of tokens, float32 (N,) on the CPU. Similar lengths share a batch."""
         log_odds = torch.empty(len(rows))
         for batch in batches_by_length([(len(row), row) for row in rows], self.batch_size, longest_first=True):
-            ids, mask = padded([rows[i] for i in batch], side="left")
-            logits = self.network(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.long().to(self.device),
-                position_ids=positions(mask).to(self.device),
-                logits_to_keep=1,
-                use_cache=False,
-            ).logits[:, -1]  # (N, V)
+            ids, mask = (part.to(self.device) for part in padded([rows[i] for i in batch], side="left"))
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
+            logits = self.network(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]  # (N, V)
             a, b = (logits[:, letter].float().logsumexp(dim=1) for letter in self.letters)
             log_odds[batch] = (a - b).cpu()
         return log_odds

@@ -192,9 +192,6 @@ class Checkpoint(NamedTuple):
     backbone: Path  # holds the backbone's configuration, `config`
     config: dict[str, Any]
 
-    def weights(self) -> Path:
-        return _file(self.model, self.directory, "model.safetensors")
-
     def misfit(self, error: Exception) -> ConfigError:
         """The weights are not those that the configuration asks for."""
         return _incomplete(self.model, f"model.safetensors does not fit ({' '.join(str(error).split())[:160]})")
@@ -230,7 +227,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 def load_network(checkpoint: Checkpoint) -> PairRMNetwork:
     """The network on the CPU; ConfigError if the weights are missing, or do not fit the configuration."""
     try:
-        weights = load_file(checkpoint.weights())
+        weights = load_file(_file(checkpoint.model, checkpoint.directory, "model.safetensors"))
         vocabulary = len(weights["pretrained_model.embeddings.word_embeddings.weight"])
         with no_init_weights():
             network = PairRMNetwork(DebertaV2Config.from_dict(checkpoint.config | {"vocab_size": vocabulary}))
@@ -244,7 +241,7 @@ def load_original(
     checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
 ) -> OriginalPairRM | OriginalRanker:
     """The same by the original package in either layout; ConfigError also if it is not installed."""
-    checkpoint.weights()
+    _file(checkpoint.model, checkpoint.directory, "model.safetensors")
     try:
         if checkpoint.directory == checkpoint.backbone:
             return OriginalPairRM(checkpoint.directory, tokenizer.normalizer, dtype, device)
