@@ -47,16 +47,14 @@ def inspect(config: DictConfig) -> int:
     """Judges the pairs, writes and shows what that tells; the exit status."""
     check_complete(config)
     schema: InspectSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
-    groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
     if not is_group(schema.judge):
         raise ConfigError("judge has no _target_; choose one with judge=pair_rm, say")
-    for key, group in groups.items():
+    groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
+    for key, group in [*groups.items(), ("reward_model", schema.reward_model)]:
         check_target(key, group)
-    check_target("reward_model", schema.reward_model)
     pairs = load_pairs(schema.pairs, schema.pairs_split, schema.limit, schema.seed)
-    out = Path(HydraConfig.get().runtime.output_dir)
-    choices = HydraConfig.get().runtime.choices
-
+    runtime = HydraConfig.get().runtime
+    out, choices = Path(runtime.output_dir), runtime.choices
     judged: dict[str, Judged] = {}
     for key, group in groups.items():
         name = choices["judge" if key == "judge" else "judge@other"]
@@ -68,7 +66,7 @@ def inspect(config: DictConfig) -> int:
     figures = report(pairs, judged)
     write(out, pairs, judged, figures)
     show(judged, figures, out)
-    return 1 if any(judge.stopped for judge in judged.values()) else 0
+    return int(any(judge.stopped for judge in judged.values()))
 
 
 if __name__ == "__main__":

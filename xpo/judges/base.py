@@ -12,34 +12,23 @@ from xpo.rewards.base import Scores
 
 
 class Verdicts(NamedTuple):
-    """What a judge says of B pairs.
+    """What a judge says of B pairs."""
 
-    Attributes:
-        margin: log-odds that the first completion beats the second; see `Judge.margins`, (B,).
-        flipped: 1 where the verdict changed with the order of the completions, 0 where both orders agreed, NaN
-            where they were not both asked, (B,).
-        scores: of the first and of the second completions, where the margin is their difference.
-    """
-
-    margin: Tensor
-    flipped: Tensor
-    scores: tuple[Scores, Scores] | None = None
+    margin: Tensor  # log-odds that the first completion beats the second; see `Judge.margins`, (B,)
+    flipped: Tensor  # 1 where the order of the completions changed the verdict, 0 where not, NaN if one was asked, (B,)
+    scores: tuple[Scores, Scores] | None = None  # of first and second completions, where the margin is their difference
 
 
 class Judge(ABC):
-    """Compares pairs of completions. A judge of your own needs `margins` only.
-
-    Texts are decoded completions without special tokens; prompts are strings or message lists. A
-    judge renders them with its own chat template and tokenizer, if it has any.
-    """
+    """Compares pairs of completions, read with its own chat template and tokenizer. Your own needs `margins` only."""
 
     @abstractmethod
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """Log-odds that `first` beats `second`.
 
         Args:
-            prompts: B prompts.
-            first: B completions of them.
+            prompts: B prompts, strings or message lists.
+            first: B completions of them, decoded and without special tokens.
             second: B other completions of them.
 
         Returns:
@@ -57,10 +46,7 @@ class Judge(ABC):
 
     @property
     def fingerprint(self) -> str | None:
-        """Names what the margins depend on besides the texts: weights (not their name) and settings.
-
-        Two judges with the same fingerprint share cached verdicts. None: its verdicts are never cached.
-        """
+        """Names what margins depend on besides the texts: weights, not their name, and settings. None: never cached."""
         return None
 
     def state(self) -> dict[str, Any]:
@@ -69,3 +55,18 @@ class Judge(ABC):
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  # most judges have no state
         """Goes on from what `state` returned. The default has nothing to go on from."""
+
+
+class JudgeOfAnother(Judge):
+    """What is made of another judge, `judge`, and goes on from its state. Subclasses write `verdicts`."""
+
+    judge: Judge
+
+    def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
+        return self.verdicts(prompts, first, second).margin
+
+    def state(self) -> dict[str, Any]:
+        return self.judge.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.judge.load_state(state)

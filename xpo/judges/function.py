@@ -13,11 +13,7 @@ from xpo.rewards.function import numbers, resolve
 class FunctionJudge(Judge):
     """Judges with `function(prompts, first, second)`, which returns B margins; None: could not tell.
 
-    Args:
-        function: it, or its name as "package.module:function".
-
-    Raises:
-        ConfigError: there is no function of this name.
+    `function` may be a name, "package.module:function"; ConfigError if there is none of this name.
     """
 
     def __init__(self, function: Callable[..., Any] | str):

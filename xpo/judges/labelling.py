@@ -20,22 +20,13 @@ from xpo.sampling.completions import Completions
 
 
 class Labelled(NamedTuple):
-    """What is known of B pairs, after the EOS penalty; on the CPU.
+    """What is known of B pairs, after the EOS penalty; on the CPU."""
 
-    Attributes:
-        margin: log-odds that the first completion beats the second, NaN where the judge could not tell, (B,).
-        labels: who won, or how surely, (B,) each.
-        flipped: 1 where the judge's verdict changed with the order of the completions, 0 where it did not, NaN
-            where that is not known, (B,).
-        scores: rewards, (2, B); None without a reward model.
-        parts: of a mix of reward models, the scores of each by name, before everything else, (2, B).
-    """
-
-    margin: Tensor
-    labels: Labels
-    flipped: Tensor
-    scores: Tensor | None
-    parts: dict[str, Tensor]
+    margin: Tensor  # log-odds that the first completion beats the second, NaN where the judge could not tell, (B,)
+    labels: Labels  # who won, or how surely, (B,) each
+    flipped: Tensor  # as in `Verdicts`, (B,)
+    scores: Tensor | None  # rewards, (2, B); None without a reward model
+    parts: dict[str, Tensor]  # of a mix of reward models, the scores of each by name, before everything else, (2, B)
 
 
 class Labeller:
@@ -43,7 +34,7 @@ class Labeller:
 
     Args:
         judge: gives the margins, and perhaps the scores that they are the differences of.
-        reward_model: another one than the judge's, whose scores are reported instead; None for the judge's, if any.
+        reward_model: another than the judge's, whose scores are reported instead; None: the judge's, if any.
         options: how margins become labels.
         missing_eos_penalty: what an unfinished completion costs, in units of margin and score; None for nothing.
         sum_over_ranks: a collective that adds a float64 tensor up over the ranks, for `normalize_scores`.
@@ -68,8 +59,7 @@ class Labeller:
     ) -> Labelled:
         """The labels of B pairs. Identical texts are a tie whatever the judge says, before the penalty.
 
-        Args:
-            uniform: numbers in [0, 1) for sampled labels, (B,).
+        `uniform` are numbers in [0, 1) for sampled labels, (B,).
 
         Raises:
             ConfigError: a judge or reward model returned another shape than one number per pair.
@@ -77,9 +67,8 @@ class Labeller:
         """
         verdicts = self.judge.verdicts(prompts, first.texts, second.texts)
         scored, scores, parts = verdicts.scores, None, {}
-        if self.reward_model is not None:
-            one, two = (self.reward_model.scores_with_parts(prompts, c.texts) for c in (first, second))
-            scored = one, two
+        if (other := self.reward_model) is not None:
+            scored = other.scores_with_parts(prompts, first.texts), other.scores_with_parts(prompts, second.texts)
         if scored is not None:
             scores = self.scale(torch.stack([one_per_pair("reward_model", each.total, prompts) for each in scored]))
             parts = {name: torch.stack([each.parts[name] for each in scored]) for name in scored[0].parts}
@@ -94,11 +83,9 @@ class Labeller:
         return Labelled(margin, labels, flipped, None if scores is None else scores - cost, parts)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
         return {"judge": self.judge.state(), "scale": self.scale.moments}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state` returned."""
         self.judge.load_state(state["judge"])
         self.scale.moments = state["scale"]
 
@@ -114,13 +101,7 @@ def one_per_pair(key: str, values: Tensor, prompts: Sequence[Prompt]) -> Tensor:
 
 
 class ScoreScale:
-    """Brings scores to mean 0 and standard deviation 1 over all scores of the run so far, and clips them.
-
-    Args:
-        normalize: whether to do the former.
-        clip: the largest score by absolute value, afterwards; None: no limit.
-        sum_over_ranks: a collective that adds a float64 tensor up over the ranks.
-    """
+    """With `normalize`, brings scores to mean 0 and standard deviation 1 over the run so far; then clips to `clip`."""
 
     def __init__(self, normalize: bool, clip: float | None, sum_over_ranks: Callable[[Tensor], Tensor]):
         self.normalize = normalize

@@ -30,42 +30,30 @@ LEAST_SHARE = 0.001  # of the first token's probability that A and B have togeth
 
 
 class Answer(NamedTuple):
-    """What came of one question.
+    """What came of one question."""
 
-    Attributes:
-        log_odds: that the completion shown first is better; NaN where there is a problem.
-        problem: why there are none, in one line.
-        heard: whether the server answered with a chat completion, whatever it says.
-        status: of the HTTP response, if it is that of an error.
-        refuses_logprobs: whether the server may have refused to be asked for log-probabilities.
-    """
-
-    log_odds: float = math.nan
-    problem: str = ""
-    heard: bool = False
-    status: int | None = None
-    refuses_logprobs: bool = False
+    log_odds: float = math.nan  # that the completion shown first is better; NaN where there is a problem
+    problem: str = ""  # why there are none, in one line
+    heard: bool = False  # whether the server answered with a chat completion, whatever it says
+    status: int | None = None  # of the HTTP response, if it is that of an error
 
 
 class LLMJudge(PairwiseJudge):
     """Asks a language model which of two completions is better, A or B.
 
-    With log-probabilities, the log-odds are those of the letters as first token of the answer: logsumexp
-    over the listed tokens that read A, minus the same for B. A letter that is not listed gets the smallest
-    listed log-probability, an upper bound of its own: the log-odds may then be too close to 0, never too
-    far. An answer that hardly ever begins with either letter is no verdict. Without, an answer that is
-    exactly A or B counts as log-odds of 1 or -1.
+    With log-probabilities, the log-odds are those of the letters as first token of the answer: logsumexp over the
+    listed tokens that read A, minus the same for B. A letter that is not listed gets the smallest listed
+    log-probability, an upper bound of its own: the log-odds may be too close to 0, never too far. An answer that hardly
+    ever begins with either letter is no verdict. Without, an answer that is exactly A or B counts as 1 or -1.
 
-    The client of the package openai repeats a request that met a 429, a 5xx, a timeout or a lost
-    connection, waiting longer each time. A question that fails all the same, or gets any other answer, is
-    no verdict (NaN) for its pair alone; a warning counts them, and so does `failures`.
+    A request that met a 429, a 5xx, a timeout or a lost connection is repeated, after a longer wait each time. A
+    question that fails all the same, or gets any other answer, is no verdict (NaN) for its pair alone; see `failures`.
 
     Args:
         model: its name on the server.
         base_url: of the server, such as "http://localhost:8000/v1"; None is $OPENAI_BASE_URL, else OpenAI itself.
         api_key_env: the environment variable that holds the key. With a `base_url` it may be unset.
-        both_orders: ask in both orders, twice the questions. See `PairwiseJudge`.
-        seed: of the random order; unused with both orders.
+        both_orders, seed: see `PairwiseJudge`.
         template: the question, with {prompt}, {first} and {second}; None is `xpo.judges.question.TEMPLATE`.
         logprobs: ask for log-probabilities. A server that refuses them, or gives none, is read without.
         max_tokens: of an answer; the first of them decides where there are log-probabilities.
@@ -74,8 +62,8 @@ class LLMJudge(PairwiseJudge):
         timeout_s: seconds until a silent request counts as lost.
         max_retries: how often one request is repeated.
         max_requests: questions that the whole run may ask, shared equally by its processes; None is no limit.
-        request: further fields of the body of each request; they also replace our max_tokens and temperature (0). One
-            that is None is left out. For servers that want other fields, and models that think before they answer.
+        request: more fields of a request's body, also in place of our max_tokens and temperature (0); None leaves one
+            out. For servers that want other fields, and models that think before they answer.
 
     Raises:
         ConfigError: an argument is out of range, there is no key, or the package openai is not installed.
@@ -114,11 +102,10 @@ class LLMJudge(PairwiseJudge):
             raise ConfigError(
                 f"judge.base_url={base_url!r} is no address of a server; give one such as http://localhost:8000/v1"
             )
-        template = TEMPLATE if template is None else template
-        check_template("judge.template", template)
         super().__init__(both_orders, seed)
+        self.template = TEMPLATE if template is None else template
+        check_template("judge.template", self.template)
         self.model = model
-        self.template = template
         self.logprobs = logprobs
         self.max_tokens = max_tokens
         self.temperature = temperature
@@ -141,19 +128,15 @@ class LLMJudge(PairwiseJudge):
         self.base_url = str(self._client.base_url)
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """Log-odds that the completion shown first is better, float32 (N,); NaN: could not tell.
-
-        Raises:
-            JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the
-                key or does not know the model; not one question was answered; or none of the last 16 and more
-                with A or B.
+        """JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the key or
+        does not know the model; not one question was answered, or none of the last 16 and more with A or B.
         """
         texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
         if not texts:
             return torch.empty(0)
         self._spend(len(texts))
         answers = self._ask_all(texts)
-        problems = [answer for answer in answers if answer.problem]
+        problems = [answer.problem for answer in answers if answer.problem]
         self.failures += len(problems)
         self._in_vain = self._in_vain + len(texts) if len(problems) == len(texts) else 0
         hopeless = self._in_vain >= IN_VAIN
@@ -163,31 +146,25 @@ class LLMJudge(PairwiseJudge):
             remedy = "see to the server or to judge.request" if refused else "see to the server"
             raise JudgeStopped(
                 f"judge.base_url={self.base_url!r} answered none of {len(texts)} questions "
-                f"(the last: {problems[-1].problem}); {remedy} and continue the run"
+                f"(the last: {problems[-1]}); {remedy} and continue the run"
             )
         if hopeless:
             raise JudgeStopped(
                 f"judge.model={self.model!r} answered none of the last {self._in_vain} questions with A or B "
-                f"(the last: {problems[-1].problem}); let it answer at once, without thinking aloud, or set "
+                f"(the last: {problems[-1]}); let it answer at once, without thinking aloud, or set "
                 "judge.template, judge.max_tokens or judge.request"
             )
         if problems:
             logger.warning(
-                "The judge gave no verdict on %d of %d questions; the last: %s",
-                len(problems),
-                len(texts),
-                problems[-1].problem,
+                "The judge gave no verdict on %d of %d questions; the last: %s", len(problems), len(texts), problems[-1]
             )
         return torch.tensor([answer.log_odds for answer in answers]) / self.temperature
 
     @property
     def fingerprint(self) -> str:
-        return digest(
-            "LLM",
-            (self.base_url, self.model, self.template, self.logprobs, self.max_tokens),
-            (self.both_orders, self.both_orders or self.seed, self.temperature),
-            *([sorted(self.request.items())] if self.request else []),
-        )
+        asked = self.base_url, self.model, self.template, self.logprobs, self.max_tokens
+        order = self.both_orders, self.both_orders or self.seed, self.temperature
+        return digest("LLM", asked, order, *([sorted(self.request.items())] if self.request else []))
 
     def state(self) -> dict[str, Any]:
         return {"requests": self.requests}
@@ -196,7 +173,6 @@ class LLMJudge(PairwiseJudge):
         self.requests = state.get("requests", 0)
 
     def _spend(self, count: int) -> None:
-        """Counts questions that are about to be asked."""
         if self.max_requests is not None:
             processes = int(os.environ.get("WORLD_SIZE", 1))
             if self.requests + count > self.max_requests // processes:
@@ -212,40 +188,26 @@ class LLMJudge(PairwiseJudge):
         pool = ThreadPoolExecutor(self.concurrency)
         try:
             futures = [pool.submit(self._ask, text) for text in texts]
-            for future in as_completed(futures):
-                self._stop_if_useless(future.result())
+            for answer in (future.result() for future in as_completed(futures)):
+                if answer.status == 401:
+                    raise JudgeStopped(
+                        f"judge.api_key_env={self.api_key_env!r}: {self.base_url} refuses its key ({answer.problem}); "
+                        f"correct ${self.api_key_env} and continue the run"
+                    )
+                if answer.status == 404:  # not 403, with which a gateway may refuse a single text
+                    raise JudgeStopped(
+                        f"judge.model={self.model!r} is not served at {self.base_url} ({answer.problem}); correct "
+                        "judge.model, or judge.base_url, which mostly ends in /v1"
+                    )
             return [future.result() for future in futures]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _stop_if_useless(self, answer: Answer) -> None:
-        """JudgeStopped for an error that every other question would meet too.
-
-        Not for a 403: a gateway may refuse a single text with it.
-        """
-        if answer.status == 401:
-            raise JudgeStopped(
-                f"judge.api_key_env={self.api_key_env!r}: {self.base_url} refuses its key ({answer.problem}); "
-                f"correct ${self.api_key_env} and continue the run"
-            )
-        if answer.status == 404:
-            raise JudgeStopped(
-                f"judge.model={self.model!r} is not served at {self.base_url} ({answer.problem}); correct "
-                "judge.model, or judge.base_url, which mostly ends in /v1"
-            )
-
-    def _ask(self, text: str) -> Answer:
+    def _ask(self, text: str, with_logprobs: bool = True) -> Answer:
         """One question. Never raises: whatever goes wrong with it concerns its pair only."""
-        answer = self._request(text, self.logprobs and not self._logprobs_refused)
-        if answer.refuses_logprobs:
-            answer = self._request(text, with_logprobs=False)
-            # Errors may quote the texts, which may speak of logprobs: what succeeds without them was refused for them.
-            self._logprobs_refused |= answer.heard
-        return answer
-
-    def _request(self, text: str, with_logprobs: bool) -> Answer:
         from openai import APIStatusError, OpenAIError
 
+        with_logprobs = with_logprobs and self.logprobs and not self._logprobs_refused
         fields: dict[str, Any] = {"max_tokens": self.max_tokens, "temperature": 0, **self.request}
         if with_logprobs:
             fields |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
@@ -258,12 +220,16 @@ class LLMJudge(PairwiseJudge):
             choice = _choice(response.http_response.json())
         except APIStatusError as error:
             status, said = error.status_code, error.message
-            refuses_logprobs = with_logprobs and status in (400, 403, 422) and "logprobs" in said
+            if with_logprobs and status in (400, 403, 422) and "logprobs" in said:
+                answer = self._ask(text, with_logprobs=False)
+                # Errors may quote the texts, which may speak of logprobs: what succeeds without was refused for them.
+                self._logprobs_refused |= answer.heard
+                return answer
             if isinstance(error.body, dict) and "message" in error.body:
                 said = error.body["message"]
             # What a server says of a refused key may repeat it, in part and so past recognition.
-            problem = self._line(f"HTTP {status}" if status == 401 else f"HTTP {status}: {said}")
-            return Answer(problem=problem, status=status, refuses_logprobs=refuses_logprobs)
+            problem = f"HTTP {status}" if status == 401 else f"HTTP {status}: {said}"
+            return Answer(problem=self._line(problem), status=status)
         except OpenAIError as error:
             reason = f" {error.__cause__}" if error.__cause__ else ""
             return Answer(problem=self._line(f"{error}{reason}"))
@@ -280,10 +246,9 @@ class LLMJudge(PairwiseJudge):
 
 
 def log_odds(choice: dict[str, Any]) -> float:
-    """Log-odds of A over B from one choice of a chat completion: its log-probabilities, else its text.
+    """Log-odds of A over B from the log-probabilities of a chat completion's choice, else from its text.
 
-    Raises:
-        ValueError: it names neither, or holds what no server should send.
+    ValueError if it names neither, or holds what no server should send.
     """
     listed = _listed(choice)
     if not listed:
@@ -314,8 +279,8 @@ def _listed(choice: dict[str, Any]) -> list[tuple[str, float]]:
 
 def _verdict(choice: dict[str, Any]) -> float:
     """1 for an answer that is the letter A, -1 for B."""
-    content = (choice.get("message") or {}).get("content")
-    letter = re.fullmatch(r"""[\s"'`“”‘’]*([AaBb])\.?[\s"'`“”‘’]*\.?\s*""", content) if content else None
+    content = choice["message"]["content"]
+    letter = re.fullmatch(r"""[\s"'`“”‘’]*([AaBb])\.?[\s"'`“”‘’]*\.?\s*""", content or "")
     if letter is None:
         shown = content if content is None or len(content) <= 20 else content[:20] + "..."
         raise ValueError(f"the answer is {shown!r}, neither A nor B")
@@ -323,11 +288,7 @@ def _verdict(choice: dict[str, Any]) -> float:
 
 
 def _choice(body: Any) -> dict[str, Any]:
-    """The one choice of a chat completion, whose message is text or nothing.
-
-    Raises:
-        ValueError: the body of the response is something else.
-    """
+    """The one choice of a chat completion, whose message is text or nothing; ValueError if it is something else."""
     try:
         choice = body["choices"][0]
         content = choice["message"]["content"]
@@ -351,13 +312,8 @@ def _is_http(url: Any) -> bool:
 
 
 def _api_key(variable: str, required: bool) -> str:
-    """The key in an environment variable; without one, a word in its place that servers without keys accept.
-
-    Raises:
-        ConfigError: there is no key though one is required, or none that can be sent. Never shows a key.
-    """
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
-        # It may well be the key itself.
+    """The key in an environment variable; without one, a word that servers without keys accept. Never shows a key."""
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):  # it may well be the key itself
         raise ConfigError(
             "judge.api_key_env is not shown and no name of an environment variable; "
             "give the NAME of the variable that holds the key, in capitals, such as OPENAI_API_KEY"

@@ -1,4 +1,9 @@
-"""The original PairRM, the package llm-blender 0.0.2: what `PairRMJudge` is tested against, and its backend."""
+"""The original PairRM, the package llm-blender 0.0.2: what `PairRMJudge` is tested against, and its backend.
+
+Arguments of both classes: `directory` holds the model's configuration and weights; `normalizer` is the Unicode
+normaliser of the tokenizer's own file, see P4 in the shim; `device` is never the package's default, which is CUDA.
+They raise ConfigError if the package is not installed, and RuntimeError for weights that do not fit.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +20,9 @@ from xpo.judges.llm_blender_shim import import_llm_blender, load_tokenizer, quie
 
 
 class OriginalRanker:
-    """`llm_blender.Blender` with a checkpoint in the layout of `llm-blender/PairRM`.
+    """`llm_blender.Blender` with a checkpoint in the layout of `llm-blender/PairRM`; not in bfloat16 (ConfigError).
 
-    Args:
-        directory: holds the ranker's config.json and weights.
-        backbone: holds the configuration and tokenizer of the backbone.
-        normalizer: the Unicode normaliser of the tokenizer's own file; see P4 in the shim.
-        dtype: float32 or float16.
-        device: never the package's default, which is CUDA.
-
-    Raises:
-        ConfigError: the package is not installed, or the dtype is not one of its.
-        RuntimeError: the weights do not fit.
+    `backbone` holds the configuration and tokenizer of the backbone.
     """
 
     def __init__(
@@ -62,16 +58,7 @@ class OriginalRanker:
 class OriginalPairRM:
     """`llm_blender`'s DebertaV2PairRM with a checkpoint in the layout of `llm-blender/PairRM-hf`.
 
-    Args:
-        directory: holds everything.
-        normalizer: the Unicode normaliser of the tokenizer's own file; see P4 in the shim.
-        dtype: of the weights.
-        device: a torch device.
-
-    Raises:
-        ConfigError: the package is not installed.
-        RuntimeError: the weights do not fit.
-        AttributeError: the configuration lacks what the package needs besides DeBERTa's own keys.
+    AttributeError: the configuration lacks what the package needs besides DeBERTa's own keys.
     """
 
     def __init__(self, directory: Path, normalizer: Normalizer, dtype: torch.dtype, device: torch.device):

@@ -1,7 +1,6 @@
-"""Makes the package llm-blender 0.0.2 run on transformers 5.
+"""Makes the package llm-blender 0.0.2 run on transformers 5, where it does not import, or is silently wrong.
 
-It no longer imports there, and where it runs it is silently wrong. Four patches repair it, P1 to P4 below, all on the
-package's own modules and objects: transformers is as before for everybody else.
+Four patches, P1 to P4, all on the package's own modules and objects: transformers is as before for everybody else.
 """
 
 import io
@@ -25,11 +24,7 @@ from xpo.config.errors import ConfigError
 
 
 def import_llm_blender() -> ModuleType:
-    """The package with the patches P1, P2 and P3.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """The package with the patches P1, P2 and P3; ConfigError if it is not installed."""
     # P1: it imports a constant that transformers 5 has no more, the path of the cache; it is there for this import.
     cache = huggingface_hub.constants.HF_HUB_CACHE
     with patch.multiple(transformers.utils.hub, create=True, TRANSFORMERS_CACHE=cache), quiet():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from xpo.config.checks import count, number, one_of
 from xpo.config.errors import ConfigError
@@ -28,27 +28,25 @@ ANSWER = "\n\nAnswer:\n"  # where a model without a chat template is to go on
 class LocalLLMJudge(PairwiseJudge):
     """Asks a causal language model which of two completions is better, A or B.
 
-    The question is a user message in the model's own chat template, or plain text where it has none. The
-    log-odds are those of the two letters as the next token: logsumexp over the tokens that read A (with and
-    without a space before it, say), minus the same for B. A question longer than `max_length` is neither
-    asked nor cut, which would decide it by what is missing: it is no verdict (NaN).
+    The question is a user message in the model's own chat template, or plain text where it has none. The log-odds are
+    those of the letters as next token: logsumexp over the tokens that read A (with and without a space before it,
+    say), minus the same for B. A question longer than `max_length` is no verdict (NaN): cut, it would be decided by
+    what is missing.
 
     Args:
         model: hub name, local directory, embedded:smollm2_135m or embedded:tiny.
         revision: branch, tag or commit of a hub name; None is its default branch.
         dtype: "auto", "float32", "bfloat16" or "float16".
-        device: a torch device; None is CUDA where there is one, else the CPU.
+        device: a torch device; None is this process's GPU, or the CPU where there is none.
         batch_size: questions per forward pass; it changes speed and memory only.
         max_length: tokens of a question at most; never more than the model has positions for.
-        both_orders: ask in both orders. See `PairwiseJudge`.
-        seed: of the random order; unused with both orders.
+        both_orders, seed: see `PairwiseJudge`.
         template: the question, with {prompt}, {first} and {second}; None is `xpo.judges.question.TEMPLATE`.
         temperature: divides the log-odds; larger values give milder odds.
         trust_remote_code: run code that the model brings with it.
 
     Raises:
-        ConfigError: an argument is out of range, the model cannot be loaded, or its tokenizer has no token that
-            reads A or B.
+        ConfigError: an argument is out of range, the model cannot be loaded, or no token of it reads A or B.
     """
 
     def __init__(
@@ -69,32 +67,35 @@ class LocalLLMJudge(PairwiseJudge):
         count("judge.max_length", max_length)
         number("judge.temperature", temperature, above=0)
         one_of("judge.dtype", dtype, ("auto", *DTYPES))
-        template = TEMPLATE if template is None else template
-        check_template("judge.template", template)
         super().__init__(both_orders, seed)
-        self.template = template
+        self.template = TEMPLATE if template is None else template
+        check_template("judge.template", self.template)
         self.batch_size = batch_size
         self.temperature = temperature
         self.device = chosen_device("judge.device", device)
-        network, self.tokenizer = _load(model, revision, dtype, trust_remote_code)
+        options = ModelOptions(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+        directory = policy_directory(model, revision, "judge.model", with_code=trust_remote_code)
+        try:
+            network, self.tokenizer = load_model(directory, options), load_tokenizer(directory, options)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"judge.model={model!r} cannot be loaded ({reason}); point judge.model at a causal language model"
+            ) from error
         self.network = network.to(self.device).requires_grad_(False).eval()
-        # Not every kind of model has a limit.
-        limit = getattr(network.config.get_text_config(), "max_position_embeddings", max_length)
-        self.max_length = min(max_length, limit)
+        config = network.config.get_text_config()
+        self.max_length = min(max_length, getattr(config, "max_position_embeddings", max_length))  # some have no limit
         self.letters = [_tokens_that_read(letter, model, self.tokenizer) for letter in "AB"]
         special = [re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._structure = re.compile("|".join(special) or "(?!)")  # the latter matches nothing
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """Log-odds that the completion shown first is better, float32 (N,); NaN for a question that is too long."""
         rows = [self._tokens(*texts) for texts in zip(map(plain_text, prompts), first, second, strict=True)]
         asked = [i for i, row in enumerate(rows) if len(row) <= self.max_length]
         if len(asked) < len(rows):
             logger.warning(
-                "The judge did not read %d of %d questions: longer than judge.max_length=%d tokens",
-                len(rows) - len(asked),
-                len(rows),
-                self.max_length,
+                f"The judge did not read {len(rows) - len(asked)} of {len(rows)} questions: "
+                f"longer than judge.max_length={self.max_length} tokens"
             )
         log_odds = torch.full((len(rows),), torch.nan)
         log_odds[asked] = self._log_odds([rows[i] for i in asked]) / self.temperature
@@ -102,64 +103,37 @@ class LocalLLMJudge(PairwiseJudge):
 
     @property
     def fingerprint(self) -> str:
-        template = self.tokenizer.chat_template
-        at_once = "enable_thinking" in str(template)  # such models were let think before xpo asked them not to
-        return digest(
-            "local LLM, at once" if at_once else "local LLM",
-            model_digest(self.network),
-            (template, sorted(self.tokenizer.get_vocab().items())),
-            (self.template, self.max_length, self.temperature, self.both_orders, self.both_orders or self.seed),
-        )
+        texts = self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())
+        settings = self.template, self.max_length, self.temperature, self.both_orders, self.both_orders or self.seed
+        # Models that can think were let think before xpo asked them not to.
+        kind = "local LLM, at once" if "enable_thinking" in str(self.tokenizer.chat_template) else "local LLM"
+        return digest(kind, model_digest(self.network), texts, settings)
 
     def _tokens(self, prompt: str, first: str, second: str) -> list[int]:
-        """The token ids of one question, up to where the answer begins."""
         text = question(self.template, *map(self._clean, (prompt, first, second)))
         if self.tokenizer.chat_template is None:
             return self.tokenizer(text + ANSWER).input_ids
-        messages = [{"role": "user", "content": text}]
-        # A model that can think first (Qwen3) is to answer at once.
-        text = render(self.tokenizer, messages, enable_thinking=False)
-        # The template has written the special tokens.
+        # A model that can think first (Qwen3) is to answer at once. The template writes the special tokens.
+        text = render(self.tokenizer, [{"role": "user", "content": text}], enable_thinking=False)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _clean(self, text: str) -> str:
         """A text without what would read as the structure of the conversation, such as the end of the message."""
-        cleaned = self._structure.sub("", text)
-        while cleaned != text:  # what is left may have closed up to another one
-            text, cleaned = cleaned, self._structure.sub("", cleaned)
-        return cleaned
+        while (cleaned := self._structure.sub("", text)) != text:  # what is left may have closed up to another one
+            text = cleaned
+        return text
 
     @torch.no_grad()
     def _log_odds(self, rows: list[list[int]]) -> Tensor:
         """Log-odds of A over B after each row of tokens, float32 (N,) on the CPU. Similar lengths share a batch."""
         log_odds = torch.empty(len(rows))
         for batch in batches_by_length([(len(row), row) for row in rows], self.batch_size, longest_first=True):
-            ids, mask = padded([rows[i] for i in batch], side="left")
-            logits = self.network(
-                input_ids=ids.to(self.device),
-                attention_mask=mask.long().to(self.device),
-                position_ids=positions(mask).to(self.device),
-                logits_to_keep=1,
-                use_cache=False,
-            ).logits[:, -1]  # (N, V)
+            ids, mask = (part.to(self.device) for part in padded([rows[i] for i in batch], side="left"))
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": positions(mask)}
+            logits = self.network(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]  # (N, V)
             a, b = (logits[:, letter].float().logsumexp(dim=1) for letter in self.letters)
             log_odds[batch] = (a - b).cpu()
         return log_odds
-
-
-def _load(
-    name: str, revision: str | None, dtype: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """ConfigError: there is no such model, or what is there is no causal language model."""
-    schema = ModelOptions(name=name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    directory = policy_directory(name, revision, "judge.model", with_code=trust_remote_code)
-    try:
-        return load_model(directory, schema), load_tokenizer(directory, schema)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"judge.model={name!r} cannot be loaded ({reason}); point judge.model at a causal language model"
-        ) from error
 
 
 def _tokens_that_read(letter: str, model: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,9 +5,8 @@ One row of tokens asks whether completion a of prompt x is better than completio
     [CLS] <|source|> x [SEP] [CLS] <|candidate1|> a [SEP] [CLS] <|candidate2|> b [SEP]
     logit(a, b) = head([h_source; h_candidate1]) - head([h_source; h_candidate2])
 
-where h_* are DeBERTa's last hidden states at the markers. The logit depends on which completion stands
-first, so both orders are asked (see `PairwiseJudge`). Shapes: B pairs, N rows, L tokens of the longest
-row, H hidden size.
+where h_* are DeBERTa's last hidden states at the markers. The logit depends on which completion stands first, so both
+orders are asked (see `PairwiseJudge`). Shapes: B pairs, N rows, L tokens of the longest row, H hidden size.
 """
 
 import json
@@ -45,26 +44,24 @@ BACKENDS = ("native", "llm_blender")
 class PairRMJudge(PairwiseJudge):
     """PairRM's log-odds that one completion beats another.
 
-    PairRM's model of a win is P(a beats b) = sigmoid((logit(a, b) - logit(b, a)) / temperature), so that a
-    logit stands for log-odds of twice its size. Completions that read the same to the model, cut to its
-    length, are a tie; logits that are not finite are no verdict.
+    P(a beats b) = sigmoid((logit(a, b) - logit(b, a)) / temperature), so that a logit stands for log-odds of twice its
+    size. Completions that read the same to the model, cut to its length, are a tie; logits that are not finite are no
+    verdict.
 
     Args:
-        model: hub name, or local directory in the layout of `llm-blender/PairRM-hf` (all files in one
-            place) or of `llm-blender/PairRM` (`config.json` names the backbone).
+        model: hub name, or local directory in the layout of `llm-blender/PairRM-hf` (all files in one place) or of
+            `llm-blender/PairRM` (`config.json` names the backbone).
         revision: branch, tag or commit of a hub name; None is its default branch.
         batch_size: rows per forward pass; it changes speed and memory only.
-        both_orders: ask logit(a, b) and logit(b, a); False asks a random one. See `PairwiseJudge`.
-        seed: of the random order; unused with both orders.
+        both_orders, seed: see `PairwiseJudge`.
         temperature: divides the logits; larger values give milder odds.
         dtype: "float32", "bfloat16" or "float16".
         device: a torch device; None is this process's GPU, or the CPU where there is none.
-        backend: "native", or "llm_blender" for the original package, llm-blender 0.0.2, which gives the same
-            logits more slowly.
+        backend: "native", or "llm_blender" for the original package, 0.0.2: the same logits more slowly.
 
     Raises:
-        ConfigError: an argument is out of range, the hub is out of reach, files of the model are missing or
-            do not fit together, or the package of the backend is not installed.
+        ConfigError: an argument is out of range, the hub is out of reach, files of the model are missing or do not
+            fit together, or the package of the backend is not installed.
     """
 
     def __init__(
@@ -101,7 +98,11 @@ class PairRMJudge(PairwiseJudge):
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         texts = [[self._clean(text) for text in part] for part in (map(plain_text, prompts), first, second)]
-        rows = [self._row(*row) for row in zip(*map(self._tokens, texts), strict=True)]
+        rows = []  # of tokens, cut on the right to what the model reads
+        for source, one, two in zip(*map(self._tokens, texts), strict=True):
+            source = source[: SOURCE_TOKENS - 3]  # [CLS], marker and [SEP] take three
+            room = (TOTAL_TOKENS - len(source) - 3) // 2 - 3
+            rows.append((source, one[:room], two[:room]))
         different = [i for i, (_, one, two) in enumerate(rows) if one != two]
         if self.backend == "native":
             logits = self._logits([self._join(*rows[i]) for i in different])
@@ -114,38 +115,26 @@ class PairRMJudge(PairwiseJudge):
 
     @property
     def fingerprint(self) -> str:
-        return digest(
-            "PairRM",
-            weights_digest(self.network),
-            self.tokenizer.to_str(),
-            (self.backend, self.both_orders, self.both_orders or self.seed, self.temperature),
-        )
+        settings = self.backend, self.both_orders, self.both_orders or self.seed, self.temperature
+        return digest("PairRM", weights_digest(self.network), self.tokenizer.to_str(), settings)
 
     def _clean(self, text: str) -> str:
         """The text without what poses as structure: markers and [SEP], also in Unicode look-alikes."""
         while ANY_MARKER.search(text):  # taking out the inner one of nested markers leaves the outer one
             text = ANY_MARKER.sub("", text)
         text = text.replace("[SEP]", " ")
-        as_read = self._as_read(MARKERS[0] + text)
+        as_read = MARKERS[0] + text
+        if self.tokenizer.normalizer:
+            as_read = self.tokenizer.normalizer.normalize_str(as_read)
         if not as_read.startswith(MARKERS[0]):  # a combining character at the start changes the marker's end
             return self._clean(" " + text)
         as_read = as_read.removeprefix(MARKERS[0])
         return self._clean(as_read) if "[SEP]" in as_read or ANY_MARKER.search(as_read) else text
 
-    def _as_read(self, text: str) -> str:
-        """The text as the tokenizer's Unicode normaliser leaves it."""
-        return self.tokenizer.normalizer.normalize_str(text) if self.tokenizer.normalizer else text
-
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of clean texts as they read behind a marker, uncut."""
         encodings = self.tokenizer.encode_batch([MARKERS[0] + text for text in texts], add_special_tokens=False)
         return [encoding.ids[1:] for encoding in encodings]
-
-    def _row(self, source: list[int], one: list[int], two: list[int]) -> tuple[list[int], list[int], list[int]]:
-        """Prompt and completions, cut on the right to what the model reads."""
-        source = source[: SOURCE_TOKENS - 3]  # [CLS], marker and [SEP] take three
-        room = (TOTAL_TOKENS - len(source) - 3) // 2 - 3
-        return source, one[:room], two[:room]
 
     def _join(self, source: list[int], one: list[int], two: list[int]) -> list[int]:
         """The row of tokens that asks whether candidate `one` is better than candidate `two`."""
@@ -154,7 +143,7 @@ class PairRMJudge(PairwiseJudge):
 
     @torch.no_grad()
     def _logits(self, rows: list[list[int]]) -> Tensor:
-        """The logit of each row, float32 (N,) on the CPU. Rows of similar length share a batch."""
+        """The logit of each row, float32 (N,) on the CPU."""
         logits = torch.empty(len(rows))
         for batch in batches_by_length([(len(row), row) for row in rows], self.batch_size, longest_first=True):
             ids, mask = padded([rows[i] for i in batch])
@@ -171,8 +160,7 @@ class PairRMJudge(PairwiseJudge):
         short = [i for i in range(len(long)) if not long[i]]
         batches = [short[start : start + self.batch_size] for start in range(0, len(short), self.batch_size)]
         for batch in [*batches, *([i] for i in range(len(long)) if long[i])]:
-            prompts, first, second = ([part[i] for i in batch] for part in texts)
-            logits[batch] = self.original.logits(prompts, first, second)
+            logits[batch] = self.original.logits(*([part[i] for i in batch] for part in texts))
         return logits
 
 
@@ -197,38 +185,20 @@ class PairRMNetwork(nn.Module):
 
 
 class Checkpoint(NamedTuple):
-    """Where the files of a PairRM lie. In the layout of `llm-blender/PairRM-hf`, both directories are one.
+    """Where the files of a PairRM lie. In the layout of `llm-blender/PairRM-hf`, both directories are one."""
 
-    Attributes:
-        model: what the user calls it.
-        directory: holds the weights.
-        backbone: holds the backbone's configuration, `config`.
-    """
-
-    model: str
-    directory: Path
-    backbone: Path
+    model: str  # what the user calls it
+    directory: Path  # holds the weights
+    backbone: Path  # holds the backbone's configuration, `config`
     config: dict[str, Any]
-
-    def file(self, name: str, backbone: bool = False) -> Path:
-        """The path of a file, which must be there."""
-        return _file(self.model, self.backbone if backbone else self.directory, name)
 
     def misfit(self, error: Exception) -> ConfigError:
         """The weights are not those that the configuration asks for."""
-        reason = " ".join(str(error).split())[:160]
-        return ConfigError(
-            f"judge.model={self.model!r}: model.safetensors does not fit ({reason}); "
-            "point judge.model at a complete copy of llm-blender/PairRM-hf"
-        )
+        return _incomplete(self.model, f"model.safetensors does not fit ({' '.join(str(error).split())[:160]})")
 
 
 def find_pair_rm(model: str, revision: str | None = None) -> Checkpoint:
-    """A checkpoint in either layout, from disk or from the hub.
-
-    Raises:
-        ConfigError: the hub is out of reach, a configuration is missing, or it is no PairRM's.
-    """
+    """A checkpoint in either layout, from disk or from the hub; ConfigError if there is none, or no PairRM's."""
     directory = backbone = local_directory("judge.model", model, revision)
     config = json.loads(_file(model, directory, "config.json").read_text(encoding="utf-8"))
     if config.get("ranker_type") == "pairranker":
@@ -243,14 +213,11 @@ def find_pair_rm(model: str, revision: str | None = None) -> Checkpoint:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer with the four markers; it neither cuts nor pads.
-
-    Raises:
-        ConfigError: it is missing.
-    """
+    """The tokenizer with the four markers, which neither cuts nor pads; ConfigError if it is missing."""
+    own = (checkpoint.directory / "tokenizer.json").is_file()
+    directory = checkpoint.directory if own else checkpoint.backbone
     # Never AutoTokenizer: transformers 5 rebuilds DeBERTa's tokenizer without its Unicode normaliser.
-    in_backbone = not (checkpoint.directory / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.from_file(str(checkpoint.file("tokenizer.json", in_backbone)))
+    tokenizer = Tokenizer.from_file(str(_file(checkpoint.model, directory, "tokenizer.json")))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.add_tokens([marker for marker in MARKERS if tokenizer.token_to_id(marker) is None])
@@ -258,13 +225,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_network(checkpoint: Checkpoint) -> PairRMNetwork:
-    """The network on the CPU.
-
-    Raises:
-        ConfigError: the weights are missing, or do not fit the configuration.
-    """
+    """The network on the CPU; ConfigError if the weights are missing, or do not fit the configuration."""
     try:
-        weights = load_file(checkpoint.file("model.safetensors"))
+        weights = load_file(_file(checkpoint.model, checkpoint.directory, "model.safetensors"))
         vocabulary = len(weights["pretrained_model.embeddings.word_embeddings.weight"])
         with no_init_weights():
             network = PairRMNetwork(DebertaV2Config.from_dict(checkpoint.config | {"vocab_size": vocabulary}))
@@ -277,12 +240,8 @@ def load_network(checkpoint: Checkpoint) -> PairRMNetwork:
 def load_original(
     checkpoint: Checkpoint, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
 ) -> OriginalPairRM | OriginalRanker:
-    """The original package's own model of either layout.
-
-    Raises:
-        ConfigError: the package is not installed, or the weights are missing or do not fit the configuration.
-    """
-    checkpoint.file("model.safetensors")
+    """The same by the original package in either layout; ConfigError also if it is not installed."""
+    _file(checkpoint.model, checkpoint.directory, "model.safetensors")
     try:
         if checkpoint.directory == checkpoint.backbone:
             return OriginalPairRM(checkpoint.directory, tokenizer.normalizer, dtype, device)
@@ -294,8 +253,9 @@ def load_original(
 def _file(model: str, directory: Path, name: str) -> Path:
     """The path of a file, which must be there."""
     if not (directory / name).is_file():
-        raise ConfigError(
-            f"judge.model={model!r}: {directory} has no {name}; "
-            "point judge.model at a complete copy of llm-blender/PairRM-hf"
-        )
+        raise _incomplete(model, f"{directory} has no {name}")
     return directory / name
+
+
+def _incomplete(model: str, what: str) -> ConfigError:
+    return ConfigError(f"judge.model={model!r}: {what}; point judge.model at a complete copy of llm-blender/PairRM-hf")

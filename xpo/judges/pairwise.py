@@ -14,9 +14,8 @@ class PairwiseJudge(Judge):
     """A judge whose answer may depend on which completion is shown first. Subclasses write `preferences`.
 
     Args:
-        both_orders: show each pair in both orders; the margin is the mean of both answers. False shows one
-            order, at half the cost. Which one is random, but fixed by `seed` and the texts, so that
-            swapping `first` and `second` still flips the sign. Such margins keep the position bias.
+        both_orders: show each pair in both orders, for the mean of both answers. False shows a random one, fixed by
+            `seed` and the texts: half the cost; a swap still flips the sign, but the position bias stays.
         seed: of the random order; unused with both orders.
     """
 

@@ -12,10 +12,7 @@ from xpo.rewards.base import RewardModel
 
 
 class RewardJudge(Judge):
-    """Prefers the completion with the higher reward: the margin is the difference of the scores.
-
-    That is the log-odds of the Bradley-Terry model with these rewards.
-    """
+    """The margin is the difference of the scores: the log-odds of the Bradley-Terry model with these rewards."""
 
     def __init__(self, reward_model: RewardModel):
         self.reward_model = reward_model

@@ -9,24 +9,20 @@ from torch import Tensor
 from xpo.config.checks import number
 from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt, coin
-from xpo.judges.base import Judge, Verdicts
+from xpo.judges.base import Judge, JudgeOfAnother, Verdicts
 from xpo.models.fingerprints import digest
 
 
-class LengthControlledJudge(Judge):
+class LengthControlledJudge(JudgeOfAnother):
     """Takes the length out of another judge's verdict: margin - coefficient * (characters more than the other).
 
-    A judge that likes long answers teaches a policy to write them. With a coefficient of 0.01, a
-    hundred characters cost as much as one unit of log-odds; a negative one rewards length.
+    With a coefficient of 0.01, a hundred characters cost one unit of log-odds; a negative one rewards length.
     """
 
     def __init__(self, judge: Judge, coefficient: float):
         number("judge.coefficient", coefficient)
         self.judge = judge
         self.coefficient = coefficient
-
-    def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        return self.verdicts(prompts, first, second).margin
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         margin, flipped, _ = self.judge.verdicts(prompts, first, second)
@@ -38,20 +34,11 @@ class LengthControlledJudge(Judge):
         inner = self.judge.fingerprint
         return inner and digest("length controlled", inner, self.coefficient)
 
-    def state(self) -> dict[str, Any]:
-        return self.judge.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.judge.load_state(state)
-
 
 class AllOfJudge(Judge):
-    """A pair is won only if every judge agrees, by the smallest of their margins; otherwise it is a tie.
+    """Two judges or more, by name: who wins by all of them wins by their smallest margin; else it is a tie.
 
-    It is invalid where any of them could not tell.
-
-    Args:
-        judges: two or more, by a name of your choice.
+    A pair is invalid where any of them could not tell.
     """
 
     def __init__(self, judges: dict[str, Judge]):

@@ -10,30 +10,18 @@ from xpo.data.prompts import Prompt
 
 
 class Scores(NamedTuple):
-    """What a reward model says of B completions.
+    """What a reward model says of B completions."""
 
-    Attributes:
-        total: the rewards, (B,); see `RewardModel.scores`.
-        parts: what they are made of, by name, (B,) each; empty unless the model is a mix.
-    """
-
-    total: Tensor
-    parts: dict[str, Tensor]
+    total: Tensor  # the rewards, (B,); see `RewardModel.scores`
+    parts: dict[str, Tensor]  # what they are made of, by name, (B,) each; empty unless the model is a mix
 
 
 class RewardModel(ABC):
-    """Scores completions. A reward model of your own needs `scores` only.
-
-    Renders text with its own chat template and tokenizer, if it has any.
-    """
+    """Scores completions, read with its own chat template and tokenizer. One of your own needs `scores` only."""
 
     @abstractmethod
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Rewards of completions.
-
-        Args:
-            prompts: B prompts, strings or message lists.
-            completions: B decoded completions without special tokens.
+        """Rewards of B completions, decoded and without special tokens, of B prompts, strings or message lists.
 
         Returns:
             Float tensor (B,) on the CPU: higher is better, NaN where there is no score.
@@ -45,8 +33,5 @@ class RewardModel(ABC):
 
     @property
     def fingerprint(self) -> str | None:
-        """Names what the scores depend on besides the texts: weights (not their name) and settings.
-
-        Two models with the same fingerprint share cached scores. None: its scores are never cached.
-        """
+        """Names what scores depend on besides the texts: weights, not their name, and settings. None: never cached."""
         return None

@@ -11,14 +11,11 @@ from xpo.rewards.base import RewardModel
 
 
 class CachedReward(RewardModel):
-    """Scores each completion once; the score is kept in a file that epochs, resumes and jobs share.
-
-    Missing scores (NaN) are not kept.
+    """Scores each completion once; all scores but NaN are kept in a file that epochs, resumes and jobs share.
 
     Args:
         reward_model: who is asked.
-        path: an SQLite file; see `xpo.data.store.Store`.
-        commit_every: so many completions are scored and then written at a time: what a kill can lose.
+        path, commit_every: see `xpo.data.remembered.Remembered`.
 
     Raises:
         ConfigError: the reward model has no fingerprint.

@@ -1,9 +1,7 @@
 """A transformers sequence classifier as reward model."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,9 +25,8 @@ from xpo.rewards.base import RewardModel
 class ClassifierReward(RewardModel):
     """Scores with a sequence classifier: its single logit, or of two labels the log-odds of the second.
 
-    The text is rendered with the classifier's own chat template and read by its own tokenizer, never
-    as the policy's token ids. Without a chat template a conversational prompt and its completion are
-    a text pair, of which the prompt is shortened first.
+    It reads text with its own chat template and tokenizer. Without a template, a conversational prompt and its
+    completion are a text pair, of which the prompt is shortened first.
 
     Args:
         model: a classifier with one label, or with two, of which the second stands for the better text.
@@ -42,11 +39,7 @@ class ClassifierReward(RewardModel):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int = 16,
-        max_length: int = 2048,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, max_length: int = 2048
     ):
         if model.config.num_labels > 2:
             raise ConfigError(
@@ -77,8 +70,7 @@ class ClassifierReward(RewardModel):
         """Loads a classifier by hub name or from a local directory, with its own tokenizer unless one is given.
 
         Raises:
-            ConfigError: the hub is out of reach, there is no such model, it is no trained classifier, or it brings
-                its own code, which runs only with `trust_remote_code`.
+            ConfigError: the hub is out of reach, there is no trained classifier, or its own code is not trusted.
         """
         where = chosen_device("reward_model.device", device)
         directory = local_directory("reward_model.model", model, revision, with_code=trust_remote_code)
@@ -93,10 +85,9 @@ class ClassifierReward(RewardModel):
             if "trust_remote_code" in str(error):
                 reason, remedy = "it brings its own code", "read the code, then set reward_model.trust_remote_code=true"
             raise ConfigError(f"reward_model.model={model!r} cannot be loaded ({reason}); {remedy}") from error
-        if loading["missing_keys"]:  # transformers makes them up
+        if missing := loading["missing_keys"]:  # transformers makes them up
             raise ConfigError(
-                f"reward_model.model={model!r} has no trained {sorted(loading['missing_keys'])[0]}; point it at a "
-                "sequence classifier"
+                f"reward_model.model={model!r} has no trained {min(missing)}; point it at a sequence classifier"
             )
         return cls(classifier.to(where), tokenizer, batch_size, max_length)
 
@@ -109,22 +100,18 @@ class ClassifierReward(RewardModel):
 
     def _encode(self, prompt: Prompt, completion: str) -> BatchEncoding:
         options = {"return_token_type_ids": self.token_types, "max_length": self.max_length}
-        if is_conversational(prompt) and self.tokenizer.chat_template is None:
-            return self._encode_pair(plain_text(prompt), completion, options)
-        # A chat template writes the special tokens itself.
-        text, special = render(self.tokenizer, prompt, completion), not is_conversational(prompt)
-        return self.tokenizer(text, add_special_tokens=special, truncation=True, **options)
-
-    def _encode_pair(self, prompt: str, completion: str, options: dict[str, Any]) -> BatchEncoding:
+        if not is_conversational(prompt) or self.tokenizer.chat_template is not None:
+            # A chat template writes the special tokens itself.
+            text, special = render(self.tokenizer, prompt, completion), not is_conversational(prompt)
+            return self.tokenizer(text, add_special_tokens=special, truncation=True, **options)
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
         if len(self.tokenizer(completion, add_special_tokens=False).input_ids) < room:
-            return self.tokenizer(prompt, completion, truncation="only_first", **options)
+            return self.tokenizer(plain_text(prompt), completion, truncation="only_first", **options)
         return self.tokenizer("", completion, truncation="only_second", **options)
 
     @torch.inference_mode()
     def _forward(self, encoded: list[BatchEncoding]) -> Tensor:
-        # Decoder classifiers score the last token that differs from the pad token. So that a text which
-        # ends with the pad token (often the EOS token) is scored at its real end, pad with another token.
+        # Decoder classifiers score the last token that differs from the pad token: pad with one that ends no text.
         rows = [row.input_ids for row in encoded]
         last_tokens = {row[-1] for row in rows}
         pad = self.tokenizer.pad_token_id
@@ -134,27 +121,16 @@ class ClassifierReward(RewardModel):
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self.token_types:
             inputs["token_type_ids"], _ = padded([row.token_type_ids for row in encoded])
-        with self._pad_token(pad):
+        config = self.model.config.get_text_config()
+        own_pad, config.pad_token_id = config.pad_token_id, pad
+        try:
             logits = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits
+        finally:  # the model may be the user's own
+            config.pad_token_id = own_pad
         logits = logits.float().cpu()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 
-    @contextmanager
-    def _pad_token(self, pad: int) -> Iterator[None]:
-        """The pad token that the model's configuration names, for a while: the model may be the user's own."""
-        config = self.model.config.get_text_config()
-        before = config.pad_token_id
-        config.pad_token_id = pad
-        try:
-            yield
-        finally:
-            config.pad_token_id = before
-
     @property
     def fingerprint(self) -> str:
-        return digest(
-            "classifier",
-            model_digest(self.model),
-            sorted(self.tokenizer.get_vocab().items()),
-            (self.tokenizer.chat_template, self.max_length),
-        )
+        vocabulary, template = sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template
+        return digest("classifier", model_digest(self.model), vocabulary, (template, self.max_length))

