@@ -15,7 +15,7 @@ class Verdicts(NamedTuple):
     """What a judge says of B pairs."""
 
     margin: Tensor  # log-odds that the first completion beats the second; see `Judge.margins`, (B,)
-    flipped: Tensor  # 1 where the order of the completions changed the verdict, 0 where not, NaN if one was asked, (B,)
+    flipped: Tensor  # 1 where the order of the completions changed the verdict, 0 where not, NaN: one was asked, (B,)
     scores: tuple[Scores, Scores] | None = None  # of first and second completions, where the margin is their difference
 
 
@@ -24,19 +24,13 @@ class Judge(ABC):
 
     @abstractmethod
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """Log-odds that `first` beats `second`.
-
-        Args:
-            prompts: B prompts, strings or message lists.
-            first: B completions of them, decoded and without special tokens.
-            second: B other completions of them.
+        """Log-odds that `first` beats `second`: B decoded completions each, without special tokens, of B prompts.
 
         Returns:
-            Float tensor (B,) on the CPU: positive where `first` is better, 0 for a tie, NaN where
-            the judge could not tell. Swapping `first` and `second` flips the sign.
+            Float tensor (B,) on the CPU: positive where `first` is better, 0 for a tie, NaN where the judge could not
+            tell. Swapping `first` and `second` flips the sign.
 
-        Raises:
-            JudgeStopped: the judge cannot go on at all; training stops with a checkpoint.
+        JudgeStopped if the judge cannot go on at all: training stops with a checkpoint.
         """
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
@@ -57,13 +51,17 @@ class Judge(ABC):
         """Goes on from what `state` returned. The default has nothing to go on from."""
 
 
-class JudgeOfAnother(Judge):
-    """What is made of another judge, `judge`, and goes on from its state. Subclasses write `verdicts`."""
-
-    judge: Judge
+class JudgeByVerdicts(Judge):
+    """A judge that writes `verdicts`, of which its margins are a part."""
 
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         return self.verdicts(prompts, first, second).margin
+
+
+class JudgeOfAnother(JudgeByVerdicts):
+    """What is made of another judge, `judge`, and goes on from its state."""
+
+    judge: Judge
 
     def state(self) -> dict[str, Any]:
         return self.judge.state()

@@ -13,14 +13,8 @@ from xpo.judges.base import Judge, JudgeOfAnother, Verdicts
 class CachedJudge(JudgeOfAnother):
     """Asks a judge once for each pair; all verdicts but NaN are kept in a file that epochs, resumes and jobs share.
 
-    A pair is kept in one order: swapping its completions finds the same verdict with its sign turned.
-
-    Args:
-        judge: who is asked.
-        path, commit_every: see `xpo.data.remembered.Remembered`.
-
-    Raises:
-        ConfigError: the judge has no fingerprint.
+    A pair is kept in one order: swapping its completions finds the same verdict with its sign turned. `path` and
+    `commit_every` are those of `xpo.data.remembered.Remembered`; ConfigError for a judge without a fingerprint.
     """
 
     def __init__(self, judge: Judge, path: Path | str, commit_every: int = 128):

@@ -33,9 +33,7 @@ class Labeller:
     """Labels pairs of completions. The judge says who wins; a reward model beside it only scores.
 
     Args:
-        judge: gives the margins, and perhaps the scores that they are the differences of.
         reward_model: another than the judge's, whose scores are reported instead; None: the judge's, if any.
-        options: how margins become labels.
         missing_eos_penalty: what an unfinished completion costs, in units of margin and score; None for nothing.
         sum_over_ranks: a collective that adds a float64 tensor up over the ranks, for `normalize_scores`.
     """
@@ -59,11 +57,7 @@ class Labeller:
     ) -> Labelled:
         """The labels of B pairs. Identical texts are a tie whatever the judge says, before the penalty.
 
-        `uniform` are numbers in [0, 1) for sampled labels, (B,).
-
-        Raises:
-            ConfigError: a judge or reward model returned another shape than one number per pair.
-            JudgeStopped: the judge cannot go on.
+        `uniform` are numbers in [0, 1) for sampled labels, (B,). ConfigError unless there is one number per pair.
         """
         verdicts = self.judge.verdicts(prompts, first.texts, second.texts)
         scored, scores, parts = verdicts.scores, None, {}

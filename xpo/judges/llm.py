@@ -62,8 +62,7 @@ class LLMJudge(PairwiseJudge):
         timeout_s: seconds until a silent request counts as lost.
         max_retries: how often one request is repeated.
         max_requests: questions that the whole run may ask, shared equally by its processes; None is no limit.
-        request: more fields of a request's body, also in place of our max_tokens and temperature (0); None leaves one
-            out. For servers that want other fields, and models that think before they answer.
+        request: more fields of a request's body, also in place of max_tokens and temperature; None leaves one out.
 
     Raises:
         ConfigError: an argument is out of range, there is no key, or the package openai is not installed.
@@ -129,8 +128,7 @@ class LLMJudge(PairwiseJudge):
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the key or
-        does not know the model; not one question was answered, or none of the last 16 and more with A or B.
-        """
+        does not know the model; none of the questions was answered, or none of the last 16 and more with A or B."""
         texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
         if not texts:
             return torch.empty(0)
@@ -231,8 +229,7 @@ class LLMJudge(PairwiseJudge):
             problem = f"HTTP {status}" if status == 401 else f"HTTP {status}: {said}"
             return Answer(problem=self._line(problem), status=status)
         except OpenAIError as error:
-            reason = f" {error.__cause__}" if error.__cause__ else ""
-            return Answer(problem=self._line(f"{error}{reason}"))
+            return Answer(problem=self._line(f"{error} {error.__cause__ or ''}"))
         except (ValueError, RecursionError) as error:  # from JSON that is malformed, or nested without end
             return Answer(problem=self._line(f"no chat completion: {error}"))
         try:
@@ -251,8 +248,13 @@ def log_odds(choice: dict[str, Any]) -> float:
     ValueError if it names neither, or holds what no server should send.
     """
     listed = _listed(choice)
-    if not listed:
-        return _verdict(choice)
+    if not listed:  # the answer must be the letter
+        content = choice["message"]["content"]
+        letter = re.fullmatch(r"""[\s"'`“”‘’]*([AaBb])\.?[\s"'`“”‘’]*\.?\s*""", content or "")
+        if letter is None:
+            shown = content if content is None or len(content) <= 20 else content[:20] + "..."
+            raise ValueError(f"the answer is {shown!r}, neither A nor B")
+        return 1.0 if letter[1] in "Aa" else -1.0
     a, b = ([logprob for token, logprob in listed if token.strip() == letter] for letter in "AB")
     if not a and not b:
         raise ValueError(f"neither A nor B is among the {len(listed)} likeliest answers")
@@ -275,16 +277,6 @@ def _listed(choice: dict[str, Any]) -> list[tuple[str, float]]:
         if not isinstance(token, str) or type(logprob) not in (int, float) or not logprob < 0.1:
             raise ValueError("the log-probabilities are malformed")
     return [(token, logprob) for token, logprob in listed if logprob > UNLISTED]
-
-
-def _verdict(choice: dict[str, Any]) -> float:
-    """1 for an answer that is the letter A, -1 for B."""
-    content = choice["message"]["content"]
-    letter = re.fullmatch(r"""[\s"'`“”‘’]*([AaBb])\.?[\s"'`“”‘’]*\.?\s*""", content or "")
-    if letter is None:
-        shown = content if content is None or len(content) <= 20 else content[:20] + "..."
-        raise ValueError(f"the answer is {shown!r}, neither A nor B")
-    return 1.0 if letter[1] in "Aa" else -1.0
 
 
 def _choice(body: Any) -> dict[str, Any]:

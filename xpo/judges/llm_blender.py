@@ -1,8 +1,8 @@
 """The original PairRM, the package llm-blender 0.0.2: what `PairRMJudge` is tested against, and its backend.
 
-Arguments of both classes: `directory` holds the model's configuration and weights; `normalizer` is the Unicode
-normaliser of the tokenizer's own file, see P4 in the shim; `device` is never the package's default, which is CUDA.
-They raise ConfigError if the package is not installed, and RuntimeError for weights that do not fit.
+`directory` holds configuration and weights, `backbone` those of the backbone and the tokenizer; `normalizer` is the
+Unicode normaliser of the tokenizer's own file, see P4 in the shim. Both classes raise ConfigError without the package,
+RuntimeError for weights that do not fit, and AttributeError for a configuration that lacks what the package needs.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,7 @@ from xpo.judges.llm_blender_shim import import_llm_blender, load_tokenizer, quie
 
 
 class OriginalRanker:
-    """`llm_blender.Blender` with a checkpoint in the layout of `llm-blender/PairRM`; not in bfloat16 (ConfigError).
-
-    `backbone` holds the configuration and tokenizer of the backbone.
-    """
+    """`llm_blender.Blender` with a checkpoint in the layout of `llm-blender/PairRM`; not in bfloat16 (ConfigError)."""
 
     def __init__(
         self, directory: Path, backbone: Path, normalizer: Normalizer, dtype: torch.dtype, device: torch.device
@@ -35,20 +32,16 @@ class OriginalRanker:
                 "set judge.backend=native or judge.dtype=float32"
             )
         # The package guesses the kind of tokenizer from words anywhere in its path: "phi" is in "sophia".
-        own_tokenizer = patch.object(
-            package.blender.blender_utils, "build_tokenizer", lambda *_, **__: load_tokenizer(backbone, normalizer)
-        )
+        utils = package.blender.blender_utils
+        own_tokenizer = patch.object(utils, "build_tokenizer", lambda *_, **__: load_tokenizer(backbone, normalizer))
         with quiet(), torch.random.fork_rng([]), own_tokenizer:
             self.blender = package.Blender()
-            # Without fp16=False, CUDA means float16.
+            # Left to itself, it takes CUDA, and float16 there.
             self.blender.loadranker(str(directory), device=str(device), model_name=str(backbone), fp16=False)
         self.network: nn.Module = self.blender.ranker.to(dtype).requires_grad_(False)
 
     def logits(self, sources: Sequence[str], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        """logit(first, second) of one batch of clean texts, float32 (N,) on the CPU.
-
-        Completions of more than 412 tokens are cut further than alone if another prompt of the batch is longer.
-        """
+        """logit(first, second) of one batch of clean texts, cut to its longest prompt, float32 (N,) on the CPU."""
         with torch.random.fork_rng([]):  # its DataLoader draws a seed
             options = {"batch_size": len(sources), "return_logits": True, "mode": "[A,B]", "disable_tqdm": True}
             logits = self.blender.compare(list(sources), list(first), list(second), **options)
@@ -56,10 +49,7 @@ class OriginalRanker:
 
 
 class OriginalPairRM:
-    """`llm_blender`'s DebertaV2PairRM with a checkpoint in the layout of `llm-blender/PairRM-hf`.
-
-    AttributeError: the configuration lacks what the package needs besides DeBERTa's own keys.
-    """
+    """`llm_blender`'s DebertaV2PairRM with a checkpoint in the layout of `llm-blender/PairRM-hf`."""
 
     def __init__(self, directory: Path, normalizer: Normalizer, dtype: torch.dtype, device: torch.device):
         package = import_llm_blender()
@@ -77,5 +67,4 @@ class OriginalPairRM:
         """logit(first, second) of one batch of clean texts, float32 (N,) on the CPU."""
         encodings = self.tokenize_pair(self.tokenizer, sources, first, second)
         inputs = {name: encodings[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        logits: Tensor = self.network(**inputs, return_dict=True).logits
-        return logits.float().cpu()
+        return self.network(**inputs, return_dict=True).logits.float().cpu()

@@ -13,12 +13,12 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import huggingface_hub.constants
 import torch
-import transformers.utils.hub
+from huggingface_hub import constants
 from tokenizers.normalizers import Normalizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import hub
 
 from xpo.config.errors import ConfigError
 
@@ -26,8 +26,7 @@ from xpo.config.errors import ConfigError
 def import_llm_blender() -> ModuleType:
     """The package with the patches P1, P2 and P3; ConfigError if it is not installed."""
     # P1: it imports a constant that transformers 5 has no more, the path of the cache; it is there for this import.
-    cache = huggingface_hub.constants.HF_HUB_CACHE
-    with patch.multiple(transformers.utils.hub, create=True, TRANSFORMERS_CACHE=cache), quiet():
+    with patch.object(hub, "TRANSFORMERS_CACHE", constants.HF_HUB_CACHE, create=True), quiet():
         try:
             import llm_blender
             import llm_blender.pair_ranker.pairrm
@@ -42,9 +41,7 @@ def import_llm_blender() -> ModuleType:
     return llm_blender
 
 
-def _encode_texts(
-    texts: list[str], tokenizer: PreTrainedTokenizerFast, max_length: int | None = None
-) -> tuple[Tensor, Tensor]:
+def _encode_texts(texts: list[str], tokenizer: Any, max_length: int | None = None) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, (texts, max_length) each: the patch P2."""
     batch = tokenizer(texts, max_length=max_length, padding="max_length", truncation=True, return_tensors="pt")
     return batch["input_ids"], batch["attention_mask"]

@@ -30,19 +30,14 @@ class LocalLLMJudge(PairwiseJudge):
 
     The question is a user message in the model's own chat template, or plain text where it has none. The log-odds are
     those of the letters as next token: logsumexp over the tokens that read A (with and without a space before it,
-    say), minus the same for B. A question longer than `max_length` is no verdict (NaN): cut, it would be decided by
-    what is missing.
+    say), minus the same for B. A question longer than `max_length` is no verdict (NaN): what is cut might decide it.
 
     Args:
         model: hub name, local directory, embedded:smollm2_135m or embedded:tiny.
-        revision: branch, tag or commit of a hub name; None is its default branch.
+        revision, device, batch_size, both_orders, seed, temperature: as for `PairRMJudge`.
         dtype: "auto", "float32", "bfloat16" or "float16".
-        device: a torch device; None is this process's GPU, or the CPU where there is none.
-        batch_size: questions per forward pass; it changes speed and memory only.
         max_length: tokens of a question at most; never more than the model has positions for.
-        both_orders, seed: see `PairwiseJudge`.
         template: the question, with {prompt}, {first} and {second}; None is `xpo.judges.question.TEMPLATE`.
-        temperature: divides the log-odds; larger values give milder odds.
         trust_remote_code: run code that the model brings with it.
 
     Raises:
@@ -93,10 +88,8 @@ class LocalLLMJudge(PairwiseJudge):
         rows = [self._tokens(*texts) for texts in zip(map(plain_text, prompts), first, second, strict=True)]
         asked = [i for i, row in enumerate(rows) if len(row) <= self.max_length]
         if len(asked) < len(rows):
-            logger.warning(
-                f"The judge did not read {len(rows) - len(asked)} of {len(rows)} questions: "
-                f"longer than judge.max_length={self.max_length} tokens"
-            )
+            unread = f"{len(rows) - len(asked)} of {len(rows)} questions"
+            logger.warning("The judge did not read %s: longer than judge.max_length=%d tokens", unread, self.max_length)
         log_odds = torch.full((len(rows),), torch.nan)
         log_odds[asked] = self._log_odds([rows[i] for i in asked]) / self.temperature
         return log_odds

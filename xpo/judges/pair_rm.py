@@ -44,9 +44,8 @@ BACKENDS = ("native", "llm_blender")
 class PairRMJudge(PairwiseJudge):
     """PairRM's log-odds that one completion beats another.
 
-    P(a beats b) = sigmoid((logit(a, b) - logit(b, a)) / temperature), so that a logit stands for log-odds of twice its
-    size. Completions that read the same to the model, cut to its length, are a tie; logits that are not finite are no
-    verdict.
+    P(a beats b) = sigmoid((logit(a, b) - logit(b, a)) / temperature): a logit stands for log-odds of twice its size.
+    Completions that read the same, cut to the model's length, are a tie; logits that are not finite are no verdict.
 
     Args:
         model: hub name, or local directory in the layout of `llm-blender/PairRM-hf` (all files in one place) or of
@@ -60,8 +59,7 @@ class PairRMJudge(PairwiseJudge):
         backend: "native", or "llm_blender" for the original package, 0.0.2: the same logits more slowly.
 
     Raises:
-        ConfigError: an argument is out of range, the hub is out of reach, files of the model are missing or do not
-            fit together, or the package of the backend is not installed.
+        ConfigError: an argument is wrong; the hub, the backend or files of the model are missing, or do not fit.
     """
 
     def __init__(
@@ -89,9 +87,8 @@ class PairRMJudge(PairwiseJudge):
         self.tokenizer = load_tokenizer(checkpoint)
         vocabulary = self.tokenizer.get_vocab()
         self.cls, self.sep, *self.markers = [vocabulary[token] for token in ("[CLS]", "[SEP]", *MARKERS)]
-        self.network: nn.Module
         if backend == "native":
-            self.network = load_network(checkpoint).to(self.device, DTYPES[dtype]).requires_grad_(False).eval()
+            self.network: nn.Module = load_network(checkpoint).to(self.device, DTYPES[dtype])
         else:
             self.original = load_original(checkpoint, self.tokenizer, DTYPES[dtype], self.device)
             self.network = self.original.network
@@ -147,15 +144,11 @@ class PairRMJudge(PairwiseJudge):
         logits = torch.empty(len(rows))
         for batch in batches_by_length([(len(row), row) for row in rows], self.batch_size, longest_first=True):
             ids, mask = padded([rows[i] for i in batch])
-            output = self.network(ids.to(self.device), mask.to(self.device), self.markers)
-            logits[batch] = output.float().cpu()
+            logits[batch] = self.network(ids.to(self.device), mask.to(self.device), self.markers).float().cpu()
         return logits
 
     def _original_logits(self, texts: list[list[str]], long: list[bool]) -> Tensor:
-        """The same by the original, from clean texts: N prompts, and the candidates of each.
-
-        It cuts candidates to the room that the longest prompt of a batch leaves, so long pairs go alone.
-        """
+        """The same by the original, which cuts to what the longest prompt of a batch leaves: long pairs go alone."""
         logits = torch.empty(len(long))
         short = [i for i in range(len(long)) if not long[i]]
         batches = [short[start : start + self.batch_size] for start in range(0, len(short), self.batch_size)]
@@ -193,7 +186,6 @@ class Checkpoint(NamedTuple):
     config: dict[str, Any]
 
     def misfit(self, error: Exception) -> ConfigError:
-        """The weights are not those that the configuration asks for."""
         return _incomplete(self.model, f"model.safetensors does not fit ({' '.join(str(error).split())[:160]})")
 
 
@@ -214,8 +206,7 @@ def find_pair_rm(model: str, revision: str | None = None) -> Checkpoint:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer with the four markers, which neither cuts nor pads; ConfigError if it is missing."""
-    own = (checkpoint.directory / "tokenizer.json").is_file()
-    directory = checkpoint.directory if own else checkpoint.backbone
+    directory = checkpoint.directory if (checkpoint.directory / "tokenizer.json").is_file() else checkpoint.backbone
     # Never AutoTokenizer: transformers 5 rebuilds DeBERTa's tokenizer without its Unicode normaliser.
     tokenizer = Tokenizer.from_file(str(_file(checkpoint.model, directory, "tokenizer.json")))
     tokenizer.no_truncation()
@@ -225,7 +216,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_network(checkpoint: Checkpoint) -> PairRMNetwork:
-    """The network on the CPU; ConfigError if the weights are missing, or do not fit the configuration."""
+    """The frozen network on the CPU; ConfigError if the weights are missing, or do not fit the configuration."""
     try:
         weights = load_file(_file(checkpoint.model, checkpoint.directory, "model.safetensors"))
         vocabulary = len(weights["pretrained_model.embeddings.word_embeddings.weight"])
@@ -234,7 +225,7 @@ def load_network(checkpoint: Checkpoint) -> PairRMNetwork:
         network.load_state_dict(weights, assign=True)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise checkpoint.misfit(error) from error
-    return network
+    return network.requires_grad_(False).eval()
 
 
 def load_original(

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from xpo.data.prompts import Prompt, coin
-from xpo.judges.base import Judge, Verdicts
+from xpo.judges.base import JudgeByVerdicts, Verdicts
 
 
-class PairwiseJudge(Judge):
+class PairwiseJudge(JudgeByVerdicts):
     """A judge whose answer may depend on which completion is shown first. Subclasses write `preferences`.
 
     Args:
-        both_orders: show each pair in both orders, for the mean of both answers. False shows a random one, fixed by
-            `seed` and the texts: half the cost; a swap still flips the sign, but the position bias stays.
-        seed: of the random order; unused with both orders.
+        both_orders: show each pair in both orders, for the mean of both answers. False: in a random one, at half the
+            cost; a swap still flips the sign, but the position bias stays.
+        seed: fixes the random order, together with the texts.
     """
 
     def __init__(self, both_orders: bool = True, seed: int = 0):
@@ -26,9 +26,6 @@ class PairwiseJudge(Judge):
     @abstractmethod
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """Log-odds that the completion shown first is better, float32 (B,) on the CPU; NaN: could not tell."""
-
-    def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        return self.verdicts(prompts, first, second).margin
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         """Identical completions are a tie and are not asked; a pair is invalid if an answer is missing."""
@@ -40,16 +37,13 @@ class PairwiseJudge(Judge):
         a, b = ([completions[i] for i in asked] for completions in (first, second))
         if self.both_orders:
             answers = self.preferences([*x, *x], [*a, *b], [*b, *a])
-            forward, backward = _finite_or_nan(answers).view(2, -1)
+            forward, backward = torch.where(answers.isfinite(), answers, torch.nan).view(2, -1)
             margin[asked] = (forward - backward) / 2
             flipped[asked] = torch.where(margin[asked].isnan(), torch.nan, (forward * backward > 0).float())
         else:
             swap = [coin(self.seed, *pair) for pair in zip(x, a, b, strict=True)]
             shown = [(two, one) if s else (one, two) for one, two, s in zip(a, b, swap, strict=True)]
             answers = self.preferences(x, [one for one, _ in shown], [two for _, two in shown])
-            margin[asked] = _finite_or_nan(answers) * torch.where(torch.tensor(swap), -1.0, 1.0)
+            sign = torch.where(torch.tensor(swap), -1.0, 1.0)
+            margin[asked] = torch.where(answers.isfinite(), answers, torch.nan) * sign
         return Verdicts(margin, flipped)
-
-
-def _finite_or_nan(values: Tensor) -> Tensor:
-    return torch.where(values.isfinite(), values, torch.nan)

@@ -30,12 +30,8 @@ Which answer is better? Reply with exactly one letter, A or B, and nothing else.
 
 
 def check_template(key: str, template: Any) -> None:
-    """ConfigError unless `template`, the value of `key`, is text with {prompt}, {first} and {second} and no other.
-
-    Braces around anything but one word are ordinary text.
-    """
-    shown = repr(template)
-    shown = f"{key}={shown if len(shown) <= 60 else shown[:60] + '...'}"
+    """ConfigError unless the value of `key` is text with {prompt}, {first} and {second}, and no other {word}."""
+    shown = f"{key}={template!r:.60}" + ("..." if len(repr(template)) > 60 else "")
     if not isinstance(template, str):
         raise ConfigError(f"{shown} is not text; give one with {{prompt}}, {{first}} and {{second}}, or null")
     found = _PLACEHOLDER.findall(template)

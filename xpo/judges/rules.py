@@ -9,7 +9,7 @@ from torch import Tensor
 from xpo.config.checks import number
 from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt, coin
-from xpo.judges.base import Judge, JudgeOfAnother, Verdicts
+from xpo.judges.base import Judge, JudgeByVerdicts, JudgeOfAnother, Verdicts
 from xpo.models.fingerprints import digest
 
 
@@ -35,19 +35,13 @@ class LengthControlledJudge(JudgeOfAnother):
         return inner and digest("length controlled", inner, self.coefficient)
 
 
-class AllOfJudge(Judge):
-    """Two judges or more, by name: who wins by all of them wins by their smallest margin; else it is a tie.
-
-    A pair is invalid where any of them could not tell.
-    """
+class AllOfJudge(JudgeByVerdicts):
+    """Who wins by every judge wins, by their smallest margin; else it is a tie. NaN where one could not tell."""
 
     def __init__(self, judges: dict[str, Judge]):
         if len(judges) < 2:
             raise ConfigError(f"judge.judges={list(judges)!r} are too few; name two judges or more")
         self.judges = dict(judges)
-
-    def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        return self.verdicts(prompts, first, second).margin
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         """Flipped where any of the judges, of those that ask both orders, changed its verdict."""
@@ -55,8 +49,7 @@ class AllOfJudge(Judge):
         margins = torch.stack([verdict.margin for verdict in verdicts])  # (judges, B)
         flips = torch.stack([verdict.flipped for verdict in verdicts])
         sign = margins[0].sign()
-        agreed = (margins.sign() == sign).all(dim=0)
-        margin = torch.where(agreed, sign * margins.abs().amin(dim=0), 0.0)
+        margin = torch.where((margins.sign() == sign).all(dim=0), sign * margins.abs().amin(dim=0), 0.0)
         margin = torch.where(margins.isfinite().all(dim=0), margin, torch.nan)
         flipped = torch.where(flips.isnan().all(dim=0), torch.nan, flips.nan_to_num(0.0).amax(dim=0))
         return Verdicts(margin, flipped)

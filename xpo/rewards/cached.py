@@ -13,12 +13,8 @@ from xpo.rewards.base import RewardModel
 class CachedReward(RewardModel):
     """Scores each completion once; all scores but NaN are kept in a file that epochs, resumes and jobs share.
 
-    Args:
-        reward_model: who is asked.
-        path, commit_every: see `xpo.data.remembered.Remembered`.
-
-    Raises:
-        ConfigError: the reward model has no fingerprint.
+    `path` and `commit_every` are those of `xpo.data.remembered.Remembered`; ConfigError for a reward model without a
+    fingerprint.
     """
 
     def __init__(self, reward_model: RewardModel, path: Path | str, commit_every: int = 1024):
