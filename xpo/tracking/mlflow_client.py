@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -53,9 +53,8 @@ def knock(uri: str, seconds: float) -> None:
 
         # By MLflow's client, which knows the user's certificates and passwords; and not by /health, which answers
         # while the server's database is locked.
-        short = _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{seconds:.0f}"})
         try:
-            with short:
+            with _environment(_SHORT | {"MLFLOW_HTTP_REQUEST_TIMEOUT": f"{seconds:.0f}"}):
                 make_client(uri).get_experiment("0")
         except RestException:
             pass  # a refusal is an answer
@@ -77,17 +76,14 @@ def short_calls() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Within it, environment variables have these values."""
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def make_client(uri: str) -> "MlflowClient":
@@ -110,38 +106,32 @@ def reach(uri: str) -> "MlflowClient":
     return make_client(uri)
 
 
-def mark_ended(uri: str | None, run_id: str, status: str) -> bool:
-    """Sets a run that MLflow still calls running to KILLED or FAILED.
-
-    Returns:
-        Whether MLflow was reached.
-    """
+def attempt(uri: str | None, act: Callable[["MlflowClient"], object]) -> bool:
+    """Does something in MLflow that nothing depends on; whether that could be done."""
     try:
         with short_calls():
-            client = reach(tracking_uri(uri))
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_terminated(run_id, status)
+            act(reach(tracking_uri(uri)))
     except Exception:  # drivers of databases raise their own
         return False
     return True
+
+
+def mark_ended(uri: str | None, run_id: str, status: str) -> bool:
+    """Sets a run that MLflow still calls running to KILLED or FAILED; whether MLflow was reached."""
+
+    def act(client: "MlflowClient") -> None:
+        if client.get_run(run_id).info.status == "RUNNING":
+            client.set_terminated(run_id, status)
+
+    return attempt(uri, act)
 
 
 def set_tags(uri: str | None, run_ids: Iterable[str], tags: dict[str, str]) -> bool:
-    """Sets tags of runs.
-
-    Returns:
-        Whether MLflow took all of them.
-    """
+    """Sets tags of runs; whether MLflow took all of them."""
     from mlflow.entities import RunTag
 
-    try:
-        with short_calls():
-            client = reach(tracking_uri(uri))
-            for run_id in run_ids:
-                client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-    except Exception:  # drivers of databases raise their own
-        return False
-    return True
+    texts = [RunTag(key, value) for key, value in tags.items()]
+    return attempt(uri, lambda client: [client.log_batch(run_id, tags=texts) for run_id in run_ids])
 
 
 def held_points(client: "MlflowClient", run: "Run", keys: Iterable[str]) -> set[tuple[str, int]]:

@@ -79,8 +79,10 @@ class MLflowRun:
         self._reachable = True
         try:
             self.client, self.experiment_id = self._connect(experiment)
-            self.run_id = run_id if run_id and self._exists(run_id) else self._create(run_name)
-            run = self.client.get_run(self.run_id)
+            if run_id is None or not self._exists(run_id):
+                run_id = self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
+            self.run_id = run_id
+            run = self.client.get_run(run_id)
             held = held_points(self.client, run, run.data.metrics)
             self._follower = Follower(log, self._taken_up(), held)
             self._describe(run, params, tags)
@@ -126,9 +128,6 @@ class MLflowRun:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # trouble of the moment must not begin a second run
                 raise
             return False
-
-    def _create(self, run_name: str) -> str:
-        return self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
 
     def _taken_up(self) -> Followed:
         """What an earlier process left. If its run is gone from MLflow, this one has it all."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from xpo.tracking.mlflow_client import is_server, reach, short_calls, tracking_uri
+from xpo.tracking.mlflow_client import attempt, is_server, tracking_uri
 
 _FIRST_SECTIONS = ("eval", "objective", "rewards", "preference", "loss")
 _BEST = "metrics.`final/win_rate`"
@@ -71,11 +71,5 @@ def save_view(uri: str | None, experiment_id: str, sweep: str, keys: Sequence[st
     now = int(time.time() * 1000)
     view = {"name": f"Sweep {sweep}", "createdAt": now, "updatedAt": now, "state": json.dumps(state)}
     key = hashlib.sha256(sweep.encode()).hexdigest()[:12]
-    try:
-        with short_calls():
-            reach(tracking_uri(uri)).set_experiment_tag(
-                experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view)
-            )
-    except Exception:  # drivers of databases raise their own
-        return None
-    return key
+    tag = (experiment_id, f"mlflow.sharedViewState.{key}", json.dumps(view))
+    return key if attempt(uri, lambda client: client.set_experiment_tag(*tag)) else None

@@ -30,7 +30,6 @@ from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
 from xpo.training.prompt_queue import MicroBatch, PromptQueue
-from xpo.training.setup import PromptDataset
 
 
 class XPOTrainer(ResumableTrainer):
@@ -92,8 +91,8 @@ class XPOTrainer(ResumableTrainer):
         args: XPOConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_class: PreTrainedTokenizerBase | None = None,
-        train_dataset: PromptDataset | None = None,
-        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        train_dataset: setup.PromptDataset | None = None,
+        eval_dataset: setup.PromptDataset | dict[str, setup.PromptDataset] | None = None,
         peft_config: PeftConfig | None = None,
         scorers: dict[str, RewardModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -254,7 +253,7 @@ class XPOTrainer(ResumableTrainer):
 
     def evaluate(
         self,
-        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        eval_dataset: setup.PromptDataset | dict[str, setup.PromptDataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
