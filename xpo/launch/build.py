@@ -114,10 +114,8 @@ def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
     try:
         return load(*arguments)
     except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise ConfigError(
-            f"{key}={name!r} cannot be loaded ({reason}); point {key} at a causal language model"
-        ) from error
+        said = f"{key}={name!r} cannot be loaded ({first_line(error)})"
+        raise ConfigError(f"{said}; point {key} at a causal language model") from error
 
 
 def _prompts(config: TrainSchema, part: str) -> Dataset:

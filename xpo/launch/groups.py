@@ -7,7 +7,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 
-from xpo.config.errors import ConfigError, nearest
+from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import REWARD_JUDGE, is_group, needs_reward_model
 from xpo.judges import CachedJudge, Judge
 from xpo.rewards import CachedReward, RewardModel
@@ -24,7 +24,7 @@ def check_target(key: str, group: Group) -> None:
         try:
             parameters = dict(inspect.signature(get_method(target)).parameters)
         except (ImportError, ValueError, AttributeError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         for name, value in group.items():

@@ -89,10 +89,8 @@ def _first_to_fail(run_dir: Path, status: int, reason: str) -> bool:
     try:
         with (run_dir / "failure.json").open("x") as file:
             json.dump({"status": status, "reason": reason}, file)
-    except FileExistsError:
-        return False
-    except OSError:  # another machine's directory, or a full disk: say it, at least
-        return True
+    except OSError as error:  # on another machine's directory, or a full disk: say it, at least
+        return not isinstance(error, FileExistsError)
     return True
 
 
@@ -163,7 +161,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
 
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
     # With the best model loaded, the last evaluation may be another model's.
-    evaluated = _evaluated_last_step(trainer) and not args.load_best_model_at_end
+    steps = [entry["step"] for entry in evaluations(trainer.state.log_history)]
+    evaluated = trainer.state.global_step in steps and not args.load_best_model_at_end
     if "eval" in inputs.datasets and config.evaluation.after and not evaluated:
         report.say(args, "Evaluating after training")
         trainer.evaluate()
@@ -208,12 +207,6 @@ def _log10(config: TrainSchema) -> dict[str, float]:
     """The exponent of alpha, which the MLflow UI itself would round to 0.00000."""
     alpha = config.loss.alpha
     return {"loss.log10_alpha": math.log10(alpha)} if isinstance(alpha, int | float) and alpha > 0 else {}
-
-
-def _evaluated_last_step(trainer: XPOTrainer) -> bool:
-    return any(
-        entry["step"] == trainer.state.global_step and "eval_runtime" in entry for entry in trainer.state.log_history
-    )
 
 
 def _finish(

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from transformers import TrainerState
+
 from xpo.sampling.pairs import StepPrompts
 from xpo.training.config import XPOConfig
 
@@ -24,17 +26,18 @@ class PromptQueue:
         self._epoch: Iterator[MicroBatch] | None = None
         self._waiting: deque[MicroBatch] = deque()  # of this epoch, read already
 
-    def step(self, epoch: Iterator[MicroBatch], number: int, steps_left: int) -> StepPrompts:
-        """The prompts of `number` micro-batches, of fewer at the end of the epoch.
+    def step(self, epoch: Iterator[MicroBatch], number: int, state: TrainerState) -> StepPrompts:
+        """The prompts of `number` micro-batches, of fewer at the end of the epoch, and of the run.
 
         Args:
             epoch: the rest of it.
             number: micro-batches of an optimizer step.
-            steps_left: optimizer steps of the whole run, this one included: nothing is read for later ones.
+            state: says how many optimizer steps are left, this one included: nothing is read for later ones.
         """
         if epoch is not self._epoch:
             self._epoch, self._waiting = epoch, deque()
-        if steps_left <= 0:  # killed behind the checkpoint of its last step: the Trainer would take one more
+        steps_left = state.max_steps - state.global_step
+        if steps_left <= 0 < state.global_step:  # killed behind its last checkpoint: the Trainer would go on
             number = 0
         prompts = sum(len(batch["prompt_ids"]) for batch in self._waiting)
         while len(self._waiting) < number or (

@@ -8,13 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from xpo.config.errors import ConfigError, first_line
 from xpo.config.schema import as_argument, check_scaling
@@ -184,8 +178,7 @@ def with_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) ->
     try:
         return get_peft_model(model, peft_config)
     except ValueError as error:
-        reason = first_line(error)
-        raise ConfigError(f"peft_config: {reason}; correct target_modules (lora.target_modules)") from error
+        raise ConfigError(f"peft_config: {first_line(error)}; correct target_modules (lora.target_modules)") from error
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -152,7 +152,7 @@ class XPOTrainer(ResumableTrainer):
             The micro-batches: what `PairBatch.rows` returns, with reference_logps (2, b), label (b,) and
             win_probability (b,). And the number of pairs on all ranks.
         """
-        step = self.prompt_queue.step(epoch_iterator, num_batches, self.state.max_steps - self.state.global_step)
+        step = self.prompt_queue.step(epoch_iterator, num_batches, self.state)
         if not step.sizes or (len(step.sizes) < num_batches and not has_length(self.train_dataset)):
             # At the end of a stream the Trainer takes no step for less than a whole one.
             return [], None
