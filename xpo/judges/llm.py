@@ -281,7 +281,7 @@ def _listed(choice: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _choice(body: Any) -> dict[str, Any]:
-    """The one choice of a chat completion, with text or nothing as message; ValueError if the body is something else."""
+    """The one choice of a chat completion, with text or nothing as message; ValueError for any other body."""
     try:
         choice = body["choices"][0]
         content = choice["message"]["content"]
