@@ -128,7 +128,8 @@ class LLMJudge(PairwiseJudge):
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the key or
-        does not know the model; none of the questions was answered, or none of the last 16 and more with A or B."""
+        does not know the model; none of the questions was answered, or none of the last 16 and more with A or B.
+        """
         texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
         if not texts:
             return torch.empty(0)
@@ -280,7 +281,7 @@ def _listed(choice: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _choice(body: Any) -> dict[str, Any]:
-    """The one choice of a chat completion, whose message is text or nothing; ValueError if it is something else."""
+    """The one choice of a chat completion, with text or nothing as message; ValueError for any other body."""
     try:
         choice = body["choices"][0]
         content = choice["message"]["content"]
