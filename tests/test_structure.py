@@ -77,3 +77,29 @@ def test_no_file_holds_a_path_of_one_machine():
         ours = path.relative_to(ROOT).parts[0] in ("xpo", "conf", "tests", "experiments", "README.md", "Makefile")
         if ours and path.is_file() and path.suffix in (".py", ".yaml", ".md", ".toml", ".jsonl"):
             assert not re.search(r"(?<![\w.])/(root|home|work)/\w", path.read_text()), path
+
+
+def test_the_readme_names_the_rooms_in_their_order():
+    tree = (ROOT / "README.md").read_text().split("## Where things are")[1].split("```")[1]
+    assert re.findall(r"^  (\w+)/ ", tree, re.MULTILINE) == ROOMS[:-1]
+    assert len(tree.strip().splitlines()) <= 15
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", *map(str, ROOT.glob("experiments/*/README.md"))])
+def test_links_of_documents_lead_somewhere(document: str):
+    path = ROOT / document
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", path.read_text()):
+        assert (path.parent / link).exists(), link
+
+
+def test_the_way_of_a_run_passes_each_file_once():
+    way = (ROOT / "CONTRIBUTING.md").read_text().split("**The way of a run**")[1].split("**To add a")[0]
+    files = re.findall(r"\]\((xpo/[^)]+)\)", way)
+    assert len(files) == len(set(files)) <= 20
+    assert len(way.strip().splitlines()) <= 17  # fifteen, and its heading
+
+
+def test_files_stay_small():
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
+    assert max(lengths.values()) <= 400
+    assert lengths["xpo/training/trainer.py"] <= 280
