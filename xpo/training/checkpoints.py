@@ -42,12 +42,12 @@ class ResumableTrainer(Trainer):
         """
         if resume_from_checkpoint is True:  # a killed run may leave a half-written checkpoint, which the Trainer takes
             newest = last_complete_checkpoint(Path(self.args.output_dir))
-            resume_from_checkpoint = None if newest is None else str(newest)
             if newest is None:
                 raise ConfigError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint; "
                     "leave it out"
                 )
+            resume_from_checkpoint = str(newest)
         if isinstance(resume_from_checkpoint, str):
             check_same_zero(Path(resume_from_checkpoint), self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -70,8 +70,8 @@ class ResumableTrainer(Trainer):
             logger.warning("xpo: no room for %s; training goes on without it (%s)", checkpoint, str(error)[:100])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
-        # checkpoint is complete, so no rank may lag behind.
+        # Called on every rank, before rank 0 writes trainer_state.json: it says that the checkpoint is complete, so no
+        # rank may lag behind.
         super()._save_rng_state(output_dir)
         state = self.labeller.state() | {
             "meter": self.meter.state(),
@@ -95,8 +95,7 @@ class ResumableTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = _read_state(checkpoint, self.args.process_index)
-        if state is not None:
+        if (state := _read_state(checkpoint, self.args.process_index)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)
         elif (first := _read_state(checkpoint, 0)) is not None:  # more processes than before share what was scored
@@ -180,19 +179,16 @@ def check_same_zero(checkpoint: Path, args: XPOConfig) -> None:
     if state is None:
         return
     then, now = (state["zero_stage"], state["processes"]), (_zero_stage(args), args.world_size)
-    if then != now and (then[0] is not None or now[0] is not None):
-
-        def say(stage: int | None, processes: int) -> str:
-            return f"{'no DeepSpeed' if stage is None else f'ZeRO-{stage}'} and {processes} processes"
-
-        raise ConfigError(
-            f"resume: {str(checkpoint)!r} was written with {say(*then)}, not {say(*now)}; go on with these"
-        )
-    if then != now:
+    if then == now:
+        return
+    if then[0] is None and now[0] is None:
         logger.warning(
-            "xpo: %s was written by %d processes, not %d: unless per_device_train_batch_size or "
-            "gradient_accumulation_steps make up for it, a step now has another number of prompts",
-            checkpoint,
-            then[1],
-            now[1],
+            f"xpo: {checkpoint} was written by {then[1]} processes, not {now[1]}: unless per_device_train_batch_size "
+            "or gradient_accumulation_steps make up for it, a step now has another number of prompts"
         )
+        return
+    written, asked = (
+        f"{'no DeepSpeed' if stage is None else f'ZeRO-{stage}'} and {processes} processes"
+        for stage, processes in (then, now)
+    )
+    raise ConfigError(f"resume: {str(checkpoint)!r} was written with {written}, not {asked}; go on with these")

@@ -48,21 +48,19 @@ class PromptQueue:
             self._waiting.append(batch)
             prompts += len(batch["prompt_ids"])
         batches = [self._waiting.popleft() for _ in range(min(number, len(self._waiting)))]
+        sizes = [len(batch["prompt"]) for batch in batches]
+        # Micro-batch m of rank r is number m * world + r of the optimizer batch, as accelerate deals them.
+        world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
+        rows = [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]
 
         def column(name: str, *parts: Any) -> list[Any]:
             return [value for part in parts for batch in part for value in batch[name]]
 
-        sizes = [len(batch["prompt"]) for batch in batches]
         return StepPrompts(
             prompts=column("prompt", batches),
             ids=column("prompt_ids", batches),
-            rows=self._rows(sizes),
+            rows=rows,
             sizes=sizes,
             ahead=column("prompt_ids", self._waiting),
             occurrences=column("occurrence", batches, self._waiting),
         )
-
-    def _rows(self, sizes: list[int]) -> list[int]:
-        """Micro-batch m of rank r is number m * world + r of the optimizer batch, as accelerate deals them."""
-        world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
-        return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]

@@ -30,7 +30,6 @@ from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
 from xpo.training.prompt_queue import MicroBatch, PromptQueue
-from xpo.training.setup import PromptDataset
 
 
 class XPOTrainer(ResumableTrainer):
@@ -92,8 +91,8 @@ class XPOTrainer(ResumableTrainer):
         args: XPOConfig | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_class: PreTrainedTokenizerBase | None = None,
-        train_dataset: PromptDataset | None = None,
-        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        train_dataset: setup.PromptDataset | None = None,
+        eval_dataset: setup.PromptDataset | dict[str, setup.PromptDataset] | None = None,
         peft_config: PeftConfig | None = None,
         scorers: dict[str, RewardModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -177,16 +176,16 @@ class XPOTrainer(ResumableTrainer):
     def _label(self, step: StepPrompts, pairs: PairBatch) -> Labelled:
         """The labels of the whole step's pairs. All ranks stop if the judge of one cannot go on."""
         uniform = sampling_noise((self.args.seed, self.state.global_step, LABEL), step.rows, 1)[:, 0]
-        labelled: Labelled | None = None
-        stopped: JudgeStopped | None = None
+        stopped = JudgeStopped("the judge of another process has stopped; its error says why")
+        labelled = None
         try:
             labelled = self.labeller(step.prompts, pairs.first, pairs.second, uniform)
         except JudgeStopped as error:
             stopped = error
-        if self.sum_over_ranks(torch.tensor(float(stopped is not None))).item():
+        any_stopped = self.sum_over_ranks(torch.tensor(float(labelled is None))).item()
+        if labelled is None or any_stopped:
             self.keep_checkpoint()
-            raise stopped or JudgeStopped("the judge of another process has stopped; its error says why")
-        assert labelled is not None
+            raise stopped
         return labelled
 
     @torch.no_grad()
@@ -254,7 +253,7 @@ class XPOTrainer(ResumableTrainer):
 
     def evaluate(
         self,
-        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
+        eval_dataset: setup.PromptDataset | dict[str, setup.PromptDataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
