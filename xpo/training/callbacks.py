@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class StopOnSignal(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         # A launcher passes on the signal that the terminal has sent to everybody already.
         again = self.signal is not None and time.monotonic() - self._first_at > _ECHO_S
         if self.signal is None:
@@ -115,8 +114,7 @@ class KeepCompletions(TrainerCallback):
 class Profile(TrainerCallback):
     """Records the second optimizer step of this process with torch's profiler: rollout, preference, reference, update.
 
-    Args:
-        path: of the trace, which chrome://tracing and https://ui.perfetto.dev open; it ends in .json.gz.
+    The trace, at `path` in .json.gz, opens in chrome://tracing and https://ui.perfetto.dev.
     """
 
     def __init__(self, path: Path):

@@ -35,11 +35,7 @@ class ResumableTrainer(Trainer):
     labeller: Labeller
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`.
-
-        Raises:
-            ConfigError: a checkpoint of other DeepSpeed processes, or none to resume.
-        """
+        """As `transformers.Trainer.train`; ConfigError for a checkpoint of other DeepSpeed processes, or for none."""
         if resume_from_checkpoint is True:  # a killed run may leave a half-written checkpoint, which the Trainer takes
             newest = last_complete_checkpoint(Path(self.args.output_dir))
             if newest is None:
@@ -78,7 +74,7 @@ class ResumableTrainer(Trainer):
             "zero_stage": _zero_stage(self.args),
             "processes": self.args.world_size,
         }
-        _state_file(output_dir, self.args.process_index).write_text(json.dumps(state))
+        (Path(output_dir) / f"xpo_state_{self.args.process_index}.json").write_text(json.dumps(state))
         if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
             # DeepSpeed reads this on every machine and writes it on the first one only.
             (Path(output_dir) / "latest").write_text(f"global_step{self.model_wrapped.global_steps}")
@@ -140,13 +136,9 @@ class ResumableTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
 
 
-def _state_file(checkpoint: str | Path, rank: int) -> Path:
-    return Path(checkpoint) / f"xpo_state_{rank}.json"
-
-
 def _read_state(checkpoint: str | Path, rank: int) -> dict[str, Any] | None:
     """What a rank left in a checkpoint; None if it left nothing."""
-    file = _state_file(checkpoint, rank)
+    file = Path(checkpoint) / f"xpo_state_{rank}.json"
     if not file.is_file():
         return None
     state: dict[str, Any] = json.loads(file.read_text())

@@ -59,9 +59,10 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
             [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first that the
             architecture allows, packed on CPUs only (on a GPU it compiles FlexAttention). The results are equal up to
             rounding. Under gradient checkpointing packed becomes shared.
-        tokens_per_micro_batch: tokens of a forward and backward, with padding if they are not packed; a larger
-            micro-batch goes through in parts. None: 1,536 on a CPU, 16,384 elsewhere.
-        reference_store: an SQLite file that keeps the reference's completions for all runs; None or "off": no file.
+        tokens_per_micro_batch: tokens of one forward and backward, with padding if not packed, to bound memory: a
+            larger micro-batch goes through in parts. None: 1,536 on a CPU, 16,384 elsewhere.
+        reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
+            None or "off" draws them afresh.
         reference_batch_size: where the store lacks completions, those of the next steps are drawn along with this
             step's, up to so many prompts in all; 1 draws each step's own.
         ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
@@ -78,12 +79,10 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     logging_steps: float = options.TrainingOptions.logging_steps
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
-    use_cpu: bool = False
-    dataloader_pin_memory: bool = True
-    load_best_model_at_end: bool = False
-    metric_for_best_model: str | None = None
     report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
-    bf16: bool | None = None  # resolved to a bool in __post_init__
+    dataloader_pin_memory: bool = True  # resolved in __post_init__, as the next ones
+    metric_for_best_model: str | None = None
+    bf16: bool | None = None
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
 
@@ -132,9 +131,10 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         TrainingArguments.__post_init__(self)  # makes dictionaries of those given as JSON
         self._check_dictionaries()
         self._take_generation_kwargs()
-        for key in (key for group in GROUPS for key in options.keys(group)):
-            if key.argument is not None:
-                key.check_value(key.argument, vars(self)[key.argument])
+        for group in GROUPS:
+            for key in options.keys(group):
+                if key.argument is not None:
+                    key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
         if zero:
             connect(self.device)

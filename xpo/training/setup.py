@@ -18,6 +18,7 @@ from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.models.checks import check_adapters, check_models, warn_of_half_precision
 from xpo.models.forward import Forward
 from xpo.models.hub import local_directory
+from xpo.models.loading import end_tokens
 from xpo.models.reference import Reference, base_model
 from xpo.models.zero import divide, gathered, loading_whole
 from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
@@ -26,9 +27,7 @@ from xpo.sampling.sampler import Sampler
 from xpo.training.config import XPOConfig
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
-
-
-# ---- judge and reward model --------------------------------------------------------------------
+Policy: TypeAlias = PreTrainedModel | PeftModel
 
 
 def who_judges(
@@ -90,20 +89,14 @@ def only(key: str, value: Any) -> Any:
     return value[0]
 
 
-# ---- models ------------------------------------------------------------------------------------
-
-
 def prepare_models(
-    model: PreTrainedModel | PeftModel | str,
+    model: Policy | str,
     ref_model: PreTrainedModel | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
     args: XPOConfig,
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
-    """Policy, reference and tokenizer, loaded, checked and with adapters.
-
-    ConfigError if they cannot be trained, or if their numbers would be wrong.
-    """
+) -> tuple[Policy, PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Policy, reference and tokenizer: loaded, with adapters; ConfigError where their numbers would be wrong."""
     if isinstance(model, str):
         model = load_by_name("model", model, args)
     if isinstance(ref_model, str):
@@ -115,9 +108,8 @@ def prepare_models(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if args.disable_dropout:
-        without_dropout(model)
-        if ref_model is not None:
-            without_dropout(ref_model)
+        for part in [model] if ref_model is None else [model, ref_model]:
+            without_dropout(part)
     if peft_config is not None:
         set_seed(args.seed)  # the adapters' first weights are random
         try:
@@ -135,7 +127,7 @@ def prepare_models(
 
 def build_reference(
     args: XPOConfig,
-    model: PreTrainedModel | PeftModel,
+    model: Policy,
     ref_model: PreTrainedModel | None,
     policy_engine: Callable[[], nn.Module | None] = lambda: None,
 ) -> Reference:
@@ -149,12 +141,10 @@ def build_reference(
     return reference
 
 
-def build_forwards(
-    args: XPOConfig, model: PreTrainedModel | PeftModel, reference: Reference
-) -> tuple[Forward, Forward]:
+def build_forwards(args: XPOConfig, model: Policy, reference: Reference) -> tuple[Forward, Forward]:
     """How log-probabilities under policy and reference are computed."""
 
-    def build(model: PreTrainedModel | PeftModel) -> Forward:
+    def build(model: Policy) -> Forward:
         with gathered(model):
             return Forward(base_model(model), args.pair_forward, args.max_length + args.max_new_tokens, args.device)
 
@@ -184,9 +174,6 @@ def without_dropout(model: nn.Module) -> None:
                 vars(module)[rate] = 0.0
 
 
-# ---- prompts and draws -------------------------------------------------------------------------
-
-
 def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Any]:
     """A function (data set, several by name, or None; what it is called) that tokenizes prompts, once."""
 
@@ -203,9 +190,10 @@ def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Cal
     return tokenize
 
 
-def build_sampler(args: XPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int]) -> Sampler:
-    """The sampler of these arguments."""
-    return Sampler(tokenizer, args, eos_token_ids, args.generation_batch_size, dictionary(args.generation_kwargs))
+def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The sampler of these arguments, for the tokens that end a completion of this model."""
+    ends = end_tokens(base_model(model), tokenizer)
+    return Sampler(tokenizer, args, ends, args.generation_batch_size, dictionary(args.generation_kwargs))
 
 
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
