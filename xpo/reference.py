@@ -19,7 +19,7 @@ from xpo.data.prompt_sets import collate_prompts
 from xpo.launch.build import build_arguments, build_inputs, loaded
 from xpo.launch.command import exit_status
 from xpo.models.batches import batches_by_length
-from xpo.models.loading import end_tokens, load_model
+from xpo.models.loading import load_model
 from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
 from xpo.training.setup import build_reference, build_reference_draws, build_sampler, open_store
@@ -48,7 +48,7 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
     inputs = build_inputs(config, args)
     policy = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
-    sampler = build_sampler(args, inputs.tokenizer, end_tokens(policy, inputs.tokenizer))
+    sampler = build_sampler(args, policy, inputs.tokenizer)
     model = policy
     if inputs.reference is not None:
         model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)

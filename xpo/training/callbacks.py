@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -40,21 +39,18 @@ class StopOnSignal(TrainerCallback):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         # A launcher passes on the signal that the terminal has sent to everybody already.
-        now = time.monotonic()
-        again = self.signal is not None and now - self._first_at > _ECHO_S
+        again = self.signal is not None and time.monotonic() - self._first_at > _ECHO_S
         if self.signal is None:
-            self.signal, self._first_at = number, now
+            self.signal, self._first_at = number, time.monotonic()
         if again or not self.in_training:
             raise KeyboardInterrupt
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_training = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.signal is None and os.getppid() != self._parent:
             self.signal = signal.SIGTERM
         if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
@@ -64,14 +60,12 @@ class StopOnSignal(TrainerCallback):
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a signal in an evaluation, the step that it belongs to is the last one."""
         if self.in_training and args.save_strategy != SaveStrategy.BEST:  # which would save the best only
             self.on_step_end(args, state, control)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_training = False
 
 
@@ -82,23 +76,21 @@ class KeepMetrics(TrainerCallback):
         self.log = log
         self.run = run
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.log.restore(state.log_history)
         if self.run is not None:
             self.run.follow(again=True)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.log.append(state.log_history[-1])
         if self.run is not None:
             self.run.follow()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.run is not None:
             self.run.flush()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.log.sync()
 
 
@@ -109,21 +101,20 @@ class KeepCompletions(TrainerCallback):
         self.evaluator = evaluator
         self.directory = directory
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        path = self.directory / f"step_{state.global_step:06d}.json"
-        write_table(path, completion_rows(self.evaluator.records, state.global_step))
+        rows = completion_rows(self.evaluator.records, state.global_step)
+        write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
         files = sorted(self.directory.glob("step_*.json"))
-        rows = [row for file in files for row in json.loads(file.read_text())["data"]]
-        write_table(self.directory / TABLE_NAME, rows)
+        every = [row for file in files for row in json.loads(file.read_text())["data"]]
+        write_table(self.directory / TABLE_NAME, every)
 
 
 class Profile(TrainerCallback):
     """Records the second optimizer step of this process with torch's profiler: rollout, preference, reference, update.
 
-    Args:
-        path: of the trace, which chrome://tracing and https://ui.perfetto.dev open; it ends in .json.gz.
+    The trace, at `path` in .json.gz, opens in chrome://tracing and https://ui.perfetto.dev.
     """
 
     def __init__(self, path: Path):
@@ -131,7 +122,7 @@ class Profile(TrainerCallback):
         self._steps = 0
         self._profiler = profile(activities=supported_activities(), record_shapes=True)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._steps += 1
         if self._steps == 1:
             self._profiler.start()
@@ -140,9 +131,7 @@ class Profile(TrainerCallback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(self.path))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._steps == 1:
             self._profiler.stop()
         if self._steps < 2:
@@ -161,15 +150,10 @@ class Progress(ProgressCallback):
     }
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
         """Writes the metrics of a training step above the bar; those of evaluations have their table."""
-        if logs is None or self.training_bar is None or "loss" not in logs:
+        if self.training_bar is None or "loss" not in logs:
             return
         values = [f"{label} {logs[name]:.3f}" for name, label in self._SHOWN.items() if name in logs]
         self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(values))

@@ -35,19 +35,15 @@ class ResumableTrainer(Trainer):
     labeller: Labeller
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`.
-
-        Raises:
-            ConfigError: a checkpoint of other DeepSpeed processes, or none to resume.
-        """
+        """As `transformers.Trainer.train`; ConfigError for a checkpoint of other DeepSpeed processes, or for none."""
         if resume_from_checkpoint is True:  # a killed run may leave a half-written checkpoint, which the Trainer takes
             newest = last_complete_checkpoint(Path(self.args.output_dir))
-            resume_from_checkpoint = None if newest is None else str(newest)
             if newest is None:
                 raise ConfigError(
                     f"resume_from_checkpoint=True, but {self.args.output_dir!r} holds no complete checkpoint; "
                     "leave it out"
                 )
+            resume_from_checkpoint = str(newest)
         if isinstance(resume_from_checkpoint, str):
             check_same_zero(Path(resume_from_checkpoint), self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -70,15 +66,15 @@ class ResumableTrainer(Trainer):
             logger.warning("xpo: no room for %s; training goes on without it (%s)", checkpoint, str(error)[:100])
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # Called on every rank, before rank 0 writes trainer_state.json: its presence means that the
-        # checkpoint is complete, so no rank may lag behind.
+        # Called on every rank, before rank 0 writes trainer_state.json: it says that the checkpoint is complete, so no
+        # rank may lag behind.
         super()._save_rng_state(output_dir)
         state = self.labeller.state() | {
             "meter": self.meter.state(),
             "zero_stage": _zero_stage(self.args),
             "processes": self.args.world_size,
         }
-        _state_file(output_dir, self.args.process_index).write_text(json.dumps(state))
+        (Path(output_dir) / f"xpo_state_{self.args.process_index}.json").write_text(json.dumps(state))
         if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
             # DeepSpeed reads this on every machine and writes it on the first one only.
             (Path(output_dir) / "latest").write_text(f"global_step{self.model_wrapped.global_steps}")
@@ -95,8 +91,7 @@ class ResumableTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        state = _read_state(checkpoint, self.args.process_index)
-        if state is not None:
+        if (state := _read_state(checkpoint, self.args.process_index)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)
         elif (first := _read_state(checkpoint, 0)) is not None:  # more processes than before share what was scored
@@ -141,13 +136,9 @@ class ResumableTrainer(Trainer):
         return self.accelerator.reduce(values.to(self.args.device), "sum").cpu()
 
 
-def _state_file(checkpoint: str | Path, rank: int) -> Path:
-    return Path(checkpoint) / f"xpo_state_{rank}.json"
-
-
 def _read_state(checkpoint: str | Path, rank: int) -> dict[str, Any] | None:
     """What a rank left in a checkpoint; None if it left nothing."""
-    file = _state_file(checkpoint, rank)
+    file = Path(checkpoint) / f"xpo_state_{rank}.json"
     if not file.is_file():
         return None
     state: dict[str, Any] = json.loads(file.read_text())
@@ -180,19 +171,16 @@ def check_same_zero(checkpoint: Path, args: XPOConfig) -> None:
     if state is None:
         return
     then, now = (state["zero_stage"], state["processes"]), (_zero_stage(args), args.world_size)
-    if then != now and (then[0] is not None or now[0] is not None):
-
-        def say(stage: int | None, processes: int) -> str:
-            return f"{'no DeepSpeed' if stage is None else f'ZeRO-{stage}'} and {processes} processes"
-
-        raise ConfigError(
-            f"resume: {str(checkpoint)!r} was written with {say(*then)}, not {say(*now)}; go on with these"
-        )
-    if then != now:
+    if then == now:
+        return
+    if then[0] is None and now[0] is None:
         logger.warning(
-            "xpo: %s was written by %d processes, not %d: unless per_device_train_batch_size or "
-            "gradient_accumulation_steps make up for it, a step now has another number of prompts",
-            checkpoint,
-            then[1],
-            now[1],
+            f"xpo: {checkpoint} was written by {then[1]} processes, not {now[1]}: unless per_device_train_batch_size "
+            "or gradient_accumulation_steps make up for it, a step now has another number of prompts"
         )
+        return
+    written, asked = (
+        f"{'no DeepSpeed' if stage is None else f'ZeRO-{stage}'} and {processes} processes"
+        for stage, processes in (then, now)
+    )
+    raise ConfigError(f"resume: {str(checkpoint)!r} was written with {written}, not {asked}; go on with these")

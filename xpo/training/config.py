@@ -8,19 +8,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from xpo.config import options
 from xpo.config.errors import ConfigError
-from xpo.config.options import (
-    DataOptions,
-    DeepspeedOptions,
-    EvaluationOptions,
-    GenerationOptions,
-    LossOptions,
-    PreferenceOptions,
-    ReferenceOptions,
-    SamplingOptions,
-    TrainingOptions,
-    keys,
-)
 from xpo.config.schema import GROUPS, as_argument, check_deepspeed, check_lengths
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
@@ -35,7 +24,7 @@ _TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_mess
 
 
 @dataclass
-class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArguments):
+class XPOConfig(options.LossOptions, options.PreferenceOptions, options.SamplingOptions, TrainingArguments):
     """Arguments of `XPOTrainer`. Names and meanings are those of TRL's XPOConfig.
 
     Everything of `transformers.TrainingArguments` applies too. Other defaults than there:
@@ -56,10 +45,8 @@ class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArgumen
         clip_scores: the largest score by absolute value, after normalization; None for no limit.
         max_new_tokens: tokens of a completion at most.
         max_length: tokens of prompt and completion at most.
-        prompt_overflow: what happens to prompts longer than max_length - max_new_tokens: "drop" (with a
-            count), "truncate" (keeps the end of the prompt) or "error".
-        chat_template_kwargs: what the chat template takes beside the messages of a prompt, such as
-            {"enable_thinking": False} for Qwen3.
+        prompt_overflow: prompts longer than max_length - max_new_tokens: "drop", "truncate" (keeps the end) or "error".
+        chat_template_kwargs: what the chat template takes beside messages: {"enable_thinking": False} for Qwen3.
         temperature: of the sampling distribution; 0 decodes greedily.
         top_p: smallest set of tokens with this probability is kept; 1 keeps all.
         top_k: number of likeliest tokens kept; 0 keeps all.
@@ -69,53 +56,50 @@ class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArgumen
         generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
         pair_forward: "packed", one row [prompt | y | y~ | next prompt | ...] without padding; "shared", one row
-            [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first of them that the
-            architecture allows, but packed on CPUs only (on a GPU it compiles FlexAttention). The results are
-            the same up to rounding. Under gradient checkpointing packed becomes shared.
-        tokens_per_micro_batch: pairs of a micro-batch go through forward and backward in parts of at most so many
-            tokens, with padding if they are not packed, which bounds memory; None: 1,536 on a CPU, 16,384 elsewhere.
+            [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first that the
+            architecture allows, packed on CPUs only (on a GPU it compiles FlexAttention). The results are equal up to
+            rounding. Under gradient checkpointing packed becomes shared.
+        tokens_per_micro_batch: tokens of one forward and backward, with padding if not packed, to bound memory: a
+            larger micro-batch goes through in parts. None: 1,536 on a CPU, 16,384 elsewhere.
         reference_store: an SQLite file that keeps the reference's completions for all runs that need the same ones;
             None or "off" draws them afresh.
         reference_batch_size: where the store lacks completions, those of the next steps are drawn along with this
             step's, up to so many prompts in all; 1 draws each step's own.
         ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
-            from it; False fetches it layer by layer, token after token, which is slower and needs less memory.
+            from it; False fetches it layer by layer, token after token: slower, in less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
-        model_init_kwargs: for `from_pretrained` when the model is given by name; it is loaded in float32 unless they
-            say otherwise.
+        model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
         trust_remote_code: allow models that bring their own code.
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
     """
 
     # transformers' own, with other defaults
-    learning_rate: float = TrainingOptions.learning_rate
-    logging_steps: float = TrainingOptions.logging_steps
+    learning_rate: float = options.TrainingOptions.learning_rate
+    logging_steps: float = options.TrainingOptions.logging_steps
     logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
-    use_cpu: bool = False
-    dataloader_pin_memory: bool = True
-    load_best_model_at_end: bool = False
-    metric_for_best_model: str | None = None
     report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
-    bf16: bool | None = None  # resolved to a bool in __post_init__
+    dataloader_pin_memory: bool = True  # resolved in __post_init__, as the next ones
+    metric_for_best_model: str | None = None
+    bf16: bool | None = None
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
 
     # Of the groups of conf/. list[float] is what HfArgumentParser can read; a single number is welcome too.
-    alpha: list[float] = field(default_factory=lambda: [LossOptions.alpha])
-    beta: list[float] = field(default_factory=lambda: [LossOptions.beta])
-    prompt_overflow: str = DataOptions.prompt_overflow
+    alpha: list[float] = field(default_factory=lambda: [options.LossOptions.alpha])
+    beta: list[float] = field(default_factory=lambda: [options.LossOptions.beta])
+    prompt_overflow: str = options.DataOptions.prompt_overflow
     chat_template_kwargs: dict[str, Any] | str | None = None
     generation_kwargs: dict[str, Any] | str | None = None
-    generation_batch_size: int | None = GenerationOptions.batch_size
-    eval_greedy: bool = EvaluationOptions.greedy
-    pair_forward: str = TrainingOptions.pair_forward
-    tokens_per_micro_batch: int | None = TrainingOptions.tokens_per_micro_batch
-    reference_store: str | None = ReferenceOptions.store
-    reference_batch_size: int = ReferenceOptions.batch_size
-    ds3_gather_for_generation: bool = DeepspeedOptions.gather_for_generation
-    shard_reference: bool = DeepspeedOptions.shard_reference
+    generation_batch_size: int | None = options.GenerationOptions.batch_size
+    eval_greedy: bool = options.EvaluationOptions.greedy
+    pair_forward: str = options.TrainingOptions.pair_forward
+    tokens_per_micro_batch: int | None = options.TrainingOptions.tokens_per_micro_batch
+    reference_store: str | None = options.ReferenceOptions.store
+    reference_batch_size: int = options.ReferenceOptions.batch_size
+    ds3_gather_for_generation: bool = options.DeepspeedOptions.gather_for_generation
+    shard_reference: bool = options.DeepspeedOptions.shard_reference
 
     # of the library only
     disable_dropout: bool = True
@@ -147,7 +131,11 @@ class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArgumen
         TrainingArguments.__post_init__(self)  # makes dictionaries of those given as JSON
         self._check_dictionaries()
         self._take_generation_kwargs()
-        self._check_values()
+        for group in GROUPS:
+            for key in options.keys(group):
+                if key.argument is not None:
+                    key.check_value(key.argument, vars(self)[key.argument])
+        check_lengths(self, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
@@ -161,14 +149,6 @@ class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArgumen
         """Tokens of a pass through a model: `tokens_per_micro_batch`, or what suits the device."""
         return self.tokens_per_micro_batch or tokens_at_once(self.device)
 
-    def _check_values(self) -> None:
-        """The checks of the groups' keys."""
-        for group in GROUPS:
-            for key in keys(group):
-                if key.argument is not None and key.check is not None:
-                    key.check_value(key.argument, vars(self)[key.argument])
-        check_lengths(self, as_argument)
-
     def _check_dictionaries(self) -> None:
         for name, example in _DICTIONARIES.items():
             value = vars(self)[name]
@@ -180,7 +160,7 @@ class XPOConfig(LossOptions, PreferenceOptions, SamplingOptions, TrainingArgumen
     def _take_generation_kwargs(self) -> None:
         """Options of sampling that generation_kwargs repeats win, and become the fields' values."""
         rest = dict(self.generation_kwargs or {})  # type: ignore[arg-type]
-        for key in keys(SamplingOptions):
+        for key in options.keys(options.SamplingOptions):
             if key.name != "max_length":  # of prompt and completion here
                 setattr(self, key.name, rest.pop(key.name, vars(self)[key.name]))
         check_generation_kwargs(rest)

@@ -1,7 +1,7 @@
 """The prompts of an optimizer step, and a look at those of the next ones."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from transformers import TrainerState
@@ -13,12 +13,7 @@ MicroBatch = dict[str, list[Any]]  # see `xpo.data.prompt_sets.collate_prompts`
 
 
 class PromptQueue:
-    """Takes the micro-batches of an epoch, and reads ahead as far as the reference's draws look.
-
-    Args:
-        args: of the trainer.
-        reads_ahead: whether there is a store that keeps what is drawn early.
-    """
+    """Takes the micro-batches of an epoch; `reads_ahead` if a store keeps what the reference draws early."""
 
     def __init__(self, args: XPOConfig, reads_ahead: bool):
         self.args = args
@@ -51,21 +46,19 @@ class PromptQueue:
             self._waiting.append(batch)
             prompts += len(batch["prompt_ids"])
         batches = [self._waiting.popleft() for _ in range(min(number, len(self._waiting)))]
-
-        def column(name: str, *parts: Any) -> list[Any]:
-            return [value for part in parts for batch in part for value in batch[name]]
-
         sizes = [len(batch["prompt"]) for batch in batches]
+        # Micro-batch m of rank r is number m * world + r of the optimizer batch, as accelerate deals them.
+        world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
+        rows = [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]
+
+        def column(name: str, batches: Iterable[MicroBatch]) -> list[Any]:
+            return [value for batch in batches for value in batch[name]]
+
         return StepPrompts(
             prompts=column("prompt", batches),
             ids=column("prompt_ids", batches),
-            rows=self._rows(sizes),
+            rows=rows,
             sizes=sizes,
             ahead=column("prompt_ids", self._waiting),
-            occurrences=column("occurrence", batches, self._waiting),
+            occurrences=column("occurrence", [*batches, *self._waiting]),
         )
-
-    def _rows(self, sizes: list[int]) -> list[int]:
-        """Micro-batch m of rank r is number m * world + r of the optimizer batch, as accelerate deals them."""
-        world, rank, full = self.args.world_size, self.args.process_index, self.args.per_device_train_batch_size
-        return [(m * world + rank) * full + i for m, size in enumerate(sizes) for i in range(size)]

@@ -18,6 +18,7 @@ from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.models.checks import check_adapters, check_models, warn_of_half_precision
 from xpo.models.forward import Forward
 from xpo.models.hub import local_directory
+from xpo.models.loading import end_tokens
 from xpo.models.reference import Reference, base_model
 from xpo.models.zero import divide, gathered, loading_whole
 from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
@@ -26,9 +27,7 @@ from xpo.sampling.sampler import Sampler
 from xpo.training.config import XPOConfig
 
 PromptDataset: TypeAlias = Dataset | IterableDataset
-
-
-# ---- judge and reward model --------------------------------------------------------------------
+Policy: TypeAlias = PreTrainedModel | PeftModel
 
 
 def who_judges(
@@ -39,31 +38,25 @@ def who_judges(
 ) -> tuple[Judge, RewardModel | None]:
     """The judge, and a reward model beside it, if that is another one than the judge's own.
 
-    Raises:
-        ConfigError: there is neither, or scores are to be scaled that nobody compares.
+    ConfigError if there is neither, or if scores are to be scaled that nobody compares.
     """
-    if judge is None and reward_model is None:
-        raise ConfigError("neither judge nor reward_model is given; pass one of them to say who wins a pair")
     with loading_whole():
         scorer = as_reward_model(reward_model, tokenizer, args.device)
-    made = as_judge(judge, scorer)
-    if scorer is None and isinstance(made, RewardJudge):
-        scorer = made.reward_model
-    compares_scores = type(made) is RewardJudge and made.reward_model is scorer
-    check_scaling(args, compares_scores, as_argument)
-    return made, None if compares_scores else scorer
-
-
-def as_judge(judge: Judge | Callable[..., Any] | None, reward_model: RewardModel | None) -> Judge:
-    """The judge that `judge` stands for; without one, the reward model judges."""
     if judge is None:
-        assert reward_model is not None
-        return RewardJudge(reward_model)
-    if isinstance(judge, Judge):
-        return judge
-    if callable(judge):
-        return FunctionJudge(judge)
-    raise ConfigError(f"judge={judge!r} is no judge; pass an xpo.judges.Judge or a function (prompts, first, second)")
+        if scorer is None:
+            raise ConfigError("neither judge nor reward_model is given; pass one of them to say who wins a pair")
+        judge = RewardJudge(scorer)
+    elif not isinstance(judge, Judge):
+        if not callable(judge):
+            raise ConfigError(
+                f"judge={judge!r} is no judge; pass an xpo.judges.Judge or a function (prompts, first, second)"
+            )
+        judge = FunctionJudge(judge)
+    if scorer is None and isinstance(judge, RewardJudge):
+        scorer = judge.reward_model
+    compares_scores = type(judge) is RewardJudge and judge.reward_model is scorer
+    check_scaling(args, compares_scores, as_argument)
+    return judge, None if compares_scores else scorer
 
 
 def as_reward_model(
@@ -96,21 +89,14 @@ def only(key: str, value: Any) -> Any:
     return value[0]
 
 
-# ---- models ------------------------------------------------------------------------------------
-
-
 def prepare_models(
-    model: PreTrainedModel | PeftModel | str,
+    model: Policy | str,
     ref_model: PreTrainedModel | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     peft_config: PeftConfig | None,
     args: XPOConfig,
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedModel | None, PreTrainedTokenizerBase]:
-    """Policy, reference and tokenizer, loaded, checked and with adapters.
-
-    Raises:
-        ConfigError: they cannot be trained, or their numbers would be wrong.
-    """
+) -> tuple[Policy, PreTrainedModel | None, PreTrainedTokenizerBase]:
+    """Policy, reference and tokenizer: loaded, with adapters; ConfigError where their numbers would be wrong."""
     if isinstance(model, str):
         model = load_by_name("model", model, args)
     if isinstance(ref_model, str):
@@ -125,7 +111,13 @@ def prepare_models(
         for part in [model] if ref_model is None else [model, ref_model]:
             without_dropout(part)
     if peft_config is not None:
-        model = with_adapters(model, peft_config, args.seed)
+        set_seed(args.seed)  # the adapters' first weights are random
+        try:
+            model = get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ConfigError(
+                f"peft_config: {first_line(error)}; correct target_modules (lora.target_modules)"
+            ) from error
     if isinstance(model, PeftModel):
         check_adapters(model, ref_model)
     if args.deepspeed_plugin is None:
@@ -135,23 +127,24 @@ def prepare_models(
 
 def build_reference(
     args: XPOConfig,
-    model: PreTrainedModel | PeftModel,
+    model: Policy,
     ref_model: PreTrainedModel | None,
     policy_engine: Callable[[], nn.Module | None] = lambda: None,
 ) -> Reference:
     """The reference, divided among the processes if `shard_reference` says so."""
-    reference = Reference(model, ref_model, args.device, reference_dtype(args), policy_engine)
+    dtype = None  # a second model keeps its own
+    if args.deepspeed_plugin is not None:  # which trains the policy in half precision, without autocast
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    reference = Reference(model, ref_model, args.device, dtype, policy_engine)
     if args.shard_reference and reference.frozen is not None:
         divide(reference.frozen, args.deepspeed_plugin.deepspeed_config)
     return reference
 
 
-def build_forwards(
-    args: XPOConfig, model: PreTrainedModel | PeftModel, reference: Reference
-) -> tuple[Forward, Forward]:
+def build_forwards(args: XPOConfig, model: Policy, reference: Reference) -> tuple[Forward, Forward]:
     """How log-probabilities under policy and reference are computed."""
 
-    def build(model: PreTrainedModel | PeftModel) -> Forward:
+    def build(model: Policy) -> Forward:
         with gathered(model):
             return Forward(base_model(model), args.pair_forward, args.max_length + args.max_new_tokens, args.device)
 
@@ -162,23 +155,10 @@ def build_forwards(
 def load_by_name(key: str, name: str, args: XPOConfig) -> PreTrainedModel:
     """A causal language model by hub name or directory, in float32 unless `model_init_kwargs` say otherwise."""
     directory = local_directory(key, name, with_code=args.trust_remote_code)
-    given = dictionary(args.model_init_kwargs)
-    if "torch_dtype" in given:  # an older name, which transformers ignores beside the newer one
-        given["dtype"] = given.pop("torch_dtype")
-    return AutoModelForCausalLM.from_pretrained(
-        directory,
-        trust_remote_code=args.trust_remote_code,
-        **{"dtype": torch.float32} | given,  # not the checkpoint's own, often bfloat16
-    )
-
-
-def with_adapters(model: PreTrainedModel, peft_config: PeftConfig, seed: int) -> PeftModel:
-    """The model with new adapters."""
-    set_seed(seed)  # the adapters' first weights are random
-    try:
-        return get_peft_model(model, peft_config)
-    except ValueError as error:
-        raise ConfigError(f"peft_config: {first_line(error)}; correct target_modules (lora.target_modules)") from error
+    options = {"dtype": torch.float32} | dictionary(args.model_init_kwargs)  # not the checkpoint's own, often bfloat16
+    if "torch_dtype" in options:  # an older name, which transformers ignores beside the newer one
+        options["dtype"] = options.pop("torch_dtype")
+    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=args.trust_remote_code, **options)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -192,9 +172,6 @@ def without_dropout(model: nn.Module) -> None:
         for rate, value in vars(module).items():
             if "drop" in rate and isinstance(value, float):
                 vars(module)[rate] = 0.0
-
-
-# ---- prompts and draws -------------------------------------------------------------------------
 
 
 def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Any]:
@@ -213,9 +190,10 @@ def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Cal
     return tokenize
 
 
-def build_sampler(args: XPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: list[int]) -> Sampler:
-    """The sampler of these arguments."""
-    return Sampler(tokenizer, args, eos_token_ids, args.generation_batch_size, dictionary(args.generation_kwargs))
+def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> Sampler:
+    """The sampler of these arguments, for the tokens that end a completion of this model."""
+    ends = end_tokens(base_model(model), tokenizer)
+    return Sampler(tokenizer, args, ends, args.generation_batch_size, dictionary(args.generation_kwargs))
 
 
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
@@ -225,11 +203,7 @@ def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sample
 
 
 def open_store(args: XPOConfig) -> Store | None:
-    """The store of the reference's draws; None for none.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """The store of the reference's draws, None for none; ConfigError if it cannot be written."""
     if args.reference_store in ("off", False, None):
         return None
     try:
@@ -238,14 +212,6 @@ def open_store(args: XPOConfig) -> Store | None:
         raise ConfigError(
             f"reference_store={args.reference_store!r} cannot be written ({error}); choose another file, or off"
         ) from error
-
-
-def reference_dtype(args: XPOConfig) -> torch.dtype | None:
-    """Of a second model; None leaves its own."""
-    # Under DeepSpeed the policy is trained in half precision, without autocast.
-    if args.deepspeed_plugin is None:
-        return None
-    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def dictionary(options: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from xpo.evaluation.evaluator import Evaluator
 from xpo.judges import Judge
 from xpo.judges.labelling import Labelled, Labeller
 from xpo.models.forward import eval_mode
-from xpo.models.loading import end_tokens
-from xpo.models.reference import base_model
 from xpo.models.zero import check_engine, is_divided
 from xpo.objectives.labels import Labels
 from xpo.objectives.losses import xpo_loss
@@ -67,10 +65,9 @@ class XPOTrainer(ResumableTrainer):
         eval_dataset: held-out prompts, or several sets by name.
         peft_config: trains adapters instead of the whole model.
         scorers: independent reward models for evaluation, by metric name. Training never sees them.
-        callbacks: transformers' callbacks.
-        optimizers: as in `transformers.Trainer`.
-        reward_funcs: TRL's name of `reward_model`; a list of one counts as that one.
-        reward_processing_classes: TRL's name of `reward_processing_class`, likewise.
+        callbacks, optimizers: as in `transformers.Trainer`.
+        reward_funcs, reward_processing_classes: TRL's names of `reward_model` and `reward_processing_class`, or lists
+            of one.
 
     Raises:
         ConfigError: what a user can mend, in one line.
@@ -124,7 +121,7 @@ class XPOTrainer(ResumableTrainer):
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
         self.policy_forward, self.reference_forward = setup.build_forwards(args, self.model, self.reference)
-        sampler = setup.build_sampler(args, tokenizer, end_tokens(base_model(model), tokenizer))
+        sampler = setup.build_sampler(args, model, tokenizer)
         self.draws = setup.build_reference_draws(args, self.reference, sampler)
         self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None)
         self.sample_pairs = PairSampler(sampler, self.draws, args.seed, args.device, args.ds3_gather_for_generation)
@@ -176,16 +173,16 @@ class XPOTrainer(ResumableTrainer):
     def _label(self, step: StepPrompts, pairs: PairBatch) -> Labelled:
         """The labels of the whole step's pairs. All ranks stop if the judge of one cannot go on."""
         uniform = sampling_noise((self.args.seed, self.state.global_step, LABEL), step.rows, 1)[:, 0]
-        labelled: Labelled | None = None
-        stopped: JudgeStopped | None = None
+        stopped = JudgeStopped("the judge of another process has stopped; its error says why")
+        labelled = None
         try:
             labelled = self.labeller(step.prompts, pairs.first, pairs.second, uniform)
         except JudgeStopped as error:
             stopped = error
-        if self.sum_over_ranks(torch.tensor(float(stopped is not None))).item():
+        any_stopped = self.sum_over_ranks(torch.tensor(float(labelled is None))).item()
+        if labelled is None or any_stopped:
             self.keep_checkpoint()
-            raise stopped or JudgeStopped("the judge of another process has stopped; its error says why")
-        assert labelled is not None
+            raise stopped
         return labelled
 
     @torch.no_grad()
@@ -210,7 +207,6 @@ class XPOTrainer(ResumableTrainer):
         Args:
             model: the policy, wrapped for distributed training.
             inputs: a micro-batch, see `get_batch_samples`.
-            return_outputs: not supported.
             num_items_in_batch: pairs of the optimizer step on all ranks.
         """
         alpha, beta = self.alpha, self.beta
@@ -225,10 +221,7 @@ class XPOTrainer(ResumableTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of a micro-batch, in parts of `tokens_per_micro_batch`.
-
-        A loss that is not finite stops the run.
-        """
+        """Forward and backward of a micro-batch, in parts of `tokens_per_micro_batch`; no step on a loss not finite."""
         with self.meter.timed("update"):
             lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=(0, 2))
             # Under DeepSpeed, every process must do equally many passes.
