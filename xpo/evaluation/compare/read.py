@@ -26,23 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """One job of a sweep. Of jobs that did not finish only name, state and reason are read.
-
-    Attributes:
-        name: what the sweep calls it.
-        state: "finished", or what became of it: failed, killed, timed out, stopped, not started, running, missing.
-        reason: why it did not finish, if that is known.
-        config: configuration values and choices of groups by dotted key; a key that is not there is null.
-        history: by MLflow's name of a metric, (step, value) in order of steps; finite values only.
-        completions: rows of the last evaluation by column, one for each held-out prompt.
-    """
+    """One job of a sweep. Of jobs that did not finish only name, state and reason are read."""
 
     name: str
-    state: str
-    reason: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
-    completions: list[dict[str, Any]] = field(default_factory=list)
+    state: str  # "finished", or what became of it: failed, killed, timed out, stopped, not started, running, missing
+    reason: str | None = None  # why it did not finish, if that is known
+    config: dict[str, Any] = field(default_factory=dict)  # values and choices of groups by dotted key, without null
+    history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # finite (step, value) by MLflow's name
+    completions: list[dict[str, Any]] = field(default_factory=list)  # of the last evaluation: a row for each prompt
 
     def final(self, metric: str) -> float:
         """The last value of a metric."""
@@ -51,33 +42,19 @@ class Run:
 
 @dataclass
 class Sweep:
-    """Jobs that differ in some keys and their seeds.
+    """Jobs that differ in some keys and their seeds."""
 
-    Attributes:
-        name: of the sweep; MLflow's tag xpo.sweep.
-        command: what started it; None if it was read from MLflow.
-        keys: the swept configuration keys, training.seed left out.
-        runs: all jobs.
-        tracking_uri: where its runs are tracked; None if they are not.
-        experiment: MLflow's experiment.
-        directory: the sweep's; None if it was read from MLflow.
-    """
-
-    name: str
-    command: str | None
-    keys: list[str]
-    runs: list[Run]
-    tracking_uri: str | None
-    experiment: str
-    directory: Path | None = None
+    name: str  # MLflow's tag xpo.sweep
+    command: str | None  # what started it; None if it was read from MLflow
+    keys: list[str]  # the swept configuration keys, training.seed left out
+    runs: list[Run]  # all jobs
+    tracking_uri: str | None  # where its runs are tracked; None if they are not
+    experiment: str  # of MLflow
+    directory: Path | None = None  # None if it was read from MLflow
 
 
 def find_sweep(sweep: str | None, uri: str | None, experiment: str) -> Sweep:
-    """The sweep that the command line names: a directory, else a name in MLflow; None is the newest directory.
-
-    Raises:
-        ConfigError: there is no such sweep.
-    """
+    """The sweep that the command line names: a directory, else a name in MLflow; None is the newest directory."""
     if sweep is None:
         directories = local_sweeps()
         if not directories:
@@ -96,15 +73,8 @@ def local_sweeps() -> list[Path]:
     return [record.parent for record in records]
 
 
-# ---- directories -----------------------------------------------------------------------------------
-
-
 def from_directory(directory: Path) -> Sweep:
-    """The sweep that a sweep.json describes.
-
-    Raises:
-        ConfigError: there is none in the directory.
-    """
+    """The sweep that a sweep.json describes; ConfigError if there is none in the directory."""
     path = directory / "sweep.json"
     if not path.is_file():
         below = sorted(str(found.parent) for found in directory.rglob("sweep.json"))
@@ -147,14 +117,8 @@ def _job(job: dict[str, Any], directory: Path) -> Run:
     config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
     flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
     files = sorted((run_dir / "completions").glob("step_*.json"))
-    return Run(
-        job["name"],
-        "finished",
-        None,
-        flat,
-        _history(read_metrics(run_dir)),
-        _rows(files[-1]) if files else [],
-    )
+    rows = _rows(files[-1]) if files else []
+    return Run(job["name"], "finished", None, flat, _history(read_metrics(run_dir)), rows)
 
 
 def _history(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -171,9 +135,6 @@ def _history(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]
 def _rows(path: Path) -> list[dict[str, Any]]:
     table = json.loads(path.read_text())
     return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-
-
-# ---- MLflow ----------------------------------------------------------------------------------------
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -216,11 +177,7 @@ _STATES = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "killed", "RUNN
 
 
 def from_mlflow(name: str, uri: str, experiment: str) -> Sweep:
-    """The sweep whose runs carry the tag xpo.sweep=NAME.
-
-    Raises:
-        ConfigError: the server does not answer, or knows no such sweep.
-    """
+    """The sweep whose runs carry the tag xpo.sweep=NAME; ConfigError if there is none, or no answer."""
     local = [str(directory) for directory in local_sweeps()]
     try:
         client = connect(uri)
