@@ -13,24 +13,15 @@ TABLE_NAME = "eval_completions.json"  # of all evaluations
 
 
 def completion_rows(records: Iterable[dict[str, Any]], step: int) -> list[list[Any]]:
-    """Evaluation records as rows of COMPLETION_COLUMNS; scores that are no number are empty."""
+    """Evaluation records as rows of COMPLETION_COLUMNS; scores that JSON does not know (NaN) are empty."""
     verdicts = {1.0: "policy", -1.0: "reference", 0.0: "none"}
-
-    def score(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None  # JSON knows no NaN
-
-    return [
-        [
-            record["prompt"],
-            record["completion"],
-            record["reference"],
-            verdicts[record["label"]],
-            score(record.get("score")),
-            score(record.get("ref_score")),
-            step,
-        ]
-        for record in records
-    ]
+    rows = []
+    for record in records:
+        given = (record.get("score"), record.get("ref_score"))
+        scores = [score if score is not None and math.isfinite(score) else None for score in given]
+        texts = [record[name] for name in ("prompt", "completion", "reference")]
+        rows.append([*texts, verdicts[record["label"]], *scores, step])
+    return rows
 
 
 def write_table(path: Path, rows: list[list[Any]]) -> None:

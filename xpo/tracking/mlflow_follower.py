@@ -34,23 +34,15 @@ _SUMMARY = {"train_runtime", "train_samples_per_second", "train_steps_per_second
 
 @dataclass
 class Followed:
-    """RUN_DIR/mlflow.json: where the run is in MLflow, and what of it cannot be told from the other files.
-
-    Attributes:
-        uri, run_id: where MLflow has the run.
-        files: what MLflow has: size and time of change by path in the run directory.
-        tags: what MLflow has not taken yet, by name.
-        status: how the run ended, and `ended` when, in ms: as long as MLflow does not know.
-        complete: the run has ended, and MLflow has all of it.
-    """
+    """RUN_DIR/mlflow.json: where the run is in MLflow, and what of it cannot be told from the other files."""
 
     uri: str
     run_id: str
-    files: dict[str, list[int]] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-    status: str | None = None
-    ended: int | None = None
-    complete: bool = False
+    files: dict[str, list[int]] = field(default_factory=dict)  # what MLflow has: size and time of change by path
+    tags: dict[str, str] = field(default_factory=dict)  # what MLflow has not taken yet, by name
+    status: str | None = None  # how the run ended, as long as MLflow does not know
+    ended: int | None = None  # when, in ms
+    complete: bool = False  # the run has ended, and MLflow has all of it
 
     @classmethod
     def read(cls, run_dir: Path) -> "Followed":
@@ -92,9 +84,9 @@ class Follower:
 
     def files(self) -> dict[str, str | None]:
         """The files that MLflow lacks, as they are now, and their folders."""
-        found = {path: folder for pattern, folder in ARTIFACTS.items() for path in sorted(self.run_dir.glob(pattern))}
-        names = {str(path.relative_to(self.run_dir)): folder for path, folder in found.items()}
-        return {name: folder for name, folder in names.items() if self.state.files.get(name) != self._signature(name)}
+        found = [(path, folder) for pattern, folder in ARTIFACTS.items() for path in self.run_dir.glob(pattern)]
+        names = [(str(path.relative_to(self.run_dir)), folder) for path, folder in sorted(found)]
+        return {name: folder for name, folder in names if self.state.files.get(name) != self._signature(name)}
 
     def _signature(self, name: str) -> list[int]:
         stat = (self.run_dir / name).stat()

@@ -104,18 +104,13 @@ def _file_digest(file: Path, size: int, changed: int) -> str:
 
 def last_evaluation(run_dir: Path) -> dict[str, float]:
     """The metrics of a finished run's last evaluation, without "eval_"."""
-    if not RunRecord.read(run_dir).finished:
-        return {}
-    evaluated = evaluations(read_metrics(run_dir))
-    entries = evaluated[-1].items() if evaluated else []
-    return {name.removeprefix("eval_"): value for name, value in entries if name.startswith("eval_")}
+    evaluated = evaluations(read_metrics(run_dir)) if RunRecord.read(run_dir).finished else []
+    last = evaluated[-1] if evaluated else {}
+    return {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
 
 
 def last_complete_checkpoint(model_dir: Path) -> Path | None:
-    """The newest checkpoint-N that was written to its end.
-
-    A killed run may leave a half-written one: trainer_state.json is what is written last.
-    """
+    """The newest checkpoint-N that was written to its end: a killed run may leave a half-written one."""
     named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
     numbered = [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
     for _, path in sorted(numbered, reverse=True):
@@ -125,7 +120,7 @@ def last_complete_checkpoint(model_dir: Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a readable trainer_state.json."""
+    """Whether a checkpoint has a readable trainer_state.json, which is what is written last."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
@@ -155,34 +150,24 @@ def drop_training_state(run_dir: Path) -> None:
 
 
 def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path | None] | None:
-    """The run directory and the checkpoint that `training.resume` names.
+    """The run directory and the checkpoint that `training.resume` names; ConfigError if there is none at the path.
 
-    "auto" takes the newest unfinished run of the command that has a checkpoint, else the newest one
-    that was stopped before its first: that one starts again, in its directory.
+    A run that was stopped before its first checkpoint starts again, in its directory.
 
     Args:
-        resume: "auto"; a run directory, whose run starts again if it was stopped before its first checkpoint; or a
-            checkpoint in one.
+        resume: a run directory; a checkpoint in one; or "auto", the newest unfinished run of the command that has a
+            checkpoint, else the newest that has none, else None: the run starts from the beginning.
         key: the job key of the command, for "auto".
         roots: directories under which "auto" looks for run directories.
-
-    Returns:
-        None if "auto" finds nothing to go on with: the run starts from the beginning.
-
-    Raises:
-        ConfigError: there is no complete checkpoint at the path.
     """
     if resume == "auto":
-        records = sorted(
-            (path for root in roots for path in root.rglob("run.json")), key=lambda path: path.stat().st_mtime
-        )
-        unfinished = [
-            (path.parent, resumable_checkpoint(path.parent))
-            for path in reversed(records)
-            if (record := RunRecord.read(path.parent)).job_key == key and not record.finished
-        ]
-        begun = [found for found in unfinished if found[1] is not None]
-        return next(iter(begun + unfinished), None)
+        files = [path for root in roots for path in root.rglob("run.json")]
+        newest = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
+        records = [(path.parent, RunRecord.read(path.parent)) for path in newest]
+        mine = [run_dir for run_dir, record in records if record.job_key == key and not record.finished]
+        found = [(run_dir, resumable_checkpoint(run_dir)) for run_dir in mine]
+        begun = [(run_dir, checkpoint) for run_dir, checkpoint in found if checkpoint is not None]
+        return next(iter(begun + found), None)
     path = Path(resume).expanduser()
     checkpoint = path if is_complete(path) else last_complete_checkpoint(path / "model")
     run_dir = path.parent.parent if checkpoint == path else path
