@@ -20,8 +20,8 @@ from xpo.config.errors import ConfigError, JobFailed
 from xpo.config.schema import TrainSchema
 from xpo.launch.command import exit_status, print_error
 from xpo.launch.jobs import prepare, repeatable
-from xpo.launch.processes import JobProcess, exit_statuses, explanation, passing_on_signals, signals
-from xpo.tracking.runs import last_evaluation, resumable_checkpoint
+from xpo.launch.processes import JobProcess, exit_statuses, passing_on_signals, signals
+from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def _parent(config: DictConfig) -> float | None:
             config,
             output_dir,
             dict(hydra_config.runtime.choices),
-            repeatable(hydra_config.overrides.task, hydra_config.overrides.hydra),
+            repeatable(hydra_config.overrides),
             found=(output_dir, resumable_checkpoint(output_dir)) if again else None,
         )
     except Exception as error:  # Hydra would print a line of its own
@@ -84,7 +84,8 @@ def start_worker(run_dir: Path) -> int:
     with passing_on_signals(job.stop):
         outcome = job.wait()
     if outcome.state in ("killed", "timed out"):
-        print_error(explanation(run_dir, outcome))
+        words = RunRecord.read(run_dir).command(run_dir)
+        print_error(f"the worker of {run_dir} was {outcome.state} ({outcome.reason}); continue with: {words}")
     return outcome.status
 
 

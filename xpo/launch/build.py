@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from xpo.config.errors import ConfigError, first_line, nearest
@@ -22,26 +21,18 @@ T = TypeVar("T")
 
 
 class Inputs(NamedTuple):
-    """What is known of a run before any model loads.
+    """What is known of a run before any model loads."""
 
-    Attributes:
-        policy: the directory of the policy.
-        reference: that of another model as reference; None: a copy of the policy.
-        tokenizer: the policy's.
-        datasets: tokenized prompts of the parts "train" and, unless there is no evaluation, "eval".
-    """
-
-    policy: str
-    reference: str | None
-    tokenizer: PreTrainedTokenizerBase
-    datasets: dict[str, Any]
+    policy: str  # its directory
+    reference: str | None  # that of another model as reference; None: a copy of the policy
+    tokenizer: PreTrainedTokenizerBase  # the policy's
+    datasets: dict[str, Any]  # tokenized prompts of the parts "train" and, unless there is no evaluation, "eval"
 
 
 def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
     """The trainer's arguments; model and checkpoints go to RUN_DIR/model.
 
-    Raises:
-        ConfigError: an unknown name in training.kwargs, or values that TrainingArguments refuses.
+    ConfigError for an unknown name in training.kwargs, or for values that TrainingArguments refuses.
     """
     valid = inspect.signature(XPOConfig).parameters
     for key, value in config.training.kwargs.items():
@@ -63,24 +54,24 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
 
 
 def build_inputs(config: TrainSchema, args: XPOConfig) -> Inputs:
-    """Checks everything that can be known to be wrong before any model loads.
-
-    Raises:
-        ConfigError: it is wrong, or out of reach.
-    """
+    """ConfigError for everything that can be known to be wrong, or out of reach, before any model loads."""
     check_target("judge", config.judge)
     check_target("reward_model", config.reward_model)
     for name, scorer in config.evaluation.scorers.items():
         check_target(f"evaluation.scorers.{name}", scorer)
-    raw = {part: _prompts(config, part) for part in ("train", "eval") if vars(config.data)[part]}
+    raw = {}
+    for part in ("train", "eval"):
+        name, split, limit = (vars(config.data)[key] for key in (part, f"{part}_split", f"{part}_limit"))
+        if name:
+            prompts = load_prompts(f"data.{part}", name, split, config.data.prompt_column)
+            raw[part] = prompts if limit is None else prompts.select(range(min(limit, len(prompts))))
     model, with_code = config.model, config.model.trust_remote_code
     policy = policy_directory(model.name, model.revision, with_code=with_code)
     reference = model.reference and policy_directory(model.reference, None, "model.reference", with_code)
     tokenizer = loaded("model.name", model.name, load_tokenizer, policy, model)
     tokenize = prompt_tokenizer(args, tokenizer)
-    return Inputs(
-        policy, reference, tokenizer, {part: tokenize(dataset, f"data.{part}") for part, dataset in raw.items()}
-    )
+    datasets = {part: tokenize(prompts, f"data.{part}") for part, prompts in raw.items()}
+    return Inputs(policy, reference, tokenizer, datasets)
 
 
 def build_trainer(config: TrainSchema, args: XPOConfig, inputs: Inputs, callbacks: list[TrainerCallback]) -> XPOTrainer:
@@ -114,14 +105,6 @@ def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
     try:
         return load(*arguments)
     except (OSError, ValueError) as error:
-        reason = first_line(error)
         raise ConfigError(
-            f"{key}={name!r} cannot be loaded ({reason}); point {key} at a causal language model"
+            f"{key}={name!r} cannot be loaded ({first_line(error)}); point {key} at a causal language model"
         ) from error
-
-
-def _prompts(config: TrainSchema, part: str) -> Dataset:
-    """The prompts of a part, "train" or "eval", of the configured data."""
-    name, split, limit = (vars(config.data)[key] for key in (part, f"{part}_split", f"{part}_limit"))
-    dataset = load_prompts(f"data.{part}", name, split, config.data.prompt_column)
-    return dataset if limit is None else dataset.select(range(min(limit, len(dataset))))

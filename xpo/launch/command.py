@@ -11,9 +11,7 @@ from xpo.config.schema import TrainSchema
 def exit_status(error: Exception, schema: type = TrainSchema) -> int:
     """Says what went wrong and returns the exit status: 2 for bad input, 1 for a job that came to nothing.
 
-    Args:
-        error: what the command raised; it is raised again unless the command line is to blame for it.
-        schema: the dataclass of the command's configuration.
+    Any other error is raised again. `schema` is the dataclass of the command's configuration.
     """
     if isinstance(error, JobFailed):
         print_error(error)

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import get_method, instantiate
 
-from xpo.config.errors import ConfigError, nearest
+from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import REWARD_JUDGE, is_group, needs_reward_model
 from xpo.judges import CachedJudge, Judge
 from xpo.rewards import CachedReward, RewardModel
@@ -24,7 +24,7 @@ def check_target(key: str, group: Group) -> None:
         try:
             parameters = dict(inspect.signature(get_method(target)).parameters)
         except (ImportError, ValueError, AttributeError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         for name, value in group.items():
@@ -48,11 +48,9 @@ def build_group(group: Group) -> Any:
 def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | None, Judge]:
     """The reward model, if any, and the judge.
 
-    With `judge.cache` each judge and reward model that has a fingerprint remembers what it said; what is
-    made of others (a mix, a rule) asks them. An inner judge may have a `cache` of its own.
-
-    Raises:
-        ConfigError: there is nothing to remember, or an argument is wrong.
+    With `judge.cache` each judge and reward model that has a fingerprint remembers what it said; what is made of
+    others (a mix, a rule) asks them. An inner judge may have a `cache` of its own. ConfigError if there is nothing to
+    remember, or if an argument is wrong.
     """
     cache = judge.get("cache", "off")
     # A judge of its own comes first: it is where a missing key or server is noticed at once.
@@ -73,7 +71,12 @@ def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | N
 def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
     """What a group makes, from what its inner groups make. RewardJudge gets `reward_model` unless it has one."""
     cache = group.get("cache", cache)
-    inner = {name: _build_inner(value, reward_model, cache) for name, value in group.items() if _holds_a_group(value)}
+    inner: dict[str, Any] = {}
+    for name, value in group.items():
+        if is_group(value):
+            inner[name] = _build(value, reward_model, cache)
+        elif isinstance(value, dict) and any(is_group(part) for part in value.values()):
+            inner[name] = {key: _build(part, reward_model, cache) for key, part in value.items()}
     if group["_target_"] == REWARD_JUDGE and "reward_model" not in inner:
         inner["reward_model"] = reward_model
     plain = {name: value for name, value in group.items() if name not in inner and name != "cache"}
@@ -90,14 +93,3 @@ def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
         raise ConfigError(
             f"judge.cache={cache!r} cannot be written ({error}); choose another file, or judge.cache=off"
         ) from error
-
-
-def _build_inner(value: Group, reward_model: RewardModel | None, cache: Any) -> Any:
-    """An inner group, or inner groups by name."""
-    if is_group(value):
-        return _build(value, reward_model, cache)
-    return {name: _build(group, reward_model, cache) for name, group in value.items()}
-
-
-def _holds_a_group(value: Any) -> bool:
-    return isinstance(value, dict) and (is_group(value) or any(is_group(inner) for inner in value.values()))

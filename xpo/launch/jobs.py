@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,9 @@ def prepare(
 ) -> Path:
     """Checks a composed configuration and writes it to the run directory, which is returned.
 
-    With `training.resume` that is the directory of the run that goes on.
-
     Args:
         config: composed by Hydra.
-        output_dir: of a run that starts.
+        output_dir: of a run that starts; one that goes on stays in its own.
         choices: the option of each group.
         overrides: the words of the command line.
         name: of the run; None makes one of the overrides.
@@ -83,17 +80,13 @@ def prepare(
     return output_dir
 
 
-def repeatable(task: Sequence[str], hydra: Sequence[str]) -> list[str]:
-    """The overrides that a command needs to compose the same configuration again, from Hydra's two lists of them."""
-    return [*task, *(override for override in hydra if override.startswith("hydra.searchpath"))]
+def repeatable(overrides: Any) -> list[str]:
+    """The overrides that a command needs to compose the same configuration again, of `hydra.overrides`."""
+    return [*overrides.task, *(word for word in overrides.hydra if word.startswith("hydra.searchpath"))]
 
 
 def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
-    """Whether the configuration changes the numbers of a run that goes on, which it says.
-
-    Raises:
-        ConfigError: it changes the run's model.
-    """
+    """Whether the configuration changes the numbers of a run that goes on, which it says; ConfigError for its model."""
     changed = False
     trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
     given = flatten(config)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -74,23 +74,21 @@ class JobProcess:
         self._signal: int | None = None
         self._deadline = time.monotonic() + self.launch.timeout if self.launch.timeout else None
         words = command(self.launch, run_dir, with_deepspeed=bool(config.deepspeed.config))
-        stream = None if output is None else output.open("a")
-        try:
-            # A session of its own: Ctrl-C in a terminal would reach the worker twice otherwise.
-            self._process = subprocess.Popen(
-                words,
-                start_new_session=True,
-                env=os.environ | environment(self.launch, devices, at_once),
-                stdout=stream,
-                stderr=stream and subprocess.STDOUT,
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"launch.command={self.launch.command!r} cannot be started ({error}); correct it, or null for torchrun"
-            ) from error
-        finally:
-            if stream is not None:
-                stream.close()
+        with nullcontext() if output is None else output.open("a") as stream:
+            try:
+                # A session of its own: Ctrl-C in a terminal would reach the worker twice otherwise.
+                self._process = subprocess.Popen(
+                    words,
+                    start_new_session=True,
+                    env=os.environ | environment(self.launch, devices, at_once),
+                    stdout=stream,
+                    stderr=stream and subprocess.STDOUT,
+                )
+            except OSError as error:
+                raise ConfigError(
+                    f"launch.command={self.launch.command!r} cannot be started ({error}); "
+                    "correct it, or null for torchrun"
+                ) from error
 
     def stop(self, number: int) -> None:
         """Asks the job to write a checkpoint and end; a second time, to end at once."""
@@ -177,9 +175,3 @@ def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: i
     if sharers > 1 and "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // sharers, 1))
     return added
-
-
-def explanation(run_dir: Path, outcome: Outcome) -> str:
-    """The line for a job that was killed or has timed out, with the way to go on."""
-    command = RunRecord.read(run_dir).command(run_dir)
-    return f"the worker of {run_dir} was {outcome.state} ({outcome.reason}); continue with: {command}"

@@ -24,7 +24,7 @@ from xpo.config.options import LaunchOptions
 from xpo.config.schema import TrainSchema, to_dict
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.launch.sweep_record import DONE, ELSEWHERE, Job, Sweep, continued, short_name
+from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, continued, short_name
 from xpo.launch.sweep_report import SweepReport
 from xpo.tracking.mlflow_client import mark_ended, set_tags
 from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
@@ -36,16 +36,13 @@ def run(
     first: int,
     swept: Sequence[str] = (),
 ) -> list[Job]:
-    """Runs jobs and reports on them; the sweeper may call this several times, once per batch.
+    """Runs jobs, reports on them and returns them in order; the sweeper may call this once per batch.
 
     Args:
         compose: from overrides and the number of a job to its configuration.
         batch: the overrides of each point.
         first: the number of the first point.
         swept: the keys that the sweeper chooses, as far as they are known: a batch may be a single point.
-
-    Returns:
-        The jobs, those of the first point first.
 
     Raises:
         ConfigError: what is wrong with any of the jobs, before one has started.
@@ -67,15 +64,11 @@ def run(
     directory.mkdir(parents=True, exist_ok=True)
     given = [dict(override.lstrip("+").partition("=")[::2] for override in overrides) for overrides in seeded]
     keys = [key for key in given[0] if key in swept or len({point.get(key) for point in given}) > 1]
-    jobs = [
-        Job(
-            name=short_name({key: point[key] for key in keys}) or "run",
-            point={key: point[key] for key in keys},
-            run_dir=str(directory / str(config.hydra.sweep.subdir)),
-            job_key=job_key(to_dict(schema)),
-        )
-        for config, schema, point in zip(configs, schemas, given, strict=True)
-    ]
+    jobs = []
+    for config, schema, values in zip(configs, schemas, given, strict=True):
+        point = {key: values[key] for key in keys}
+        run_dir = directory / str(config.hydra.sweep.subdir)
+        jobs.append(Job(short_name(point) or "run", point, str(run_dir), job_key(to_dict(schema))))
     sweep = continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
     Runner(sweep, directory, widest).run(jobs, configs)
     return jobs
@@ -97,8 +90,7 @@ def with_seeds(overrides: list[str], config: TrainSchema) -> list[list[str]]:
 def slots(launch: LaunchOptions) -> list[list[int] | None]:
     """The GPUs of each job that runs at the same time; None for all of them, or where there are none.
 
-    Raises:
-        ConfigError: several jobs at once would use the same GPUs.
+    ConfigError if several jobs at once would use the same ones.
     """
     if launch.jobs == 1:
         return [launch.devices]
@@ -118,12 +110,9 @@ def slots(launch: LaunchOptions) -> list[list[int] | None]:
 
 
 class Runner:
-    """Runs the jobs of a batch.
+    """Runs the jobs of a batch; sweep.json lies in `directory`.
 
-    Args:
-        sweep: what sweep.json says.
-        directory: where it lies.
-        config: of the job with the most processes: the rest of launch, and sweep, are the same in all.
+    `config` is that of the job with the most processes: the rest of launch, and sweep, are the same in all.
     """
 
     def __init__(self, sweep: Sweep, directory: Path, config: TrainSchema):
@@ -175,10 +164,9 @@ class Runner:
             without_hydra(config),
             run_dir,
             dict(config.hydra.runtime.choices),
-            # For whoever goes on with this job alone.
-            [*repeatable(config.hydra.overrides.task, config.hydra.overrides.hydra), "hydra.mode=RUN"],
+            [*repeatable(config.hydra.overrides), "hydra.mode=RUN"],  # for whoever goes on with this job alone
             name=job.name,
-            tags=self.sweep.tags() | {"mlflow.runColor": self.sweep.color(job)},
+            tags=self.sweep.tags() | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]},
             found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,
         )
 

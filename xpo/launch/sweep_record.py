@@ -13,7 +13,7 @@ from xpo.config.schema import TrainSchema
 from xpo.tracking.mlflow_client import tracking_uri
 
 ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
-COLORS = (  # of Okabe and Ito, then darker ones: told apart by the colour-blind too
+COLORS = (  # of a job's curves in MLflow: of Okabe and Ito, then darker ones: told apart by the colour-blind too
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#004C7A", "#8F3E00", "#00604A", "#8A4A6E", "#9A6A00", "#2C6F96"),
 )
@@ -55,10 +55,6 @@ class Sweep:
     def tags(self) -> dict[str, str]:
         """What tells the runs of a sweep apart in MLflow."""
         return {"xpo.sweep": self.name, "xpo.sweep_keys": ",".join(self.keys)}
-
-    def color(self, job: Job) -> str:
-        """Of a job's curves in MLflow."""
-        return COLORS[self.jobs.index(job) % len(COLORS)]
 
 
 def continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSchema) -> Sweep:

@@ -16,12 +16,7 @@ STATES = {DONE: "green", "stopped": "yellow", ELSEWHERE: "yellow", "not started"
 
 
 class SweepReport:
-    """Says what happens to the jobs of a sweep.
-
-    Args:
-        sweep: what sweep.json says.
-        directory: where it lies.
-    """
+    """Says what happens to the jobs of a sweep, whose sweep.json lies in `directory`."""
 
     def __init__(self, sweep: Sweep, directory: Path):
         self.sweep = sweep
@@ -29,12 +24,7 @@ class SweepReport:
         self.console = Console(highlight=False)
 
     def announce(self, jobs: Sequence[Job], to_do: Sequence[Path]) -> None:
-        """How many jobs there are, and what has become of them before.
-
-        Args:
-            jobs: of this batch.
-            to_do: the run directories of those that start now.
-        """
+        """How many jobs a batch has, what became of them before, and in which run directories they start now."""
         counts = {
             "finished before": sum(job.before for job in jobs),
             "go on from a checkpoint": sum(RunRecord.read(run_dir).resume_from is not None for run_dir in to_do),

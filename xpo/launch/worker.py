@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers import ProgressCallback
 from xpo.config.errors import ConfigError, JudgeStopped, RunInUse
 from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
+from xpo.launch.command import print_error
 from xpo.models.memory import keep_freed_memory
 from xpo.tracking import terminal as report
 from xpo.tracking.history import evaluations
@@ -60,14 +60,15 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         print(f"\nxpo: stopped at once, without a checkpoint of the step in progress ({run_dir})", file=sys.stderr)
         return 128 + (stop.signal or 2)
     except RunInUse as error:
-        print(f"xpo: error: {error}", file=sys.stderr)
+        print_error(error)
         return error.status
     except (ConfigError, FloatingPointError, JudgeStopped) as error:
         _failed(tracked, f"{type(error).__name__}: {error}")
         status = 2 if isinstance(error, ConfigError) else 1
         if _first_to_fail(run_dir, status, str(error)):
-            end_of_bar = "\n" if stop.in_training and not config.training.disable_tqdm else ""
-            print(f"{end_of_bar}xpo: error: {error}", file=sys.stderr)
+            if stop.in_training and not config.training.disable_tqdm:
+                print(file=sys.stderr)  # behind the bar
+            print_error(error)
             if isinstance(error, JudgeStopped):
                 print(f"xpo: continue with: {RunRecord.read(run_dir).command(run_dir)}", file=sys.stderr)
         return status
@@ -108,22 +109,21 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if args.device.type == "cpu":
         keep_freed_memory()
     # Nodes may start in other directories, and without a shared disk they have no run.json.
-    shared: list[Any] = [(str(run_dir.absolute()), asdict(RunRecord.read(run_dir))) if main_process else None]
+    shared: list[Any] = [(run_dir.absolute(), RunRecord.read(run_dir)) if main_process else None]
     if args.world_size > 1:
         broadcast_object_list(shared)
-    directory, fields = shared[0]
-    record = RunRecord(**fields)
-    if not main_process:
-        run_dir = Path(directory)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        args.output_dir = str(run_dir / "model")
-    lock = FileLock(run_dir / "run.lock")
+    directory, record = shared[0]
     if main_process:
+        lock = FileLock(run_dir / "run.lock")
         try:
             lock.acquire(timeout=0)  # until this process ends
         except Timeout:
             raise RunInUse(run_dir) from None
         (run_dir / "worker.pid").write_text(str(os.getpid()))  # signals go to this rank, which tells the others
+    else:
+        run_dir = directory
+        run_dir.mkdir(parents=True, exist_ok=True)
+        args.output_dir = str(run_dir / "model")
     asked = os.environ.get("XPO_PROCESSES")
     if asked is not None and int(asked) != args.world_size:
         raise ConfigError(
@@ -162,9 +162,10 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         return 0 if args.world_size > 1 and "XPO_PROCESSES" in os.environ else 128 + stop.signal
 
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
+    evaluated = any(entry["step"] == trainer.state.global_step for entry in evaluations(trainer.state.log_history))
     # With the best model loaded, the last evaluation may be another model's.
-    evaluated = _evaluated_last_step(trainer) and not args.load_best_model_at_end
-    if "eval" in inputs.datasets and config.evaluation.after and not evaluated:
+    again = args.load_best_model_at_end or not evaluated
+    if "eval" in inputs.datasets and config.evaluation.after and again:
         report.say(args, "Evaluating after training")
         trainer.evaluate()
     if log is not None:
@@ -210,25 +211,17 @@ def _log10(config: TrainSchema) -> dict[str, float]:
     return {"loss.log10_alpha": math.log10(alpha)} if isinstance(alpha, int | float) and alpha > 0 else {}
 
 
-def _evaluated_last_step(trainer: XPOTrainer) -> bool:
-    return any(
-        entry["step"] == trainer.state.global_step and "eval_runtime" in entry for entry in trainer.state.log_history
-    )
-
-
 def _finish(
     config: TrainSchema, trainer: XPOTrainer, log: MetricsLog, record: RunRecord, mlflow_run: MLflowRun | None
 ) -> None:
     """Model card, final metrics, and the last lines on the terminal."""
     history, run_dir = trainer.state.log_history, log.path.parent
     trainer.create_model_card()
-    last = evaluations(history)[-1:]
-    final = {f"final/{name.removeprefix('eval_')}": value for entry in last for name, value in entry.items()}
-    final |= {f"final/{key.removeprefix('loss.')}": value for key, value in _log10(config).items()}
+    last = evaluations(history)[-1] if evaluations(history) else {}
+    final = {name.removeprefix("eval_"): value for name, value in last.items() if name != "step"}
+    final |= {name.removeprefix("loss."): value for name, value in _log10(config).items()}
     # At the last step: when a finished run is extended, these values are the newer ones.
-    log.append(
-        {name: value for name, value in final.items() if name != "final/step"} | {"step": trainer.state.global_step}
-    )
+    log.append({f"final/{name}": value for name, value in final.items()} | {"step": trainer.state.global_step})
     log.sync()
     if mlflow_run is not None:
         mlflow_run.finish()
