@@ -47,25 +47,23 @@ def inspect(config: DictConfig) -> int:
     """Judges the pairs, writes and shows what that tells; the exit status."""
     check_complete(config)
     schema: InspectSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
-    groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
     if not is_group(schema.judge):
         raise ConfigError("judge has no _target_; choose one with judge=pair_rm, say")
+    groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
     for key, group in groups.items():
         check_target(key, group)
     check_target("reward_model", schema.reward_model)
     pairs = load_pairs(schema.pairs, schema.pairs_split, schema.limit, schema.seed)
-    out = Path(HydraConfig.get().runtime.output_dir)
-    choices = HydraConfig.get().runtime.choices
-
+    runtime = HydraConfig.get().runtime
     judged: dict[str, Judged] = {}
     for key, group in groups.items():
-        name = choices["judge" if key == "judge" else "judge@other"]
-        with_scores = needs_reward_model(group)
-        judge = build_preference(group, schema.reward_model if with_scores else {})[1]
-        judged[key] = ask(judge, pairs, f"{name} ({choices['reward_model']})" if with_scores else name)
+        name, reward_model = runtime.choices["judge" if key == "judge" else "judge@other"], {}
+        if needs_reward_model(group):
+            name, reward_model = f"{name} ({runtime.choices['reward_model']})", schema.reward_model
+        judged[key] = ask(build_preference(group, reward_model)[1], pairs, name)
         if judged[key].stopped:
             print_error(f"{judged[key].stopped}; what follows is of the pairs before")
-    figures = report(pairs, judged)
+    figures, out = report(pairs, judged), Path(runtime.output_dir)
     write(out, pairs, judged, figures)
     show(judged, figures, out)
     return 1 if any(judge.stopped for judge in judged.values()) else 0

@@ -24,8 +24,7 @@ from xpo.config.options import LaunchOptions
 from xpo.config.schema import TrainSchema, to_dict
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, continued, short_name
-from xpo.launch.sweep_report import SweepReport
+from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, SweepReport, continued, short_name
 from xpo.tracking.mlflow_client import mark_ended, set_tags
 from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
 
@@ -47,17 +46,15 @@ def run(
     Raises:
         ConfigError: what is wrong with any of the jobs, before one has started.
     """
-    seeded = [overrides for point in batch for overrides in with_seeds(list(point), _schema(compose(list(point), 0)))]
+    seeded = [words for point in batch for words in with_seeds(list(point), _schema(compose(list(point), 0)))]
     before = first * len(seeded) // len(batch)  # jobs of earlier batches
     configs = [compose(overrides, before + i) for i, overrides in enumerate(seeded)]
     schemas = [_schema(config) for config in configs]
-    resume = schemas[0].training.resume
+    resume, seeds = schemas[0].training.resume, schemas[0].sweep.seeds
     if resume is not None:
         raise ConfigError(f"training.resume={resume!r} names one run, and a sweep goes on by itself; remove it")
-    if schemas[0].sweep.seeds > 1 and "training.seed" in swept:
-        raise ConfigError(
-            f"sweep.seeds={schemas[0].sweep.seeds} goes over training.seed, which is swept too; remove one of them"
-        )
+    if seeds > 1 and "training.seed" in swept:
+        raise ConfigError(f"sweep.seeds={seeds} goes over training.seed, which is swept too; remove one of them")
     widest = max(schemas, key=lambda schema: schema.launch.num_processes)
     slots(widest.launch)
     directory = Path(configs[0].hydra.sweep.dir).absolute()

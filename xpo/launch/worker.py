@@ -44,13 +44,9 @@ def main() -> None:
 
 
 def run(config: TrainSchema, run_dir: Path) -> int:
-    """Trains as `config` says and leaves everything in `run_dir`; returns the exit status.
-
-    Under several processes every rank calls this, and rank 0's run directory counts for all.
-    """
+    """Trains as `config` says and leaves everything in `run_dir`, of all ranks in rank 0's; returns the exit status."""
     report.quiet()
     stop = StopOnSignal()
-    pid = run_dir / "worker.pid"
     tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
     try:
         return _run(config, run_dir, stop, tracked)
@@ -81,6 +77,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         traceback.print_exc()
         return 1
     finally:
+        pid = run_dir / "worker.pid"
         if pid.exists() and pid.read_text() == str(os.getpid()):  # and not that of a run at work here
             pid.unlink()
 

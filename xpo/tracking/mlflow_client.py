@@ -101,21 +101,13 @@ def make_client(uri: str) -> "MlflowClient":
 
 
 def reach(uri: str) -> "MlflowClient":
-    """A client of a server or database that exists and answers.
-
-    Raises:
-        Exception: whatever its driver raises if it does not.
-    """
+    """A client of a server or database that exists and answers; if it does not, its driver raises whatever it likes."""
     knock(uri, _REACH_S)
     return make_client(uri)
 
 
 def mark_ended(uri: str | None, run_id: str, status: str) -> bool:
-    """Sets a run that MLflow still calls running to KILLED or FAILED.
-
-    Returns:
-        Whether MLflow was reached.
-    """
+    """Sets a run that MLflow still calls running to KILLED or FAILED; whether MLflow was reached."""
     try:
         with short_calls():
             client = reach(tracking_uri(uri))
@@ -127,11 +119,7 @@ def mark_ended(uri: str | None, run_id: str, status: str) -> bool:
 
 
 def set_tags(uri: str | None, run_ids: Iterable[str], tags: dict[str, str]) -> bool:
-    """Sets tags of runs.
-
-    Returns:
-        Whether MLflow took all of them.
-    """
+    """Sets tags of runs; whether MLflow took all of them."""
     from mlflow.entities import RunTag
 
     try:
