@@ -39,8 +39,7 @@ def main() -> None:
 def _parent(config: DictConfig) -> float | None:
     """One job, not of a sweep, or started by another launcher than ours; returns its win rate, for a sweeper.
 
-    ConfigError or JobFailed if it is part of a sweep and came to nothing: the command may be another process than this
-    one, and would not know.
+    If it is part of a sweep, what went wrong is raised: the command may be another process, which would not know.
     """
     if signals:
         return None
@@ -52,14 +51,10 @@ def _parent(config: DictConfig) -> float | None:
         )
     output_dir = Path(hydra_config.runtime.output_dir)
     again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
+    found = (output_dir, resumable_checkpoint(output_dir)) if again else None
+    choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config.overrides)
     try:
-        run_dir = prepare(
-            config,
-            output_dir,
-            dict(hydra_config.runtime.choices),
-            repeatable(hydra_config.overrides),
-            found=(output_dir, resumable_checkpoint(output_dir)) if again else None,
-        )
+        run_dir = prepare(config, output_dir, choices, overrides, found=found)
     except Exception as error:  # Hydra would print a line of its own
         if in_sweep:
             raise

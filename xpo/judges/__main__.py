@@ -16,9 +16,8 @@ from xpo.data.pairs import load_pairs
 from xpo.evaluation.inspection import Judged, ask, report, show, write
 from xpo.launch.command import exit_status, print_error
 from xpo.launch.groups import build_preference, check_target
+from xpo.launch.processes import exit_statuses
 from xpo.tracking.terminal import quiet
-
-_exit_statuses: list[int] = []
 
 ConfigStore.instance().store(name="inspect_schema", node=InspectSchema)
 
@@ -27,20 +26,20 @@ def main() -> None:
     """The command line. Exit status 2 for bad input, 1 for a judge that could not go on."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     quiet()
-    _exit_statuses.clear()
+    exit_statuses.clear()
     try:
         _composed()
     except Exception as error:
         sys.exit(exit_status(error, InspectSchema))
-    sys.exit(max(_exit_statuses, default=0))
+    sys.exit(max(exit_statuses, default=0))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")
 def _composed(config: DictConfig) -> None:
     try:
-        _exit_statuses.append(inspect(config))
+        exit_statuses.append(inspect(config))
     except Exception as error:  # Hydra would print a line of its own
-        _exit_statuses.append(exit_status(error, InspectSchema))
+        exit_statuses.append(exit_status(error, InspectSchema))
 
 
 def inspect(config: DictConfig) -> int:

@@ -53,15 +53,13 @@ def passing_on_signals(stop: Callable[[int], None]) -> Iterator[None]:
 
 
 class JobProcess:
-    """The worker process, or the process group, that trains in a run directory.
+    """The worker process, or the process group, that trains in a run directory; ConfigError if it cannot be started.
 
     Args:
         run_dir: as `xpo.launch.jobs.prepare` leaves it.
         devices: the GPUs that it may use; None for launch.devices.
         at_once: jobs that share the machine.
         output: a file for what it prints; None for the terminal.
-
-    Raises ConfigError if launch.command cannot be started.
     """
 
     def __init__(

@@ -43,8 +43,7 @@ def run(
         first: the number of the first point.
         swept: the keys that the sweeper chooses, as far as they are known: a batch may be a single point.
 
-    Raises:
-        ConfigError: what is wrong with any of the jobs, before one has started.
+    ConfigError for what is wrong with any of the jobs, before one has started.
     """
     seeded = [words for point in batch for words in with_seeds(list(point), _schema(compose(list(point), 0)))]
     before = first * len(seeded) // len(batch)  # jobs of earlier batches
@@ -85,10 +84,7 @@ def with_seeds(overrides: list[str], config: TrainSchema) -> list[list[str]]:
 
 
 def slots(launch: LaunchOptions) -> list[list[int] | None]:
-    """The GPUs of each job that runs at the same time; None for all of them, or where there are none.
-
-    ConfigError if several jobs at once would use the same ones.
-    """
+    """The GPUs of each job that runs at the same time, None for all there are; ConfigError if jobs would share."""
     if launch.jobs == 1:
         return [launch.devices]
     devices = launch.devices
@@ -107,10 +103,7 @@ def slots(launch: LaunchOptions) -> list[list[int] | None]:
 
 
 class Runner:
-    """Runs the jobs of a batch; sweep.json lies in `directory`.
-
-    `config` is that of the job with the most processes: the rest of launch, and sweep, are the same in all.
-    """
+    """Runs the jobs of a batch. `config` is that with most processes: the rest of launch, and sweep, are equal."""
 
     def __init__(self, sweep: Sweep, directory: Path, config: TrainSchema):
         self.sweep = sweep

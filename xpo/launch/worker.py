@@ -161,8 +161,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
     evaluated = any(entry["step"] == trainer.state.global_step for entry in evaluations(trainer.state.log_history))
     # With the best model loaded, the last evaluation may be another model's.
-    again = args.load_best_model_at_end or not evaluated
-    if "eval" in inputs.datasets and config.evaluation.after and again:
+    if "eval" in inputs.datasets and config.evaluation.after and (args.load_best_model_at_end or not evaluated):
         report.say(args, "Evaluating after training")
         trainer.evaluate()
     if log is not None:
