@@ -22,12 +22,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m xpo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "sweep",
-        metavar="SWEEP",
-        nargs="?",
-        help="multirun/DATE/TIME, or the name of a sweep in MLflow (tag xpo.sweep); default: the newest in multirun/",
-    )
+    what = "multirun/DATE/TIME, or the name of a sweep in MLflow (tag xpo.sweep); default: the newest in multirun/"
+    parser.add_argument("sweep", metavar="SWEEP", nargs="?", help=what)
     parser.add_argument("--metric", default=WIN_RATE, help="what the best is best by, higher is better (%(default)s)")
     parser.add_argument("--out", type=Path, help="directory of the report (SWEEP/compare; from MLflow compare/NAME)")
     parser.add_argument("--tracking-uri", help="MLflow server or database ($MLFLOW_TRACKING_URI, else ./mlflow.db)")
@@ -43,8 +39,7 @@ def main() -> None:
     out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
     paths = write(comparison, plots(comparison), out)
     show(comparison, paths[0])
-    problem = None if options.no_log else log(sweep, paths)
-    if problem:
+    if not options.no_log and (problem := log(sweep, paths)):
         print(f"xpo: the report is not in MLflow: {problem}", file=sys.stderr)
 
 

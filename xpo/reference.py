@@ -47,12 +47,10 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     if open_store(args) is None:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
     inputs = build_inputs(config, args)
-    policy = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
-    sampler = build_sampler(args, policy, inputs.tokenizer)
-    model = policy
+    model = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
+    sampler = build_sampler(args, model, inputs.tokenizer)  # the policy says what ends a completion
     if inputs.reference is not None:
         model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)
-    del policy
     draws = build_reference_draws(args, build_reference(args, model, model), sampler)
     half = torch.bfloat16 if args.bf16 else torch.float16
     work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(epochs)]

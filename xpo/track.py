@@ -34,9 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that goes away ends this in seconds
-    kept = False
+    tracked = sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
+    status = 0
     try:
-        run_dirs = [run_dir for run_dir in options.run_dirs or _tracked() if lacks(run_dir)]
+        run_dirs = [run_dir for run_dir in options.run_dirs or tracked if lacks(run_dir)]
     except ConfigError as error:
         sys.exit(exit_status(error))
     if not run_dirs:
@@ -45,21 +46,13 @@ def main() -> None:
         try:
             print(f"{run_dir}: {replay(run_dir, options.uri)}", flush=True)
         except NotSent as error:
-            kept = True
+            status = 1
             print(f"{run_dir}: {error}", file=sys.stderr, flush=True)
-    sys.exit(int(kept))
-
-
-def _tracked() -> list[Path]:
-    return sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
+    sys.exit(status)
 
 
 def lacks(run_dir: Path) -> bool:
-    """Whether MLflow may lack something of a run.
-
-    Raises:
-        ConfigError: the run is not tracked, or its files cannot be read.
-    """
+    """Whether MLflow may lack something of a run; ConfigError if it is not tracked, or its files cannot be read."""
     try:
         complete = Followed.read(run_dir).complete
     except FileNotFoundError:
@@ -76,17 +69,10 @@ def lacks(run_dir: Path) -> bool:
 
 
 def replay(run_dir: Path, uri: str | None = None) -> str:
-    """Sends what MLflow lacks of a run. One that was killed before it could say how it ended is KILLED then.
+    """Sends what MLflow lacks of a run, and says in words what was sent.
 
-    Args:
-        run_dir: the run directory.
-        uri: the tracking server or database; None for the one that the run logged to.
-
-    Returns:
-        What was sent, in words.
-
-    Raises:
-        NotSent: MLflow or the run in it is out of reach, or the run is alive.
+    One that was killed before it could say how it ended is KILLED then. `uri` is where MLflow is now, if not where the
+    run logged to. NotSent if MLflow or the run in it is out of reach, or if the run is alive.
     """
     try:
         with FileLock(run_dir / "run.lock", timeout=0):
@@ -118,9 +104,8 @@ def _replay(log: MetricsLog, state: Followed, uri: str | None) -> str:
         state.uri, state.files = uri, {}
     before = follower.lacks()
     failure = follower.send(client, lambda: None)
-    after = follower.lacks()
+    sent = {kind: before[kind] - left for kind, left in follower.lacks().items()}
     follower.save()
-    sent = {kind: before[kind] - after[kind] for kind in before}
     words = f"sent {in_words(sent)}; {in_words({'point': follower.arrived})} had arrived before"
     if failure is not None:
         raise NotSent(f"{words}; MLflow did not take the rest ({first_line(failure)}), which is kept")

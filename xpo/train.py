@@ -1,9 +1,8 @@
 """`python -m xpo.train`: the Hydra entry point.
 
-Composes and checks the configuration, then starts one worker process per job and waits for it. The
-parent never trains and never imports torch: jobs of a sweep cannot disturb each other, and
-`--cfg job` answers at once. Started by torchrun or `accelerate launch`, where RANK is set, the
-process is a worker itself.
+Composes and checks the configuration, then starts one worker process per job and waits for it. The parent never imports
+torch: jobs of a sweep cannot disturb each other, and `--cfg job` answers at once. Started by torchrun or
+`accelerate launch`, where RANK is set, the process is a worker itself.
 """
 
 import os
@@ -17,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from xpo.config.compose import CONF, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
-from xpo.config.schema import TrainSchema
 from xpo.launch.command import exit_status, print_error
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, passing_on_signals, signals
@@ -39,14 +37,9 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def _parent(config: DictConfig) -> float | None:
-    """One job, which is not part of a sweep, or which another launcher than ours has started.
+    """One job, not of a sweep, or started by another launcher than ours; returns its win rate, for a sweeper.
 
-    Returns:
-        Its win rate, for a sweeper.
-
-    Raises:
-        ConfigError, JobFailed: it came to nothing, and it is part of a sweep: this process may be
-            another one than the command's, which would not know.
+    If it is part of a sweep, what went wrong is raised: the command may be another process, which would not know.
     """
     if signals:
         return None
@@ -58,14 +51,10 @@ def _parent(config: DictConfig) -> float | None:
         )
     output_dir = Path(hydra_config.runtime.output_dir)
     again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
+    found = (output_dir, resumable_checkpoint(output_dir)) if again else None
+    choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config.overrides)
     try:
-        run_dir = prepare(
-            config,
-            output_dir,
-            dict(hydra_config.runtime.choices),
-            repeatable(hydra_config.overrides),
-            found=(output_dir, resumable_checkpoint(output_dir)) if again else None,
-        )
+        run_dir = prepare(config, output_dir, choices, overrides, found=found)
     except Exception as error:  # Hydra would print a line of its own
         if in_sweep:
             raise
@@ -100,8 +89,7 @@ def _work_as_rank(arguments: list[str]) -> int:
         run_dir = prepare(config, run_dir, choices, arguments)
     from xpo.launch import worker
 
-    schema: TrainSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
-    return worker.run(schema, run_dir)
+    return worker.run(OmegaConf.to_object(config), run_dir)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

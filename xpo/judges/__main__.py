@@ -16,9 +16,8 @@ from xpo.data.pairs import load_pairs
 from xpo.evaluation.inspection import Judged, ask, report, show, write
 from xpo.launch.command import exit_status, print_error
 from xpo.launch.groups import build_preference, check_target
+from xpo.launch.processes import exit_statuses
 from xpo.tracking.terminal import quiet
-
-_exit_statuses: list[int] = []
 
 ConfigStore.instance().store(name="inspect_schema", node=InspectSchema)
 
@@ -27,20 +26,20 @@ def main() -> None:
     """The command line. Exit status 2 for bad input, 1 for a judge that could not go on."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     quiet()
-    _exit_statuses.clear()
+    exit_statuses.clear()
     try:
         _composed()
     except Exception as error:
         sys.exit(exit_status(error, InspectSchema))
-    sys.exit(max(_exit_statuses, default=0))
+    sys.exit(max(exit_statuses, default=0))
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")
 def _composed(config: DictConfig) -> None:
     try:
-        _exit_statuses.append(inspect(config))
+        exit_statuses.append(inspect(config))
     except Exception as error:  # Hydra would print a line of its own
-        _exit_statuses.append(exit_status(error, InspectSchema))
+        exit_statuses.append(exit_status(error, InspectSchema))
 
 
 def inspect(config: DictConfig) -> int:
@@ -50,23 +49,23 @@ def inspect(config: DictConfig) -> int:
     if not is_group(schema.judge):
         raise ConfigError("judge has no _target_; choose one with judge=pair_rm, say")
     groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
-    for key, group in [*groups.items(), ("reward_model", schema.reward_model)]:
+    for key, group in groups.items():
         check_target(key, group)
+    check_target("reward_model", schema.reward_model)
     pairs = load_pairs(schema.pairs, schema.pairs_split, schema.limit, schema.seed)
     runtime = HydraConfig.get().runtime
-    out, choices = Path(runtime.output_dir), runtime.choices
     judged: dict[str, Judged] = {}
     for key, group in groups.items():
-        name = choices["judge" if key == "judge" else "judge@other"]
-        with_scores = needs_reward_model(group)
-        judge = build_preference(group, schema.reward_model if with_scores else {})[1]
-        judged[key] = ask(judge, pairs, f"{name} ({choices['reward_model']})" if with_scores else name)
+        name, reward_model = runtime.choices["judge" if key == "judge" else "judge@other"], {}
+        if needs_reward_model(group):
+            name, reward_model = f"{name} ({runtime.choices['reward_model']})", schema.reward_model
+        judged[key] = ask(build_preference(group, reward_model)[1], pairs, name)
         if judged[key].stopped:
             print_error(f"{judged[key].stopped}; what follows is of the pairs before")
-    figures = report(pairs, judged)
+    figures, out = report(pairs, judged), Path(runtime.output_dir)
     write(out, pairs, judged, figures)
     show(judged, figures, out)
-    return int(any(judge.stopped for judge in judged.values()))
+    return 1 if any(judge.stopped for judge in judged.values()) else 0
 
 
 if __name__ == "__main__":

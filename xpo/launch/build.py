@@ -30,10 +30,7 @@ class Inputs(NamedTuple):
 
 
 def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
-    """The trainer's arguments; model and checkpoints go to RUN_DIR/model.
-
-    ConfigError for an unknown name in training.kwargs, or for values that TrainingArguments refuses.
-    """
+    """The trainer's arguments, its output in RUN_DIR/model; ConfigError for names and values that they do not take."""
     valid = inspect.signature(XPOConfig).parameters
     for key, value in config.training.kwargs.items():
         if key not in valid:

@@ -9,10 +9,7 @@ from xpo.config.schema import TrainSchema
 
 
 def exit_status(error: Exception, schema: type = TrainSchema) -> int:
-    """Says what went wrong and returns the exit status: 2 for bad input, 1 for a job that came to nothing.
-
-    Any other error is raised again. `schema` is the dataclass of the command's configuration.
-    """
+    """Says what went wrong and returns 2 for bad input, 1 for a job that came to nothing; raises any other error."""
     if isinstance(error, JobFailed):
         print_error(error)
         return 1

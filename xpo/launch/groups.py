@@ -19,10 +19,9 @@ OFF = ("off", False, None)  # unquoted, YAML reads the word as a truth value
 def check_target(key: str, group: Group) -> None:
     """ConfigError unless every `_target_` in a group exists, and takes the other keys beside it (but `cache`)."""
     target = group.get("_target_")
-    parameters: dict[str, inspect.Parameter] = {}
     if target is not None:
         try:
-            parameters = dict(inspect.signature(get_method(target)).parameters)
+            parameters = inspect.signature(get_method(target)).parameters
         except (ImportError, ValueError, AttributeError) as error:
             reason = first_line(error.__cause__ or error)
             raise ConfigError(f"{key}._target_={target!r} cannot be imported ({reason}); correct the name") from error

@@ -53,16 +53,13 @@ def passing_on_signals(stop: Callable[[int], None]) -> Iterator[None]:
 
 
 class JobProcess:
-    """The worker process, or the process group, that trains in a run directory.
+    """The worker process, or the process group, that trains in a run directory; ConfigError if it cannot be started.
 
     Args:
         run_dir: as `xpo.launch.jobs.prepare` leaves it.
         devices: the GPUs that it may use; None for launch.devices.
         at_once: jobs that share the machine.
         output: a file for what it prints; None for the terminal.
-
-    Raises:
-        ConfigError: launch.command cannot be started.
     """
 
     def __init__(
@@ -133,16 +130,16 @@ class JobProcess:
             return Outcome("stopped", 128 + number, signal.Signals(number).name)
         if status < 0:
             return Outcome("killed", 128 - status, f"{signal.Signals(-status).name}, for want of memory perhaps")
+        elsewhere = Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
         if status == RunInUse.status:
-            return Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
+            return elsewhere
         failure = self.run_dir / "failure.json"
         if failure.exists():
-            told = json.loads(failure.read_text())
-            return Outcome("failed", told["status"], told["reason"])
+            return Outcome("failed", **json.loads(failure.read_text()))
         if status - 128 in (signal.SIGINT, signal.SIGTERM):
             return Outcome("stopped", status, signal.Signals(status - 128).name)
         if in_use(self.run_dir):  # torchrun does not pass on the status of RunInUse, and ours are gone
-            return Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
+            return elsewhere
         return Outcome("failed", status, f"exit status {status}; one of its processes was killed perhaps")
 
 

@@ -24,8 +24,7 @@ from xpo.config.options import LaunchOptions
 from xpo.config.schema import TrainSchema, to_dict
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, continued, short_name
-from xpo.launch.sweep_report import SweepReport
+from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, SweepReport, continued, short_name
 from xpo.tracking.mlflow_client import mark_ended, set_tags
 from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
 
@@ -44,20 +43,17 @@ def run(
         first: the number of the first point.
         swept: the keys that the sweeper chooses, as far as they are known: a batch may be a single point.
 
-    Raises:
-        ConfigError: what is wrong with any of the jobs, before one has started.
+    ConfigError for what is wrong with any of the jobs, before one has started.
     """
-    seeded = [overrides for point in batch for overrides in with_seeds(list(point), _schema(compose(list(point), 0)))]
+    seeded = [words for point in batch for words in with_seeds(list(point), _schema(compose(list(point), 0)))]
     before = first * len(seeded) // len(batch)  # jobs of earlier batches
     configs = [compose(overrides, before + i) for i, overrides in enumerate(seeded)]
     schemas = [_schema(config) for config in configs]
-    resume = schemas[0].training.resume
+    resume, seeds = schemas[0].training.resume, schemas[0].sweep.seeds
     if resume is not None:
         raise ConfigError(f"training.resume={resume!r} names one run, and a sweep goes on by itself; remove it")
-    if schemas[0].sweep.seeds > 1 and "training.seed" in swept:
-        raise ConfigError(
-            f"sweep.seeds={schemas[0].sweep.seeds} goes over training.seed, which is swept too; remove one of them"
-        )
+    if seeds > 1 and "training.seed" in swept:
+        raise ConfigError(f"sweep.seeds={seeds} goes over training.seed, which is swept too; remove one of them")
     widest = max(schemas, key=lambda schema: schema.launch.num_processes)
     slots(widest.launch)
     directory = Path(configs[0].hydra.sweep.dir).absolute()
@@ -88,10 +84,7 @@ def with_seeds(overrides: list[str], config: TrainSchema) -> list[list[str]]:
 
 
 def slots(launch: LaunchOptions) -> list[list[int] | None]:
-    """The GPUs of each job that runs at the same time; None for all of them, or where there are none.
-
-    ConfigError if several jobs at once would use the same ones.
-    """
+    """The GPUs of each job that runs at the same time, None for all there are; ConfigError if jobs would share."""
     if launch.jobs == 1:
         return [launch.devices]
     devices = launch.devices
@@ -110,10 +103,7 @@ def slots(launch: LaunchOptions) -> list[list[int] | None]:
 
 
 class Runner:
-    """Runs the jobs of a batch; sweep.json lies in `directory`.
-
-    `config` is that of the job with the most processes: the rest of launch, and sweep, are the same in all.
-    """
+    """Runs the jobs of a batch. `config` is that with most processes: the rest of launch, and sweep, are equal."""
 
     def __init__(self, sweep: Sweep, directory: Path, config: TrainSchema):
         self.sweep = sweep

@@ -1,16 +1,23 @@
-"""What a sweep knows of its jobs: the content of SWEEP_DIR/sweep.json. Layer 0: no torch."""
+"""What a sweep knows of its jobs: the content of SWEEP_DIR/sweep.json, and the terminal's view of it. No torch."""
 
 import json
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from xpo.config.files import write_whole
 from xpo.config.schema import TrainSchema
 from xpo.tracking.mlflow_client import tracking_uri
+from xpo.tracking.mlflow_ui import chart_link, save_view
+from xpo.tracking.runs import RunRecord
 
 ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
 COLORS = (  # of a job's curves in MLflow: of Okabe and Ito, then darker ones: told apart by the colour-blind too
@@ -19,6 +26,7 @@ COLORS = (  # of a job's curves in MLflow: of Okabe and Ito, then darker ones: t
 )
 DONE = "finished"
 ELSEWHERE = "running elsewhere"
+STATES = {DONE: "green", "stopped": "yellow", ELSEWHERE: "yellow", "not started": "yellow"}
 
 
 @dataclass
@@ -95,3 +103,67 @@ def short_name(point: dict[str, str]) -> str:
         (words[key] if letters[key] in common else letters[key]) + re.sub(r"e-0(\d)$", r"e-\1", value)
         for key, value in point.items()
     )
+
+
+class SweepReport:
+    """Says what happens to the jobs of a sweep, whose sweep.json lies in `directory`."""
+
+    def __init__(self, sweep: Sweep, directory: Path):
+        self.sweep = sweep
+        self.directory = directory
+        self.console = Console(highlight=False)
+
+    def announce(self, jobs: Sequence[Job], to_do: Sequence[Path]) -> None:
+        """How many jobs a batch has, what became of them before, and in which run directories they start now."""
+        counts = {
+            "finished before": sum(job.before for job in jobs),
+            "go on from a checkpoint": sum(RunRecord.read(run_dir).resume_from is not None for run_dir in to_do),
+            ELSEWHERE: sum(job.state == ELSEWHERE for job in jobs),
+        }
+        parts = [f"{len(jobs)} jobs", *(f"{count} {what}" for what, count in counts.items() if count)]
+        self._line(f"Sweep {self.sweep.name!r}: {', '.join(parts)}")
+
+    def say(self, number: int, count: int, job: Job, what: str) -> None:
+        """A line on one job."""
+        self._line(f"[bold]Job {number} of {count}[/]  {escape(job.name)}  {escape(what)}")
+
+    def summary(self) -> None:
+        """A table of all jobs, and how to compare them."""
+        self._show_table()
+        for job in self.sweep.jobs:
+            if job.reason:
+                self._line(f"{escape(job.name)}: {job.state}: {escape(job.reason)}")
+        here = self.directory.is_relative_to(Path.cwd())
+        as_typed = self.directory.relative_to(Path.cwd()) if here else self.directory
+        self._line(f"Compare: python -m xpo.compare {shlex.quote(str(as_typed))}")
+        self._where_in_mlflow()
+        if any(job.state != DONE for job in self.sweep.jobs):
+            self._line("Repeat the command to finish the rest.")
+
+    def _show_table(self) -> None:
+        jobs = self.sweep.jobs
+        names = [name for name in ("win_rate", "score", "kl") if any(name in job.metrics for job in jobs)]
+        table = Table(title=f"Sweep {self.sweep.name}", title_justify="left")
+        table.add_column("job")
+        table.add_column("state")
+        for title in (*(name.replace("_", " ") for name in names), "minutes"):
+            table.add_column(title, justify="right")
+        for job in jobs:
+            values = [f"{job.metrics[name]:.3f}" if name in job.metrics else "" for name in names]
+            state = f"[{STATES.get(job.state, 'red')}]{job.state}[/]" + (" before" if job.before else "")
+            table.add_row(escape(job.name), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
+        self.console.print(table)
+
+    def _where_in_mlflow(self) -> None:
+        uri = self.sweep.tracking_uri
+        records = [RunRecord.read(Path(job.run_dir)) for job in self.sweep.jobs if job.mlflow_run_id]
+        experiments = [record.mlflow_experiment_id for record in records if record.mlflow_experiment_id]
+        if not uri or not experiments:
+            return
+        if not uri.startswith("http"):
+            self._line(f"MLflow:  mlflow ui --backend-store-uri {shlex.quote(uri)}, then")
+        place = (uri, experiments[0], self.sweep.name)
+        self._line(f"         {chart_link(*place, save_view(*place, self.sweep.keys))}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True)

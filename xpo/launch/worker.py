@@ -44,13 +44,9 @@ def main() -> None:
 
 
 def run(config: TrainSchema, run_dir: Path) -> int:
-    """Trains as `config` says and leaves everything in `run_dir`; returns the exit status.
-
-    Under several processes every rank calls this, and rank 0's run directory counts for all.
-    """
+    """Trains as `config` says and leaves everything in `run_dir`, of all ranks in rank 0's; returns the exit status."""
     report.quiet()
     stop = StopOnSignal()
-    pid = run_dir / "worker.pid"
     tracked: list[MLflowRun] = []  # filled by _run as soon as there is one, so that a crash can be recorded
     try:
         return _run(config, run_dir, stop, tracked)
@@ -81,6 +77,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         traceback.print_exc()
         return 1
     finally:
+        pid = run_dir / "worker.pid"
         if pid.exists() and pid.read_text() == str(os.getpid()):  # and not that of a run at work here
             pid.unlink()
 
@@ -162,8 +159,7 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     trainer.save_model(_internal_call=True)  # before anything else can fail; pushing waits for the card
     evaluated = any(entry["step"] == trainer.state.global_step for entry in evaluations(trainer.state.log_history))
     # With the best model loaded, the last evaluation may be another model's.
-    again = args.load_best_model_at_end or not evaluated
-    if "eval" in inputs.datasets and config.evaluation.after and again:
+    if "eval" in inputs.datasets and config.evaluation.after and (args.load_best_model_at_end or not evaluated):
         report.say(args, "Evaluating after training")
         trainer.evaluate()
     if log is not None:

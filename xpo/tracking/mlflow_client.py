@@ -97,11 +97,7 @@ def make_client(uri: str) -> "MlflowClient":
 
 
 def reach(uri: str) -> "MlflowClient":
-    """A client of a server or database that exists and answers.
-
-    Raises:
-        Exception: whatever its driver raises if it does not.
-    """
+    """A client of a server or database that exists and answers; if it does not, its driver raises whatever it likes."""
     knock(uri, _REACH_S)
     return make_client(uri)
 

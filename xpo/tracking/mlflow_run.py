@@ -79,7 +79,7 @@ class MLflowRun:
         self._reachable = True
         try:
             self.client, self.experiment_id = self._connect(experiment)
-            if run_id is None or not self._exists(run_id):
+            if not run_id or not self._exists(run_id):
                 run_id = self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
             self.run_id = run_id
             run = self.client.get_run(run_id)
@@ -148,11 +148,7 @@ class MLflowRun:
         self.client.update_run(self.run_id, status="RUNNING")
 
     def follow(self, again: bool = False) -> None:
-        """Takes up what has been logged since, and sends it when it is old or much; it never waits for long.
-
-        Args:
-            again: the log went back to a checkpoint.
-        """
+        """Takes up what was logged since, `again` from the beginning, and sends what is old or much, for seconds."""
         self._follower.read(again)
         if len(self._follower.points) >= POINTS_AT_ONCE or time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
             self.flush()

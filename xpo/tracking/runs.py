@@ -113,10 +113,7 @@ def last_complete_checkpoint(model_dir: Path) -> Path | None:
     """The newest checkpoint-N that was written to its end: a killed run may leave a half-written one."""
     named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
     numbered = [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
-    for _, path in sorted(numbered, reverse=True):
-        if is_complete(path):
-            return path
-    return None
+    return next((path for _, path in sorted(numbered, reverse=True) if is_complete(path)), None)
 
 
 def is_complete(checkpoint: Path) -> bool:
