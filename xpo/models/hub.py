@@ -3,15 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, errors, snapshot_download
 
 from xpo.config.errors import ConfigError
 
@@ -25,7 +17,7 @@ def _hub_answers(name: str, kind: str, revision: str | None) -> bool:
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S)
     except Exception as error:  # whatever the HTTP client below huggingface_hub raises
-        return isinstance(error, HfHubHTTPError)
+        return isinstance(error, errors.HfHubHTTPError)
     return True
 
 
@@ -66,15 +58,15 @@ def local_directory(
             return path
         reason = "has no weights in the form of safetensors"
         remedy = f"save the model with save_pretrained and point {key} at that directory"
-    except HFValidationError:
+    except errors.HFValidationError:
         reason = "is neither a directory nor a hub name"
         remedy = f"point {key} at an existing directory or at a hub name such as owner/name"
-    except GatedRepoError:
+    except errors.GatedRepoError:
         reason, remedy = "is gated on the hub", "ask for access on its page and log in with `hf auth login`"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         reason, remedy = f"has no revision {revision!r} on the hub", f"correct {key.rpartition('.')[0]}.revision"
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         reason, remedy = "is not on the hub", f"correct {key}, or log in with `hf auth login` if it is private"
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError):
         reason = "is not on this machine and the hub is out of reach"
     raise ConfigError(f"{key}={name!r} {reason}; {remedy}")

@@ -10,17 +10,7 @@ from filelock import FileLock
 
 from xpo.config.errors import ConfigError, first_line
 from xpo.tracking.metrics_log import MetricsLog
-from xpo.tracking.mlflow_client import (
-    database,
-    held_points,
-    is_server,
-    knock,
-    make_client,
-    reach,
-    short_calls,
-    stored_key,
-    tracking_uri,
-)
+from xpo.tracking import mlflow_client
 from xpo.tracking.mlflow_follower import POINTS_AT_ONCE, Followed, Follower, in_words
 from xpo.tracking.mlflow_ui import chart_link
 
@@ -70,7 +60,7 @@ class MLflowRun:
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import SQLAlchemyError
 
-        self.uri = tracking_uri(uri)
+        self.uri = mlflow_client.tracking_uri(uri)
         self.log = log
         self._run_dir = log.path.parent
         self._sweep = tags.get("xpo.sweep")
@@ -83,7 +73,7 @@ class MLflowRun:
                 run_id = self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
             self.run_id = run_id
             run = self.client.get_run(run_id)
-            held = held_points(self.client, run, run.data.metrics)
+            held = mlflow_client.held_points(self.client, run, run.data.metrics)
             self._follower = Follower(log, self._taken_up(), held)
             self._describe(run, params, tags)
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: the database's driver
@@ -96,13 +86,13 @@ class MLflowRun:
     def _connect(self, experiment: str) -> tuple["MlflowClient", str]:
         """A client, and the experiment's id. Concurrent first starts on an empty database must not race."""
         if not self.uri.startswith("sqlite:///"):
-            client = reach(self.uri)
+            client = mlflow_client.reach(self.uri)
             return client, self._experiment(client, experiment, None)
-        file = database(self.uri)
+        file = mlflow_client.database(self.uri)
         file.parent.mkdir(parents=True, exist_ok=True)
         artifacts = file.parent / "mlruns" / experiment
         with FileLock(f"{file}.lock"):  # the client itself makes the tables
-            client = make_client(self.uri)
+            client = mlflow_client.make_client(self.uri)
             return client, self._experiment(client, experiment, artifacts.as_uri())
 
     @staticmethod
@@ -142,8 +132,8 @@ class MLflowRun:
     def _describe(self, run: "Run", params: dict[str, Any], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
 
-        texts = {stored_key(key): str(value)[:_MAX_PARAM] for key, value in params.items() if value is not None}
-        new = [Param(key, text) for key, text in texts.items() if key not in run.data.params]
+        given = {mlflow_client.stored_key(key): value for key, value in params.items() if value is not None}
+        new = [Param(key, str(value)[:_MAX_PARAM]) for key, value in given.items() if key not in run.data.params]
         self.client.log_batch(self.run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()])
         self.client.update_run(self.run_id, status="RUNNING")
 
@@ -186,14 +176,14 @@ class MLflowRun:
 
     def ui_command(self) -> str:
         """What opens the UI: a server's charts of this run's sweep or experiment, or the command that starts one."""
-        if is_server(self.uri):
+        if mlflow_client.is_server(self.uri):
             return chart_link(self.uri, self.experiment_id, self._sweep)
         return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
 
     def _drain(self, seconds: float = math.inf) -> None:
         """Sends what MLflow lacks; after a failure the next attempt is a while away."""
-        with short_calls():
-            failure = self._follower.send(self.client, lambda: knock(self.uri, _KNOCK_S), seconds)
+        with mlflow_client.short_calls():
+            failure = self._follower.send(self.client, lambda: mlflow_client.knock(self.uri, _KNOCK_S), seconds)
         if failure is not None:
             if self._reachable:
                 reason = first_line(failure)[:200]
