@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from xpo.config.errors import ConfigError, first_line
-from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking import mlflow_client
+from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_follower import POINTS_AT_ONCE, Followed, Follower, in_words
 from xpo.tracking.mlflow_ui import chart_link
 
