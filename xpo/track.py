@@ -34,10 +34,10 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that goes away ends this in seconds
-    tracked = sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
     status = 0
+    run_dirs = options.run_dirs or sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
     try:
-        run_dirs = [run_dir for run_dir in options.run_dirs or tracked if lacks(run_dir)]
+        run_dirs = [run_dir for run_dir in run_dirs if lacks(run_dir)]
     except ConfigError as error:
         sys.exit(exit_status(error))
     if not run_dirs:

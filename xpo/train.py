@@ -52,8 +52,9 @@ def _parent(config: DictConfig) -> float | None:
     output_dir = Path(hydra_config.runtime.output_dir)
     again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
     found = (output_dir, resumable_checkpoint(output_dir)) if again else None
-    choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config.overrides)
     try:
+        # Reading the overrides resolves an interpolation in them, which may fail.
+        choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config.overrides)
         run_dir = prepare(config, output_dir, choices, overrides, found=found)
     except Exception as error:  # Hydra would print a line of its own
         if in_sweep:
