@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-PROMPTS = Path(__file__).parents[2] / "xpo" / "assets" / "prompts" / "train.jsonl"
+PROMPTS = Path(__file__).parents[2] / "xpo" / "data" / "assets" / "prompts" / "train.jsonl"
 Prompt = list[dict[str, str]]
 
 
