@@ -62,7 +62,7 @@ def lacks(run_dir: Path) -> bool:
         ) from None
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{run_dir}/mlflow.json cannot be read ({first_line(error)}); mend it, or resume the run"
+            f"{run_dir}/mlflow.json cannot be read ({first_line(error)}); mend it, or delete it and resume the run"
         ) from error
     MetricsLog(run_dir)
     return not complete
