@@ -61,7 +61,7 @@ def test_the_metrics_of_a_killed_run_are_those_of_the_uninterrupted_one_line_by_
 
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_run_killed_behind_its_last_checkpoint_takes_no_step_more(make_trainer: TrainerFactory, steps: int):
-    """In the middle of an epoch of four steps, and at its end: the Trainer itself would take one more."""
+    """In the middle of an epoch of four steps, where the Trainer itself would take one more, and at its end."""
     options = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps}
     whole = make_trainer(**options)
     whole.train()
