@@ -25,20 +25,17 @@ __all__ = [
     "XPOTrainer",
 ]
 
-_HOME = {
-    "XPOConfig": "xpo.training.config",
-    "XPOTrainer": "xpo.training.trainer",
-    "ConfigError": "xpo.config.errors",
-    "Judge": "xpo.judges",
-    "PairRMJudge": "xpo.judges",
-    "RewardJudge": "xpo.judges",
-    "RewardModel": "xpo.rewards",
-    "ClassifierReward": "xpo.rewards",
-    "EmbeddedReward": "xpo.rewards",
+_HOMES = {
+    "xpo.config.errors": ("ConfigError",),
+    "xpo.judges": ("Judge", "PairRMJudge", "RewardJudge"),
+    "xpo.rewards": ("ClassifierReward", "EmbeddedReward", "RewardModel"),
+    "xpo.training.config": ("XPOConfig",),
+    "xpo.training.trainer": ("XPOTrainer",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'xpo' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'xpo' has no attribute {name!r}")

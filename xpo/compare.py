@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 
 from xpo.config.errors import ConfigError
-from xpo.evaluation.compare.log import log
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
-from xpo.evaluation.compare.report import show, write
+from xpo.evaluation.compare.report import log, show, write
 from xpo.evaluation.compare.statistics import WIN_RATE, compare
 from xpo.launch.command import exit_status
 

@@ -16,13 +16,14 @@ from xpo.config.compose import check_keys, choose_preset, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
-from xpo.launch.build import build_arguments, build_inputs, loaded
+from xpo.data.store import OFF
+from xpo.launch.build import build_arguments, build_inputs
 from xpo.launch.command import exit_status
 from xpo.models.batches import batches_by_length
-from xpo.models.loading import load_model
+from xpo.models.loading import load_model, loaded
 from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
-from xpo.training.setup import build_reference, build_reference_draws, build_sampler, open_store
+from xpo.training.setup import build_reference, build_reference_draws, build_sampler
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
 def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     """Computes what the store lacks, and says how much that was."""
     args = build_arguments(config, Path("outputs"))
-    if open_store(args) is None:
+    if args.reference_store in OFF:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
     inputs = build_inputs(config, args)
     model = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)

@@ -33,7 +33,7 @@ from with_xpo import count_letters
 from workloads import MODELS, model_directory
 
 from xpo import XPOConfig, XPOTrainer
-from xpo.models.memory import keep_freed_memory
+from xpo.models.devices import keep_freed_memory
 
 HERE = Path(__file__).parent
 VALUES = {"prompts": (4, 8, 16, 32), "prompt tokens": (32, 64, 128, 256), "new tokens": (16, 32, 64, 128)}

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workloads import MODELS, WORKLOADS, draw_prompts, load_tokenizer, model_directory, prompt_ids
 
+from xpo.models.devices import keep_freed_memory
 from xpo.models.forward import Forward
-from xpo.models.memory import keep_freed_memory
 from xpo.sampling.completions import take_pairs, token_batches, tokens_at_once
 
 PAIRS = 8

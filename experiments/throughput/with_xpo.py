@@ -8,7 +8,7 @@ from contender import Clock, load_job, load_model_and_tokenizer, training_argume
 from datasets import Dataset
 
 from xpo import XPOConfig, XPOTrainer
-from xpo.models.memory import keep_freed_memory
+from xpo.models.devices import keep_freed_memory
 
 
 def count_letters(prompts: Sequence[Any], completions: Sequence[str]) -> torch.Tensor:

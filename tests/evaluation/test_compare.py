@@ -18,10 +18,9 @@ from mlflow.entities import Metric, Param, RunTag
 from xpo.compare import main
 from xpo.config.errors import ConfigError
 from xpo.config.schema import flatten
-from xpo.evaluation.compare.log import TAG, log
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import Run, Sweep, _with_swept, find_sweep, from_directory, from_mlflow
-from xpo.evaluation.compare.report import as_csv, cells, side_by_side, verdict_words, write
+from xpo.evaluation.compare.report import TAG, as_csv, cells, log, side_by_side, verdict_words, write
 from xpo.evaluation.compare.statistics import (
     Point,
     cell_means,

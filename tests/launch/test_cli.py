@@ -35,8 +35,7 @@ from xpo.launch import processes as launch
 from xpo.launch import worker
 from xpo.launch.jobs import prepare, run_name
 from xpo.models.loading import tiny_model
-from xpo.tracking.history import evaluations
-from xpo.tracking.metrics_log import read_metrics
+from xpo.tracking.metrics_log import evaluations, read_metrics
 from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
 
 STEPS = 8

@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from xpo.models.memory import keep_freed_memory
+from xpo.models.devices import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 before = 0

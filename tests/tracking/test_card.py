@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from xpo import XPOConfig
 from xpo.tracking.card import model_card, model_name
-from xpo.tracking.history import evaluations, measures
+from xpo.tracking.metrics_log import evaluations, measures
 
 HISTORY: list[dict[str, Any]] = [
     {"eval_win_rate": 0.5, "eval_kl": 0.0, "eval_score": 1.0, "eval_ref_score": 1.0, "eval_runtime": 1.0, "step": 0},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xpo.config.errors import ConfigError
-from xpo.data.store import Store
+from xpo.data.store import open_store
 from xpo.models.fingerprints import digest
 
 
@@ -47,7 +47,7 @@ class Remembered:
         self.kind = kind
         self.layout = struct.Struct(f"<{layout}")
         self.width = len(layout)
-        self.store = Store(path)
+        self.store = open_store("judge.cache", path)
         self.commit_every = commit_every
 
     def columns(self, rows: Sequence[tuple[Any, ...]], compute: Callable[..., Sequence[Tensor]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Results on disk that processes share: keys and bytes in one SQLite file. Layer 0: no project imports.
+"""Results on disk that processes share: keys and bytes in one SQLite file. Layer 0: no torch.
 
 Safe for concurrent processes and for kill -9: what `put` has returned from is there, whole, for everybody; the rest is
 not there at all (SQLite's write-ahead log). Not for network file systems, on which SQLite's locks do not work.
@@ -14,10 +14,22 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from xpo.config.errors import ConfigError
+
 logger = logging.getLogger(__name__)
 
+OFF = ("off", False, None)  # words for no file; unquoted, YAML reads the first one as a truth value
 _TIMEOUT_S = 120  # how long a process waits for another one's write
 # Below, an OperationalError is trouble of the moment: a full disk or a lock, say. Any other DatabaseError is damage.
+
+
+def open_store(key: str, path: Path | str) -> "Store":
+    """The store in a file; ConfigError, which names the configuration's `key`, if it cannot be written."""
+    try:
+        return Store(path)
+    except (OSError, sqlite3.Error) as error:
+        remedy = f"choose another file, or {key}=off"
+        raise ConfigError(f"{key}={str(path)!r} cannot be written ({error}); {remedy}") from error
 
 
 class Store:

@@ -97,9 +97,8 @@ class Agreement(NamedTuple):
 
     same: Share
     kappa: float  # Cohen's: 1 for always, 0 for as often as by chance; NaN where chance alone agrees always
-    table: list[
-        list[int]
-    ]  # counts; rows: the first judge's verdicts (first, tie, second), columns: the other's, (3, 3)
+    # Counts, (3, 3); rows: the first judge's verdicts (first, tie, second), columns: the other's.
+    table: list[list[int]]
 
 
 def agreement(one: Tensor, two: Tensor) -> Agreement:

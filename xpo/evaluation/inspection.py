@@ -120,15 +120,9 @@ def show(judged: dict[str, Judged], figures: dict[str, Any], out: Path) -> None:
     table.add_column("")
     for judge in judged.values():
         table.add_column(judge.name, justify="right")
-    lines = {
-        "accuracy": "right, of decided pairs",
-        "ties": "ties",
-        "invalid": "invalid",
-        "flips": "flips between orders",
-        "first_wins": "first one wins",
-    }
-    for figure, title in lines.items():
-        table.add_row(title, *(_share(**figures[key][figure]) for key in judged))
+    titles = {"accuracy": "right, of decided pairs", "flips": "flips between orders", "first_wins": "first one wins"}
+    for figure in ("accuracy", "ties", "invalid", "flips", "first_wins"):
+        table.add_row(titles.get(figure, figure), *(_share(**figures[key][figure]) for key in judged))
     table.add_row("calibration error", *(f"{figures[key]['calibration_error']:.3f}" for key in judged))
     table.add_row("best label_temperature", *(f"{figures[key]['best_temperature']:.3g}" for key in judged))
     table.add_row("ms a pair", *(f"{1000 * figures[key]['seconds_per_pair']:.3g}" for key in judged))

@@ -17,7 +17,7 @@ from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.models.batches import batches_by_length, padded
 from xpo.models.devices import DTYPES, chosen_device
 from xpo.models.fingerprints import digest, model_digest
-from xpo.models.loading import load_model, load_tokenizer, policy_directory
+from xpo.models.loading import load_model, load_tokenizer, loaded, policy_directory
 from xpo.models.logprobs import positions
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,8 @@ class LocalLLMJudge(PairwiseJudge):
         self.device = chosen_device("judge.device", device)
         options = ModelOptions(name=model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
         directory = policy_directory(model, revision, "judge.model", with_code=trust_remote_code)
-        try:
-            network, self.tokenizer = load_model(directory, options), load_tokenizer(directory, options)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ConfigError(
-                f"judge.model={model!r} cannot be loaded ({reason}); point judge.model at a causal language model"
-            ) from error
+        network = loaded("judge.model", model, load_model, directory, options)
+        self.tokenizer = loaded("judge.model", model, load_tokenizer, directory, options)
         self.network = network.to(self.device).requires_grad_(False).eval()
         config = network.config.get_text_config()
         self.max_length = min(max_length, getattr(config, "max_position_embeddings", max_length))  # some have no limit

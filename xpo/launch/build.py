@@ -1,9 +1,8 @@
 """What a configuration stands for: the trainer's arguments, prompts and models, and the trainer itself."""
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -11,13 +10,11 @@ from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import TrainSchema, trainer_arguments
 from xpo.data.prompt_sets import load_prompts
 from xpo.launch.groups import build_group, build_preference, check_target
-from xpo.models.loading import load_model, load_tokenizer, lora_config, policy_directory
+from xpo.models.loading import load_model, load_tokenizer, loaded, lora_config, policy_directory
 from xpo.models.zero import loading_whole
 from xpo.training.config import XPOConfig
 from xpo.training.setup import prompt_tokenizer
 from xpo.training.trainer import XPOTrainer
-
-T = TypeVar("T")
 
 
 class Inputs(NamedTuple):
@@ -95,13 +92,3 @@ def build_trainer(config: TrainSchema, args: XPOConfig, inputs: Inputs, callback
         scorers=scorers,
         callbacks=callbacks,
     )
-
-
-def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
-    """`load(*arguments)`, with one line for a directory that holds no such thing."""
-    try:
-        return load(*arguments)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{key}={name!r} cannot be loaded ({first_line(error)}); point {key} at a causal language model"
-        ) from error

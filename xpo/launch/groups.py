@@ -1,7 +1,6 @@
 """From groups of a configuration with a `_target_`, the judge and the reward model, to objects."""
 
 import inspect
-import sqlite3
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -9,11 +8,11 @@ from hydra.utils import get_method, instantiate
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import REWARD_JUDGE, is_group, needs_reward_model
+from xpo.data.store import OFF
 from xpo.judges import CachedJudge, Judge
 from xpo.rewards import CachedReward, RewardModel
 
 Group = dict[str, Any]
-OFF = ("off", False, None)  # unquoted, YAML reads the word as a truth value
 
 
 def check_target(key: str, group: Group) -> None:
@@ -39,11 +38,6 @@ def check_target(key: str, group: Group) -> None:
             check_target(f"{key}.{name}", value)
 
 
-def build_group(group: Group) -> Any:
-    """What the `_target_` of a group makes of its other keys."""
-    return _build(group, None, "off")
-
-
 def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | None, Judge]:
     """The reward model, if any, and the judge.
 
@@ -54,11 +48,11 @@ def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | N
     cache = judge.get("cache", "off")
     # A judge of its own comes first: it is where a missing key or server is noticed at once.
     if needs_reward_model(judge):
-        scorer = _build(reward_model, None, cache)
-        made = _build(judge, scorer, cache)
+        scorer = build_group(reward_model, None, cache)
+        made = build_group(judge, scorer, cache)
     else:
-        made = _build(judge, None, cache)
-        scorer = _build(reward_model, None, cache) if is_group(reward_model) else None
+        made = build_group(judge, None, cache)
+        scorer = build_group(reward_model, None, cache) if is_group(reward_model) else None
     if cache not in OFF and made.fingerprint is None and not isinstance(scorer, CachedReward):
         raise ConfigError(
             f"judge.cache={cache!r} has nothing to keep: {type(made).__name__} has no fingerprint; "
@@ -67,15 +61,15 @@ def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | N
     return scorer, made
 
 
-def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
+def build_group(group: Group, reward_model: RewardModel | None = None, cache: Any = "off") -> Any:
     """What a group makes, from what its inner groups make. RewardJudge gets `reward_model` unless it has one."""
     cache = group.get("cache", cache)
     inner: dict[str, Any] = {}
     for name, value in group.items():
         if is_group(value):
-            inner[name] = _build(value, reward_model, cache)
+            inner[name] = build_group(value, reward_model, cache)
         elif isinstance(value, dict) and any(is_group(part) for part in value.values()):
-            inner[name] = {key: _build(part, reward_model, cache) for key, part in value.items()}
+            inner[name] = {key: build_group(part, reward_model, cache) for key, part in value.items()}
     if group["_target_"] == REWARD_JUDGE and "reward_model" not in inner:
         inner["reward_model"] = reward_model
     plain = {name: value for name, value in group.items() if name not in inner and name != "cache"}
@@ -86,9 +80,4 @@ def _build(group: Group, reward_model: RewardModel | None, cache: Any) -> Any:
     made = make(**inner)
     if cache in OFF or inner or made.fingerprint is None:
         return made
-    try:
-        return CachedJudge(made, cache) if isinstance(made, Judge) else CachedReward(made, cache)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(
-            f"judge.cache={cache!r} cannot be written ({error}); choose another file, or judge.cache=off"
-        ) from error
+    return CachedJudge(made, cache) if isinstance(made, Judge) else CachedReward(made, cache)

@@ -23,10 +23,9 @@ from xpo.config.errors import ConfigError, JudgeStopped, RunInUse
 from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error
-from xpo.models.memory import keep_freed_memory
+from xpo.models.devices import keep_freed_memory
 from xpo.tracking import terminal as report
-from xpo.tracking.history import evaluations
-from xpo.tracking.metrics_log import MetricsLog
+from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state
 from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, Progress, StopOnSignal
@@ -151,7 +150,8 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if stop.signal is not None:
         if mlflow_run is not None:
             mlflow_run.finish("KILLED")
-        report.say(args, report.how_to_continue(trainer.state.global_step, run_dir))
+        words = RunRecord.read(run_dir).command(run_dir)
+        report.say(args, f"Stopped at step {trainer.state.global_step}. Continue with: {words}")
         _leave_together(trainer)
         # To torchrun any other status is a crash, and the parent sees that the run is not finished.
         return 0 if args.world_size > 1 and "XPO_PROCESSES" in os.environ else 128 + stop.signal

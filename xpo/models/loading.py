@@ -4,7 +4,9 @@ import importlib.util
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
@@ -22,10 +24,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from xpo.config.errors import ConfigError, nearest
+from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.options import LoraOptions, ModelOptions
 from xpo.models.hub import local_directory
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2_135m"
@@ -68,6 +71,16 @@ def load_tokenizer(directory: str, config: ModelOptions) -> PreTrainedTokenizerB
     if directory == f"embedded:{TINY}":
         return tiny_tokenizer()
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+
+
+def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:
+    """`load(*arguments)`, with one line for a directory that holds no such thing."""
+    try:
+        return load(*arguments)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key}={name!r} cannot be loaded ({first_line(error)}); point {key} at a causal language model"
+        ) from error
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,12 @@ def tokens_at_once(device: torch.device) -> int:
     return 1536 if device.type == "cpu" else 16_384
 
 
-def pad_columns(ids: Tensor, width: int, value: int) -> Tensor:
-    """`ids` (N, C) with columns of `value` appended up to `width`."""
-    return torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=value)
-
-
 def same_width(first: Completions, second: Completions, pad_token_id: int) -> tuple[Completions, Completions]:
     """Two sets of completions padded to one width."""
     width = max(first.ids.shape[1], second.ids.shape[1])
 
     def widened(one: Completions) -> Completions:
-        return replace(one, ids=pad_columns(one.ids, width, pad_token_id), mask=pad_columns(one.mask, width, 0))
+        more = (0, width - one.ids.shape[1])
+        return replace(one, ids=pad(one.ids, more, value=pad_token_id), mask=pad(one.mask, more, value=0))
 
     return widened(first), widened(second)

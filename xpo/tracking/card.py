@@ -7,19 +7,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from xpo.tracking.history import evaluations, measures
+from xpo.tracking.metrics_log import evaluations, measures
 
 _SETTINGS = (
-    "alpha",
-    "beta",
-    "loss_type",
-    "missing_eos_penalty",
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_new_tokens",
-    "temperature",
-    "seed",
+    *("alpha", "beta", "loss_type", "missing_eos_penalty", "learning_rate", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "max_new_tokens", "temperature", "seed"),
 )
 
 

@@ -12,6 +12,7 @@ from xpo.config.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
+_SHOWN = ("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2")
 
 
 class MetricsLog:
@@ -89,15 +90,22 @@ def _text(log: dict[str, Any]) -> str:
     return json.dumps({name: value for name, value in log.items() if name != "time"}, default=float, sort_keys=True)
 
 
-def has_metrics(run_dir: Path) -> bool:
-    """Whether `read_metrics` finds a file."""
-    return (run_dir / NAME).is_file() or (run_dir / "metrics.json").is_file()
-
-
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The Trainer's log history of a run; of runs before metrics.jsonl it is in their metrics.json."""
+    """The Trainer's log history of a run, [] without one; runs before metrics.jsonl have it in their metrics.json."""
     former = run_dir / "metrics.json"
     if former.is_file() and not (run_dir / NAME).is_file():
         return json.loads(former.read_text())
     logs = [entry for entry in MetricsLog(run_dir).entries if not any(name.startswith("final/") for name in entry)]
     return [{name: value for name, value in log.items() if name != "time"} for log in logs]
+
+
+def evaluations(history: list[dict[str, Any]], prefix: str = "eval") -> list[dict[str, float]]:
+    """The evaluations in a Trainer's log history, in order, with their step."""
+    return [entry for entry in history if f"{prefix}_runtime" in entry]
+
+
+def measures(evaluation: dict[str, float], prefix: str = "eval") -> list[str]:
+    """The metrics of an evaluation that a person wants to see first, then the scorers'."""
+    names = [name.removeprefix(f"{prefix}_") for name in evaluation if name.startswith(f"{prefix}_")]
+    scorers = [name.removeprefix("ref_") for name in names if name.startswith("ref_")]
+    return [name for name in dict.fromkeys((*_SHOWN, *scorers)) if name in names]

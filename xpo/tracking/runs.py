@@ -27,8 +27,7 @@ from filelock import FileLock, Timeout
 from xpo.config.errors import ConfigError
 from xpo.config.files import write_whole
 from xpo.config.schema import identity
-from xpo.tracking.history import evaluations
-from xpo.tracking.metrics_log import read_metrics
+from xpo.tracking.metrics_log import evaluations, read_metrics
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from transformers import TrainingArguments
 
-from xpo.tracking.history import evaluations, measures
-from xpo.tracking.runs import RunRecord
+from xpo.tracking.metrics_log import evaluations, measures
 
 
 def quiet() -> None:
@@ -36,11 +34,6 @@ def say(args: TrainingArguments, message: str) -> None:
     """One line on the main process, at once."""
     if args.process_index == 0:
         print(message, flush=True)
-
-
-def how_to_continue(step: int, run_dir: Path) -> str:
-    """The line after a run was stopped."""
-    return f"Stopped at step {step}. Continue with: {RunRecord.read(run_dir).command(run_dir)}"
 
 
 def show_completions(records: list[dict[str, Any]], count: int) -> None:
@@ -74,7 +67,6 @@ def show_table(history: list[dict[str, Any]]) -> None:
 
 def show_where(run_dir: Path, ui: str | None) -> None:
     """The last lines: where the model is, and how to open the UI."""
-    print(f"Model:   {run_dir / 'model'}")
+    print(f"Model:   {run_dir / 'model'}", flush=True)
     if ui is not None:
-        print(f"Compare: {ui}")
-    sys.stdout.flush()
+        print(f"Compare: {ui}", flush=True)

@@ -1,6 +1,5 @@
 """What the arguments of a trainer stand for: names become models, TRL's words ours, functions judges."""
 
-import sqlite3
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from xpo.config.errors import ConfigError, first_line
 from xpo.config.schema import as_argument, check_scaling
 from xpo.data.prompt_sets import tokenize_prompts
-from xpo.data.store import Store
+from xpo.data.store import OFF, open_store
 from xpo.judges import FunctionJudge, Judge, RewardJudge
 from xpo.models.checks import check_adapters, check_models, warn_of_half_precision
 from xpo.models.forward import Forward
@@ -199,19 +198,8 @@ def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizer
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
     """The reference's draws, with the store that these arguments name."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
-    return ReferenceDraws(reference, sampler, open_store(args), precision)
-
-
-def open_store(args: XPOConfig) -> Store | None:
-    """The store of the reference's draws, None for none; ConfigError if it cannot be written."""
-    if args.reference_store in ("off", False, None):
-        return None
-    try:
-        return Store(args.reference_store)
-    except (OSError, sqlite3.Error) as error:
-        raise ConfigError(
-            f"reference_store={args.reference_store!r} cannot be written ({error}); choose another file, or off"
-        ) from error
+    store = None if args.reference_store in OFF else open_store("reference_store", args.reference_store)
+    return ReferenceDraws(reference, sampler, store, precision)
 
 
 def dictionary(options: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -85,16 +85,11 @@ def band(point: Point, metric: str) -> Band:
     return Band(steps, values.mean(0), values.min(0), values.max(0))
 
 
-def colour_key(keys: Sequence[str]) -> str | None:
-    """The key that colours stand for: the exploration bonus if it is swept, else the first one."""
-    return "loss.alpha" if "loss.alpha" in keys else next(iter(keys), None)
-
-
 class Looks:
-    """Colour by one key, line style and marker by the others together; the legend says which."""
+    """Colour by the exploration bonus or else the first key, line style and marker by the others together."""
 
     def __init__(self, points: Sequence[Point], keys: Sequence[str]):
-        self.key = colour_key(keys)
+        self.key = "loss.alpha" if "loss.alpha" in keys else next(iter(keys), None)
         self.rest = [key for key in keys if key != self.key]
         shades = levels(points, self.key) if self.key else ["all runs"]
         self.colours = dict(zip(shades, palette(len(shades)), strict=True))

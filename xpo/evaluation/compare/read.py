@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import flatten
-from xpo.tracking.metrics_log import has_metrics, read_metrics
+from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.mlflow_client import metric_name, reach, stored_key, tracking_uri
 from xpo.tracking.runs import RunRecord
 
@@ -112,13 +112,14 @@ def _job(job: dict[str, Any], directory: Path) -> Run:
     run_dir = Path(job["run_dir"])
     if not run_dir.is_dir():
         run_dir = directory / run_dir.name  # the sweep was moved here from elsewhere
-    if not has_metrics(run_dir):
+    log = read_metrics(run_dir)
+    if not log:
         return Run(job["name"], "missing", f"{run_dir} holds no metrics.jsonl")
     config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
     flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
     files = sorted((run_dir / "completions").glob("step_*.json"))
     rows = _rows(files[-1]) if files else []
-    return Run(job["name"], "finished", None, flat, _history(read_metrics(run_dir)), rows)
+    return Run(job["name"], "finished", None, flat, _history(log), rows)
 
 
 def _history(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

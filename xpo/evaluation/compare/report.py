@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from xpo.config.errors import first_line
 from xpo.evaluation.compare.plots import Plot, title
-from xpo.evaluation.compare.read import Run
+from xpo.evaluation.compare.read import Run, Sweep, connect, experiment_id, tagged
 from xpo.evaluation.compare.statistics import SEED, Comparison, Difference, Estimate, Point, estimate, label, levels
 
+TAG = "xpo.report"  # of the run in MLflow, beside those that it compares
 _COLUMNS = ("eval/win_rate", "eval/score", "eval/kl", "eval/eos_rate", "eval/length")
 _DIGITS = {"eval/kl": 2, "eval/length": 1}
 _SIDE_BY_SIDE, _PROMPTS = 3, 8
@@ -192,3 +194,25 @@ def side_by_side(points: Sequence[Point]) -> list[dict[str, Any]]:
 
 def _score(value: float | None) -> str:
     return "" if value is None else f"score {value:.2f}"
+
+
+def log(sweep: Sweep, paths: Sequence[Path]) -> str | None:
+    """Stores files as artifacts of MLflow's run "compare NAME", the same one when repeated.
+
+    Returns:
+        Why that could not be done, in one line; None if it was, or if the sweep is not tracked.
+    """
+    if sweep.tracking_uri is None:
+        return None
+    try:
+        client = connect(sweep.tracking_uri)
+        experiment = experiment_id(client, sweep.tracking_uri, sweep.experiment)
+        mine = [run for run in tagged(client, experiment, TAG) if run.data.tags[TAG] == sweep.name]
+        run = mine[0] if mine else client.create_run(experiment, run_name=f"compare {sweep.name}")
+        client.set_tag(run.info.run_id, TAG, sweep.name)
+        for path in paths:
+            client.log_artifact(run.info.run_id, str(path))
+        client.set_terminated(run.info.run_id)
+    except Exception as error:  # the report is written, whatever the server or its client say
+        return first_line(error)
+    return None

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import product
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,7 +104,7 @@ def compare(sweep: Sweep, metric: str = WIN_RATE) -> Comparison:
     left_out = [run for run in sweep.runs if run.state != "finished"]
     left_out += [Run(run.name, "finished", f"without {metric}") for run in finished if metric not in run.history]
     points = group(runs, sweep.keys)
-    points.sort(key=lambda point: -mean([run.final(metric) for run in point.runs]))
+    points.sort(key=lambda point: -fmean([run.final(metric) for run in point.runs]))
     return Comparison(sweep, metric, points, left_out, judge_best(points, metric))
 
 
@@ -142,10 +143,6 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Point]:
     return sorted(points.values(), key=lambda point: [rank(value) for value in point.settings.values()])
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
     """The mean of the runs' last values of a metric, with Student's t interval over the runs; None if none has it.
 
@@ -155,7 +152,7 @@ def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
     if not having:
         return None
     values = [run.final(metric) for run in having]
-    n, value = len(values), mean(values)
+    n, value = len(values), fmean(values)
     if n > 1:
         half = student.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
         return Estimate(value, value - half, value + half, n, "seeds")
@@ -243,7 +240,7 @@ def judge_best(points: Sequence[Point], metric: str) -> Verdict:
     rows = [[by_prompt(run, metric) for run in point.runs] for point in points]
     each_prompt = all(row is not None for point in rows for row in point)
     finals = [[run.final(metric) for run in point.runs] for point in points]
-    means = [mean(point) for point in finals]
+    means = [fmean(point) for point in finals]
     fewest = min(map(len, finals))
     runner_up = points[1] if len(points) > 1 else None
     over_runner_up = over_parity = None
