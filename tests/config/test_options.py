@@ -70,7 +70,8 @@ def parameters(path: Path) -> list[tuple[str, ast.expr]]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "xpo")))
 def test_no_other_code_has_a_default_for_a_key(path: Path):
     """XPOConfig and others quote it: LossOptions.beta."""
-    own = {"prompt_overflow", "bf16", "use_cpu", "seed", "load_best_model_at_end", "metric_for_best_model"}
+    own = {"prompt_overflow", "bf16", "use_cpu", "seed", "load_best_model_at_end"}
+    own |= {"metric_for_best_model", "greater_is_better"}
     for name, default in parameters(path):
         if name in ARGUMENTS and name not in own and isinstance(default, ast.Constant):
             assert default.value is None, f"{path}: {name}"
@@ -113,6 +114,7 @@ BAD = {
     "generation.repetition_penalty": 0.0,
     "generation.batch_size": 0,
     "data.prompt_overflow": "cut",
+    "data.special_tokens": "both",
     "reference.batch_size": 0,
     "training.pair_forward": "both",
     "training.tokens_per_micro_batch": 0,
@@ -156,8 +158,8 @@ def test_a_key_names_the_run_unless_it_says_otherwise(key: Key):
     before = identity(plain)
     plain[key.group][key.name] = "another value"
     assert (identity(plain) != before) == (key.role is not Role.OPERATION)
-    assert may_change(dotted(key)) == (key.role is not Role.IDENTITY)
-    assert may_change(f"{dotted(key)}.inner") == (key.role is not Role.IDENTITY)
+    assert may_change(dotted(key)) == (key.role in (Role.LENGTH, Role.OPERATION))
+    assert may_change(f"{dotted(key)}.inner") == may_change(dotted(key))
 
 
 def test_how_a_judge_is_asked_names_no_run():

@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
-from xpo.data import prompt_sets as data
-from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompt_token_ids, tokenize_prompts
-from xpo.data.prompts import plain_text, render
+from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompts_of, tokenize_prompts
+from xpo.data.prompts import PromptEncoder, plain_text, render
 from xpo.launch.build import build_arguments
 from xpo.models.loading import tiny_tokenizer
 
@@ -54,20 +53,20 @@ def of(*prompts: Any) -> Dataset:
 
 
 def test_plain_text_is_tokenized_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = prompt_token_ids(tokenizer, "Tell me of the sea")
+    ids = PromptEncoder(tokenizer)("Tell me of the sea")
     assert tokenizer.decode(ids) == "Tell me of the sea"
 
 
 def test_a_conversation_goes_through_the_chat_template_up_to_the_assistants_turn(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    ids = prompt_token_ids(tokenizer, [USER])
+    ids = PromptEncoder(tokenizer)([USER])
     assert tokenizer.decode(ids) == "<|im_start|>user\nTell me of the sea<|im_end|>\n<|im_start|>assistant\n"
     assert ids.count(tokenizer.eos_token_id) == 1  # one token, not its letters
 
 
 def test_an_assistant_turn_that_was_begun_is_continued(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids = prompt_token_ids(tokenizer, [USER, STARTED])
+    ids = PromptEncoder(tokenizer)([USER, STARTED])
     expected = "<|im_start|>user\nTell me of the sea<|im_end|>\n<|im_start|>assistant\nThe sea is "
     assert tokenizer.decode(ids) == expected
 
@@ -78,16 +77,16 @@ def test_a_template_that_writes_a_bos_token_does_not_get_a_second_one() -> None:
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    assert prompt_token_ids(tokenizer, "sea")[0] == tokenizer.bos_token_id
-    assert prompt_token_ids(tokenizer, [USER]).count(tokenizer.bos_token_id) == 1
+    assert PromptEncoder(tokenizer)("sea")[0] == tokenizer.bos_token_id
+    assert PromptEncoder(tokenizer)([USER]).count(tokenizer.bos_token_id) == 1
 
 
 def test_messages_without_a_chat_template_are_refused_with_the_remedy() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ConfigError, match=r"no chat template .*; set tokenizer.chat_template"):
-        prompt_token_ids(tokenizer, [USER])
-    assert prompt_token_ids(tokenizer, "sea")
+        PromptEncoder(tokenizer)([USER])
+    assert PromptEncoder(tokenizer)("sea")
 
 
 def test_a_template_gets_its_own_arguments() -> None:
@@ -169,22 +168,21 @@ def test_a_longer_prompt_can_be_an_error(tokenizer: PreTrainedTokenizerFast) -> 
 # ---- what is in a data set ---------------------------------------------------------------------
 
 
-def test_other_columns_do_not_reach_training(tokenizer: PreTrainedTokenizerFast) -> None:
-    dataset = Dataset.from_dict({"prompt": ["sea"], "chosen": ["x"], "topic": ["y"]})
-    tokenized = tokenize_prompts(dataset, tokenizer, 10, "drop")
-    assert sorted(tokenized.column_names) == ["occurrence", "prompt", "prompt_ids"]
-    assert collate_prompts([tokenized[0]]) == {
-        "prompt": ["sea"],
-        "prompt_ids": [tokenizer("sea").input_ids],
-        "occurrence": [0],
-    }
+def test_the_columns_of_the_user_stay_beside_the_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Functions that score or judge may ask for them."""
+    dataset = Dataset.from_dict({"prompt": ["sea"], "topic": ["y"]})
+    collated = collate_prompts([tokenize_prompts(dataset, tokenizer, 10, "drop")[0]])
+    ids = tokenizer("sea").input_ids
+    assert collated == {"prompt": ["sea"], "prompt_ids": [ids], "occurrence": [0], "topic": ["y"]}
+    assert prompts_of(collated) == ["sea"]
+    assert prompts_of(collated).known == {"topic": ["y"]}
 
 
 def test_a_prompt_without_tokens_is_refused(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a tokenizer that leaves out what it does not know: nothing would stand before the completion."""
-    monkeypatch.setattr(data, "prompt_token_ids", lambda *_: [])
+    monkeypatch.setattr(PromptEncoder, "__call__", lambda *_: [])
     with pytest.raises(ConfigError, match=r"train_dataset: prompt='海' has no tokens; leave it out"):
         tokenize_prompts(Dataset.from_dict({"prompt": ["海"]}), tokenizer, 4, "drop")
 
@@ -273,8 +271,8 @@ def test_a_long_prompt_of_a_stream_can_be_an_error(tokenizer: PreTrainedTokenize
 def test_a_file_gives_its_prompts(write: Callable[..., str], name: str) -> None:
     file = write(name, [{"prompt": "one", "topic": "x"}, {"prompt": "two", "topic": "y"}])
     dataset = load_prompts("data.train", file)
-    assert dataset.column_names == ["prompt"]
     assert dataset["prompt"][:] == ["one", "two"]
+    assert load_prompts("data.train", file, column="topic")[:] == {"prompt": ["x", "y"]}
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet"])

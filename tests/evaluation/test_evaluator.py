@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.config.errors import ConfigError
-from xpo.data.prompt_sets import prompt_token_ids, tokenize_prompts
-from xpo.data.prompts import Prompt
+from xpo.data.prompt_sets import tokenize_prompts
+from xpo.data.prompts import Prompt, PromptEncoder
 from xpo.evaluation.evaluator import Evaluator, summarize
 from xpo.models.loading import tiny_model
 from xpo.rewards import FunctionReward
@@ -180,7 +180,7 @@ def test_the_kl_is_the_mean_log_ratio_of_the_policys_completions(
     metrics, records = evaluated(make_trainer(model=policy, ref_model=reference, eval_dataset=prompts(5)))
 
     def logp(model: LlamaForCausalLM, record: dict[str, Any]) -> float:
-        prompt, tokens = prompt_token_ids(tokenizer, record["prompt"]), record["tokens"]
+        prompt, tokens = PromptEncoder(tokenizer)(record["prompt"]), record["tokens"]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         return logits.log_softmax(dim=-1).gather(1, torch.tensor(tokens)[:, None]).sum().item()

@@ -34,6 +34,7 @@ class Role(Enum):
 
     IDENTITY = auto()  # it names the run: with another value it is another one
     LENGTH = auto()  # it names the run, which may go on with another value all the same
+    ADDED = auto()  # as IDENTITY, but left out at its default: runs that are older than the key keep their names
     OPERATION = auto()  # it changes no number
 
 
@@ -127,6 +128,7 @@ class DataOptions(Options):
     eval_limit: Annotated[int | None, at_least_one] = None
     prompt_column: str = "prompt"
     prompt_overflow: Annotated[str, one_of("drop", "truncate", "error"), Argument("prompt_overflow")] = "drop"
+    special_tokens: Annotated[str, one_of("text", "parse"), Role.ADDED, Argument("special_tokens")] = "text"
     chat_template_kwargs: Annotated[dict[str, Any], Argument("chat_template_kwargs")] = field(default_factory=dict)
 
 

@@ -64,6 +64,7 @@ class TrainSchema:
 
 
 GROUPS: list[type[Options]] = [one.type for one in fields(TrainSchema) if is_dataclass(one.type)]  # type: ignore[misc]
+_CHANGEABLE = (Role.LENGTH, Role.OPERATION)
 _KEYS = [key for group in GROUPS for key in keys(group)]
 
 
@@ -176,8 +177,9 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration that tells one run from another."""
     named: dict[str, Any] = {}
     for key in _KEYS:
-        if key.role is not Role.OPERATION:
-            named.setdefault(key.group, {})[key.name] = config[key.group][key.name]
+        value = config[key.group][key.name]
+        if key.role is not Role.OPERATION and not (key.role is Role.ADDED and value == key.default):
+            named.setdefault(key.group, {})[key.name] = value
     named["launch"] = named["launch"]["num_processes"]  # as the names of earlier runs have it
     return named | {"judge": _without_operation(config["judge"]), "reward_model": config["reward_model"]}
 
@@ -187,6 +189,11 @@ def _without_operation(judge: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inner.items() if key not in _JUDGE_OPERATION}
 
 
+def default_of(key: str) -> Any:
+    """What a dotted key is if nobody sets it; None for those that no group declares."""
+    return next((one.default for one in _KEYS if f"{one.group}.{one.name}" == key), None)
+
+
 def may_change(key: str) -> bool:
     """Whether a run that goes on with another value of a dotted key is still the same experiment.
 
@@ -194,4 +201,4 @@ def may_change(key: str) -> bool:
     """
     if key.startswith("judge."):
         return key.rpartition(".")[2] in _JUDGE_OPERATION
-    return any(f"{key}.".startswith(f"{one.group}.{one.name}.") and one.role is not Role.IDENTITY for one in _KEYS)
+    return any(f"{key}.".startswith(f"{one.group}.{one.name}.") and one.role in _CHANGEABLE for one in _KEYS)

@@ -4,23 +4,26 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError, nearest
-from xpo.data.prompts import Prompt, is_conversational, render
+from xpo.config.options import DataOptions
+from xpo.data.prompts import Batch, PromptEncoder
 from xpo.models.hub import local_directory
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "assets" / "prompts"
+PromptDataset: TypeAlias = Dataset | IterableDataset
+_OURS = ("prompt", "prompt_ids", "occurrence")
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_prompts(key: str, name: str, split: str = "train", column: str = "prompt") -> Dataset:
-    """Prompts from a file, a directory or the hub: the one column "prompt".
+    """Prompts from a file, a directory or the hub: the column "prompt", and those beside it.
 
     Args:
         key: the config key that holds `name`, for error messages.
@@ -42,8 +45,9 @@ def load_prompts(key: str, name: str, split: str = "train", column: str = "promp
     if column not in there:
         hint = f"(it has {', '.join(there)}){nearest(column, there)}; set data.prompt_column"
         raise ConfigError(f"{key}={name!r} has no column {column!r} {hint}")
-    dataset = dataset.select_columns([column])
-    return dataset if column == "prompt" else dataset.rename_column(column, "prompt")
+    if column == "prompt":
+        return dataset
+    return dataset.remove_columns([name for name in there if name == "prompt"]).rename_column(column, "prompt")
 
 
 def load_rows(key: str, name: str, split: str = "train") -> Dataset:
@@ -84,36 +88,21 @@ def check_prompt(prompt: Any, key: str = "train_dataset") -> None:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def prompt_token_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template_kwargs: Mapping[str, Any] | None = None
-) -> list[int]:
-    """Tokens of a prompt: plain text as it is, messages through the chat template; see `xpo.data.prompts.render`.
-
-    Raises:
-        ConfigError: messages, and a tokenizer without a chat template.
-    """
-    if not is_conversational(prompt):
-        return tokenizer(prompt).input_ids
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template for conversational prompts; "
-            "set tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain text"
-        )
-    return tokenizer(render(tokenizer, prompt, **(template_kwargs or {})), add_special_tokens=False).input_ids
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    return isinstance(value.get("content"), str) or (value.get("content", "") is None and bool(value.get("tool_calls")))
 
 
 def tokenize_prompts(
-    dataset: Dataset | IterableDataset,
+    dataset: PromptDataset,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_length: int,
     overflow: str,
     key: str = "train_dataset",
+    special_tokens: str = DataOptions.special_tokens,
     template_kwargs: Mapping[str, Any] | None = None,
-) -> Dataset | IterableDataset:
-    """The data set with the columns "prompt", "prompt_ids" of at most `max_prompt_length` tokens, and "occurrence".
+) -> PromptDataset:
+    """The data set with the further columns "prompt_ids", of at most `max_prompt_length` tokens, and "occurrence".
 
     An occurrence is how many equal prompts stand before a row, as each has a reference completion of its own.
 
@@ -123,27 +112,30 @@ def tokenize_prompts(
         max_prompt_length: what max_length - max_new_tokens leaves, in tokens.
         overflow: "drop" longer prompts (and log how many, but for streams), "truncate" to their last tokens, "error".
         key: what the data set is called in error messages.
-        template_kwargs: what the chat template takes beside the messages.
+        special_tokens, template_kwargs: see `PromptEncoder`.
 
     Raises:
-        ConfigError: no rows, no column "prompt", a malformed prompt, or nothing left after dropping.
+        ConfigError: no rows, no column "prompt", a malformed prompt, no chat template or one that refuses a prompt, or
+            nothing left after dropping.
     """
     streamed = isinstance(dataset, IterableDataset)
     if not streamed:
         if len(dataset) == 0:
             raise ConfigError(f"{key} is empty; give at least one prompt")
         _check_column(key, dataset.column_names)
-        dataset = dataset.select_columns(["prompt"])
 
     room = f"max_length - max_new_tokens = {max_prompt_length}"
     before: Counter[int] = Counter()  # equal prompts, by the hash of their tokens
+    encode, special = PromptEncoder(tokenizer, special_tokens, **(template_kwargs or {})), set()
 
     def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
         if number == 0:  # a stream may be read several times
             before.clear()
         _check_column(key, row)  # a stream may not know its columns before its first row
         check_prompt(row["prompt"], key)
-        ids = prompt_token_ids(tokenizer, row["prompt"], template_kwargs)
+        ids = encode(row["prompt"])
+        if encode.has_special(row["prompt"]):
+            special.add(number)
         if overflow == "error" and len(ids) > max_prompt_length:
             raise ConfigError(
                 f"{key}: a prompt of {len(ids)} tokens exceeds {room}; "
@@ -160,6 +152,11 @@ def tokenize_prompts(
     # Seconds of work; a cache on disk would tie it to the tokenizer's hash for little gain.
     options: dict[str, Any] = {} if streamed else {"load_from_cache_file": False, "desc": "Tokenizing prompts"}
     tokenized = dataset.map(tokenize, with_indices=True, **options)
+    if special and encode.as_text:
+        logger.warning(
+            "%s: what reads like a special token in %d of %d prompts is text; if it is meant: special_tokens=parse",
+            *(key, len(special), len(tokenized)),
+        )
     if overflow != "drop":
         return tokenized
     options.pop("desc", None)
@@ -168,7 +165,9 @@ def tokenize_prompts(
         return kept
     given, dropped = len(tokenized), len(tokenized) - len(kept)
     if dropped == given:
-        raise ConfigError(f"{key}: all {given} prompts exceed {room} tokens; raise max_length")
+        raise ConfigError(
+            f"{key}: all {given} prompts exceed {room} tokens; raise max_length, or set prompt_overflow=truncate"
+        )
     logger.warning("%s: dropped %d of %d prompts longer than %d tokens", key, dropped, given, max_prompt_length)
     return kept
 
@@ -180,8 +179,11 @@ def _check_column(key: str, columns: Collection[str]) -> None:
 
 def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Rows of `tokenize_prompts` as one micro-batch: a list for each column."""
-    return {
-        "prompt": [row["prompt"] for row in rows],
-        "prompt_ids": [list(row["prompt_ids"]) for row in rows],
-        "occurrence": [row.get("occurrence", 0) for row in rows],  # rows tokenized elsewhere lack it
-    }
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    columns["prompt_ids"] = list(map(list, columns["prompt_ids"]))
+    return {"occurrence": [0] * len(rows)} | columns  # rows tokenized elsewhere lack it
+
+
+def prompts_of(columns: dict[str, list[Any]]) -> Batch:
+    """The prompts of collated rows, with the columns beside them that are the user's own."""
+    return Batch(columns["prompt"], {name: column for name, column in columns.items() if name not in _OURS})

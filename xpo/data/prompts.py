@@ -1,10 +1,25 @@
-"""What a prompt is, and how it becomes text or token ids. Layer 0: no project imports."""
+"""What a prompt is, and how it becomes text or token ids."""
 
 import hashlib
+import re
+from collections.abc import Iterable
 from typing import Any
 
+from jinja2 import TemplateError
+
+from xpo.config.errors import ConfigError, first_line
+from xpo.config.options import DataOptions
+
 # Standard: plain text. Conversational: messages with the keys "role" and "content".
-Prompt = str | list[dict[str, str]]
+Prompt = str | list[dict[str, Any]]
+
+
+class Batch(list[Any]):
+    """Prompts or completions, and what else is known of each, by name: columns of the data set, token ids."""
+
+    def __init__(self, items: Iterable[Any], known: dict[str, list[Any]]):
+        super().__init__(items)
+        self.known = known
 
 
 def is_conversational(prompt: Prompt) -> bool:
@@ -21,7 +36,13 @@ def plain_text(prompt: Prompt) -> str:
         return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content'] or ''}" for message in prompt)
+
+
+def as_message(prompt: list[dict[str, Any]], completion: str) -> dict[str, str]:
+    """The assistant's message that a completion makes of a conversational prompt, which may have begun it."""
+    begun = prompt[-1]["content"] or "" if prompt[-1]["role"] == "assistant" else ""
+    return {"role": "assistant", "content": begun + completion}
 
 
 def render(tokenizer: Any, prompt: Prompt, completion: str | None = None, **template_kwargs: Any) -> str:
@@ -30,18 +51,88 @@ def render(tokenizer: Any, prompt: Prompt, completion: str | None = None, **temp
     Plain text is followed by the completion. Messages go through the tokenizer's chat template and end, without a
     completion, with the generation prompt. A conversation that ends with the assistant's words is one to be continued:
     the completion goes on with that message. `template_kwargs` are what the template takes beside the messages.
+
+    Raises:
+        ConfigError: the template refuses the messages.
     """
     if isinstance(prompt, str):
         return prompt + (completion or "")
-    messages, options = prompt, {}
-    continues = prompt[-1]["role"] == "assistant"
+    # A data set gives each message the keys of all of them.
+    messages = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in prompt]
+    if messages[-1] == {"role": "assistant", "content": ""}:  # begun without a word: templates would end it
+        del messages[-1]
+    continues, options = bool(messages) and messages[-1]["role"] == "assistant", {}
     if completion is None:
         options = {"add_generation_prompt": not continues, "continue_final_message": continues}
     elif continues:
-        messages = [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + completion}]
+        messages[-1] |= as_message(prompt, completion)
     else:
-        messages = [*prompt, {"role": "assistant", "content": completion}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, **options, **template_kwargs)
+        messages.append(as_message(prompt, completion))
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options, **template_kwargs)
+    except (TemplateError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path!r} refuses prompt={prompt!r:.120} ({first_line(error)}); "
+            "leave such prompts out, or change the template"
+        ) from error
+
+
+def special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds what reads like one of the tokenizer's special tokens."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")  # which finds nothing
+
+
+class PromptEncoder:
+    """Token ids of what `render` returns; plain text follows what the tokenizer begins a text with.
+
+    Args:
+        tokenizer: of the model that reads them.
+        special_tokens: "text", what reads like a special token in a prompt or completion is text, as only the template
+            may say who speaks; "parse", it is that token.
+        template_kwargs: see `render`.
+    """
+
+    def __init__(self, tokenizer: Any, special_tokens: str = DataOptions.special_tokens, **template_kwargs: Any):
+        self.tokenizer = tokenizer
+        self.template_kwargs = template_kwargs
+        self.as_text = special_tokens == "text"
+        self.pattern = special_pattern(tokenizer)
+        plain, full = (tokenizer("a", add_special_tokens=added).input_ids for added in (False, True))
+        starts = (i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+        self.before = full[: next(starts, 0)]  # and nothing behind: some tokenizers end each text with an EOS
+
+    def has_special(self, prompt: Prompt) -> bool:
+        """Whether anything in a prompt reads like a special token."""
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
+        return any(self.pattern.search(text) for text in texts)
+
+    def __call__(self, prompt: Prompt, completion: str | None = None) -> list[int]:
+        if isinstance(prompt, str):
+            return self.before + self._ids(render(self.tokenizer, prompt, completion), self.as_text)
+        if self.tokenizer.chat_template is None:
+            raise ConfigError(
+                f"the tokenizer of {self.tokenizer.name_or_path!r} has no chat template for conversational prompts; "
+                "set tokenizer.chat_template, use an instruction-tuned model, or give prompts as plain text"
+            )
+        hidden: dict[str, str] = {}  # what reads like a special token, by what stands for it in the template
+
+        def hide(text: str) -> str:
+            def name(found: re.Match[str]) -> str:
+                hidden[sign := f"\ue000{len(hidden)}\ue001"] = found[0]
+                return sign
+
+            return self.pattern.sub(name, text)
+
+        if self.as_text and (self.has_special(prompt) or self.pattern.search(completion or "")):
+            prompt = [message | {"content": hide(message["content"] or "")} for message in prompt]
+            completion = None if completion is None else hide(completion)
+        text = render(self.tokenizer, prompt, completion, **self.template_kwargs)
+        parts = re.split(f"({'|'.join(hidden)})", text) if hidden else [text]
+        return [token for part in parts for token in self._ids(hidden.get(part, part), part in hidden)]
+
+    def _ids(self, text: str, as_text: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text).input_ids
 
 
 def coin(seed: int, prompt: Prompt, first: str, second: str) -> bool:

@@ -15,12 +15,15 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from xpo.config.errors import JudgeStopped
+from xpo.data.prompt_sets import collate_prompts, prompts_of
 from xpo.data.prompts import plain_text
-from xpo.judges.labelling import Labeller, one_per_pair
+from xpo.judges import RewardJudge
+from xpo.judges.labelling import Labeller
 from xpo.models.forward import Forward, eval_mode
 from xpo.models.reference import base_model
 from xpo.models.zero import is_divided, sampling
 from xpo.rewards import RewardModel
+from xpo.rewards.base import one_per_pair
 from xpo.sampling.completions import Completions
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.noise import EVAL_POLICY, EVAL_REFERENCE, sampling_noise
@@ -130,15 +133,23 @@ class Evaluator:
         metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
+    @property
+    def measures(self) -> list[str]:
+        """The metrics that an evaluation may have, without its prefix; those of the parts of a mix left out."""
+        scored = self.labeller.reward_model is not None or isinstance(self.labeller.judge, RewardJudge)
+        scores = (["score"] if scored else []) + list(self.scorers)
+        margin = ["flip_rate"] + (["score_margin"] if scored else [])
+        return [*summarize([]), *margin, *scores, *(f"ref_{name}" for name in scores)]
+
     def _compare(
         self, rows: list[Record], indices: Sequence[int], completions: Completions, answers: Completions, ratio: Tensor
     ) -> list[Record]:
-        prompts = [row["prompt"] for row in rows]
+        prompts = prompts_of(collate_prompts(rows))
         labelled = self.labeller(prompts, completions, answers)
         scores = {} if labelled.scores is None else {"score": labelled.scores}  # by name, (2, b)
         for name, scorer in self.scorers.items():
-            both = [one_per_pair(name, scorer.scores(prompts, c.texts), prompts) for c in (completions, answers)]
-            scores[name] = torch.stack(both)
+            both = [scorer.scores_with_parts(prompts, one.texts).total for one in (completions, answers)]
+            scores[name] = torch.stack([one_per_pair(name, values, prompts) for values in both])
         scores |= {f"score_{name}": part for name, part in labelled.parts.items()}
         records = []
         for i, index in enumerate(indices):

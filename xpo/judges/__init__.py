@@ -12,6 +12,7 @@ from xpo.judges.pair_rm import PairRMJudge
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.reward import RewardJudge
 from xpo.judges.rules import AllOfJudge, LengthControlledJudge, RandomJudge
+from xpo.judges.trl import TRLJudge
 
 __all__ = [
     "AllOfJudge",
@@ -25,5 +26,6 @@ __all__ = [
     "PairwiseJudge",
     "RandomJudge",
     "RewardJudge",
+    "TRLJudge",
     "Verdicts",
 ]

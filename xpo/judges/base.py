@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt
-from xpo.rewards.base import Scores
+from xpo.rewards.base import Scores, numbers
 
 
 class Verdicts(NamedTuple):
@@ -35,8 +36,11 @@ class Judge(ABC):
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         """The margins, and where the verdict depends on the order of the completions, if that is known."""
-        margin = self.margins(prompts, first, second)
+        margin = numbers("judge", self.margins(prompts, first, second))
         return Verdicts(margin, torch.full_like(margin, torch.nan))
+
+    def check_data(self, key: str, dataset: PromptDataset) -> None:  # noqa: B027  # most take any prompts
+        """ConfigError for a data set, called `key`, whose pairs it cannot judge; before anything is sampled."""
 
     @property
     def fingerprint(self) -> str | None:
@@ -62,6 +66,9 @@ class JudgeOfAnother(JudgeByVerdicts):
     """What is made of another judge, `judge`, and goes on from its state."""
 
     judge: Judge
+
+    def check_data(self, key: str, dataset: PromptDataset) -> None:
+        self.judge.check_data(key, dataset)
 
     def state(self) -> dict[str, Any]:
         return self.judge.state()

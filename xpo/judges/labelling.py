@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import JudgeStopped
 from xpo.config.options import PreferenceOptions
 from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge
 from xpo.objectives.labels import Labels, missing_eos_cost, preference_labels
-from xpo.rewards.base import RewardModel
+from xpo.rewards.base import RewardModel, one_per_pair
 from xpo.sampling.completions import Completions
+
+IN_VAIN = 8  # steps without a verdict, after which no other is expected
 
 
 class Labelled(NamedTuple):
@@ -50,6 +52,7 @@ class Labeller:
         self.reward_model = reward_model
         self.options = options
         self.missing_eos_penalty = missing_eos_penalty
+        self.in_vain = 0  # steps in a row without a verdict; part of a checkpoint
         self.scale = ScoreScale(options.normalize_scores, options.clip_scores, sum_over_ranks)
 
     def __call__(
@@ -76,22 +79,22 @@ class Labeller:
         labels = preference_labels(margin, self.options, uniform)
         return Labelled(margin, labels, flipped, None if scores is None else scores - cost, parts)
 
+    def gives_up(self, verdicts: float) -> JudgeStopped | None:
+        """After a step with so many verdicts on all processes: the reason to stop, if the bonus alone is trained."""
+        self.in_vain = 0 if verdicts else self.in_vain + 1
+        if self.in_vain < IN_VAIN:
+            return None
+        return JudgeStopped(
+            f"judge gave no verdict in {IN_VAIN} steps in a row (None, NaN or infinite); mend it and continue the run"
+        )
+
     def state(self) -> dict[str, Any]:
-        return {"judge": self.judge.state(), "scale": self.scale.moments}
+        return {"judge": self.judge.state(), "scale": self.scale.moments, "in_vain": self.in_vain}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.judge.load_state(state["judge"])
         self.scale.moments = state["scale"]
-
-
-def one_per_pair(key: str, values: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """`values` as float32 on the CPU; ConfigError unless it is one number per prompt, (B,)."""
-    if values.shape != (len(prompts),):
-        raise ConfigError(
-            f"{key} returned a tensor of shape {tuple(values.shape)} for {len(prompts)} pairs; "
-            f"return one number per pair, shape ({len(prompts)},)"
-        )
-    return values.float().cpu()
+        self.in_vain = state.get("in_vain", 0)  # checkpoints of earlier versions lack it
 
 
 class ScoreScale:

@@ -1,7 +1,6 @@
 """A causal language model in this process as judge. Shapes: N questions, L tokens of the longest, V vocabulary."""
 
 import logging
-import re
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from xpo.config.checks import count, number, one_of
 from xpo.config.errors import ConfigError
 from xpo.config.options import ModelOptions
-from xpo.data.prompts import Prompt, plain_text, render
+from xpo.data.prompts import Prompt, plain_text, render, special_pattern
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.models.batches import batches_by_length, padded
@@ -76,8 +75,7 @@ class LocalLLMJudge(PairwiseJudge):
         config = network.config.get_text_config()
         self.max_length = min(max_length, getattr(config, "max_position_embeddings", max_length))  # some have no limit
         self.letters = [_tokens_that_read(letter, model, self.tokenizer) for letter in "AB"]
-        special = [re.escape(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self._structure = re.compile("|".join(special) or "(?!)")  # the latter matches nothing
+        self._structure = special_pattern(self.tokenizer)
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         rows = [self._tokens(*texts) for texts in zip(map(plain_text, prompts), first, second, strict=True)]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xpo.data.prompts import Prompt, coin
 from xpo.judges.base import JudgeByVerdicts, Verdicts
+from xpo.rewards.base import one_per_pair
 
 
 class PairwiseJudge(JudgeByVerdicts):
@@ -36,7 +37,7 @@ class PairwiseJudge(JudgeByVerdicts):
         x = [prompts[i] for i in asked]
         a, b = ([completions[i] for i in asked] for completions in (first, second))
         if self.both_orders:
-            answers = self.preferences([*x, *x], [*a, *b], [*b, *a])
+            answers = one_per_pair("judge", self.preferences([*x, *x], [*a, *b], [*b, *a]), [*x, *x])
             forward, backward = torch.where(answers.isfinite(), answers, torch.nan).view(2, -1)
             margin[asked] = (forward - backward) / 2
             flipped[asked] = torch.where(margin[asked].isnan(), torch.nan, (forward * backward > 0).float())
@@ -44,6 +45,7 @@ class PairwiseJudge(JudgeByVerdicts):
             swap = [coin(self.seed, *pair) for pair in zip(x, a, b, strict=True)]
             shown = [(two, one) if s else (one, two) for one, two, s in zip(a, b, swap, strict=True)]
             answers = self.preferences(x, [one for one, _ in shown], [two for _, two in shown])
+            answers = one_per_pair("judge", answers, x)
             sign = torch.where(torch.tensor(swap), -1.0, 1.0)
             margin[asked] = torch.where(answers.isfinite(), answers, torch.nan) * sign
         return Verdicts(margin, flipped)

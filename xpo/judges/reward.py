@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge, Verdicts
 from xpo.models.fingerprints import digest
@@ -18,7 +19,8 @@ class RewardJudge(Judge):
         self.reward_model = reward_model
 
     def margins(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
-        return self.reward_model.scores(prompts, first) - self.reward_model.scores(prompts, second)
+        one, two = (self.reward_model.scores_with_parts(prompts, texts).total for texts in (first, second))
+        return one - two
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         """The margins with the scores that they are the differences of; a subclass may have margins of its own."""
@@ -27,6 +29,9 @@ class RewardJudge(Judge):
         one, two = (self.reward_model.scores_with_parts(prompts, texts) for texts in (first, second))
         margin = one.total - two.total
         return Verdicts(margin, torch.full_like(margin, torch.nan), (one, two))
+
+    def check_data(self, key: str, dataset: PromptDataset) -> None:
+        self.reward_model.check_data(key, dataset)
 
     @property
     def fingerprint(self) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from xpo.config.checks import number
 from xpo.config.errors import ConfigError
+from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt, coin
 from xpo.judges.base import Judge, JudgeByVerdicts, JudgeOfAnother, Verdicts
 from xpo.models.fingerprints import digest
@@ -53,6 +54,10 @@ class AllOfJudge(JudgeByVerdicts):
         margin = torch.where(margins.isfinite().all(dim=0), margin, torch.nan)
         flipped = torch.where(flips.isnan().all(dim=0), torch.nan, flips.nan_to_num(0.0).amax(dim=0))
         return Verdicts(margin, flipped)
+
+    def check_data(self, key: str, dataset: PromptDataset) -> None:
+        for judge in self.judges.values():
+            judge.check_data(key, dataset)
 
     @property
     def fingerprint(self) -> str | None:

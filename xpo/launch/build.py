@@ -10,7 +10,8 @@ from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import TrainSchema, trainer_arguments
 from xpo.data.prompt_sets import load_prompts
 from xpo.launch.groups import build_group, build_preference, check_target
-from xpo.models.loading import load_model, load_tokenizer, loaded, lora_config, policy_directory
+from xpo.models.checks import HAS_ADAPTERS
+from xpo.models.loading import is_adapter, load_model, load_tokenizer, loaded, lora_config, policy_directory
 from xpo.models.zero import loading_whole
 from xpo.training.config import XPOConfig
 from xpo.training.setup import prompt_tokenizer
@@ -61,6 +62,8 @@ def build_inputs(config: TrainSchema, args: XPOConfig) -> Inputs:
             raw[part] = prompts if limit is None else prompts.select(range(min(limit, len(prompts))))
     model, with_code = config.model, config.model.trust_remote_code
     policy = policy_directory(model.name, model.revision, with_code=with_code)
+    if config.lora.r and is_adapter(policy):
+        raise ConfigError(HAS_ADAPTERS.format(f"model.name={model.name!r}"))
     reference = model.reference and policy_directory(model.reference, None, "model.reference", with_code)
     tokenizer = loaded("model.name", model.name, load_tokenizer, policy, model)
     tokenize = prompt_tokenizer(args, tokenizer)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from xpo.config.compose import checked
 from xpo.config.errors import ConfigError, RunInUse
-from xpo.config.schema import flatten, may_change, to_dict
+from xpo.config.schema import default_of, flatten, may_change, to_dict
 from xpo.tracking.runs import RunRecord, job_key, resolve_resume
 
 
@@ -91,7 +91,7 @@ def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
     given = flatten(config)
     for key in dict.fromkeys([*given, *trained]):
-        value, before = given.get(key), trained.get(key)
+        value, before = given.get(key), trained.get(key, default_of(key))  # the run may be older than the key
         if before == value or may_change(key):
             continue
         if key.startswith(("model.", "lora.")):

@@ -5,12 +5,17 @@ import logging
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError
 from xpo.models.reference import base_model
 
 logger = logging.getLogger(__name__)
+
+HAS_ADAPTERS = (
+    "{} has adapters, which new ones (peft_config, lora.r) would replace; leave these out to go on with those, or "
+    "merge them first (merge_and_unload)"
+)
 
 
 def check_models(
@@ -22,14 +27,17 @@ def check_models(
     """ConfigError for models that cannot be trained, or whose numbers would be wrong."""
     if ref_model is not None and base_model(ref_model) is base_model(model):  # adapters are put into it in place
         raise ConfigError("ref_model is the model itself, which would be frozen; leave it out for a frozen copy")
-    if peft_config is not None and isinstance(model, PeftModel):
-        raise ConfigError(
-            "peft_config is given, and the model has adapters, which would be lost; leave one of them out"
-        )
     network = base_model(model)
+    if peft_config is not None and (isinstance(model, PeftModel) or network._hf_peft_config_loaded):
+        raise ConfigError(HAS_ADAPTERS.format("model"))
     if network.config.is_encoder_decoder:
         raise ConfigError(f"model={network.config.name_or_path!r} is an encoder-decoder; use a causal language model")
     config = network.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise ConfigError(
+            "model.config.output_router_logits=True asks for the router's auxiliary loss, which is not trained; "
+            "set it to False (model_init_kwargs={'output_router_logits': False})"
+        )
     # Not every kind has them.
     limit, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
     kind, why = rope.get("rope_type"), "the model has learned positions up to"
@@ -39,6 +47,33 @@ def check_models(
         return
     if limit is not None and max_length > limit:
         raise ConfigError(f"max_length={max_length}: {why} {limit} tokens; lower max_length")
+
+
+def check_trained(model: nn.Module) -> None:
+    """ConfigError for a policy without a parameter that is trained, of which the loss would still be logged."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            "model has no parameter that is trained; load its adapters with is_trainable=True, or give peft_config, or "
+            "call model.requires_grad_(True)"
+        )
+
+
+def check_tokens(
+    model: PreTrainedModel | PeftModel, ref_model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """ConfigError for token ids that have no row in an embedding: a token was added, and a model not resized."""
+    rows = embedding_rows(model)
+    remedy = "call resize_token_embeddings(len(tokenizer)) on it"
+    if (pad := tokenizer.pad_token_id) is not None and pad >= rows:
+        raise ConfigError(f"pad_token={tokenizer.pad_token!r} has the id {pad}, and model {rows} tokens; {remedy}")
+    if ref_model is not None and embedding_rows(ref_model) < rows:
+        raise ConfigError(f"model has {rows} tokens, and ref_model {embedding_rows(ref_model)}; {remedy}")
+
+
+def embedding_rows(model: PreTrainedModel | PeftModel) -> int:
+    """How many tokens a model has an embedding of, some without use perhaps."""
+    weight = base_model(model).get_input_embeddings().weight
+    return int(vars(weight).get("ds_shape", weight.shape)[0])  # of a part, under ZeRO-3
 
 
 def _learns_positions(model: PreTrainedModel, count: int | None) -> bool:

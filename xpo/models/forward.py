@@ -33,10 +33,15 @@ class Forward:
         reason: why completions do not share their prompt's forward; None if they do.
 
     Raises:
-        ConfigError: "packed" or "shared" was asked for and would be wrong.
+        ConfigError: "packed" or "shared" was asked for and would be wrong; or any padding would be.
     """
 
     def __init__(self, model: PreTrainedModel, how: str, longest: int, device: torch.device | None = None) -> None:
+        if padding_counts(model):
+            raise ConfigError(
+                f"model={model.config.name_or_path or type(model).__name__} ignores the attention mask: prompts "
+                "that are padded in a batch get other numbers; use another architecture"
+            )
         self._model = model
         self._head: nn.Module | None = model.get_output_embeddings()
         self._way: str = "separate"
@@ -83,6 +88,18 @@ def _layout(way: str, model: PreTrainedModel) -> Iterator[Layout]:
     else:
         dtype = torch.bool if model.config._attn_implementation == "sdpa" else model.dtype
         yield Layout(False, partial(block_mask, dtype=dtype))
+
+
+@torch.no_grad()
+def padding_counts(model: PreTrainedModel) -> bool:
+    """Whether padding before a prompt changes the log-probabilities behind it: recurrent models may read it."""
+    tokens = torch.arange(1, 13, device=model.device) * 7 % min(model.config.get_text_config().vocab_size, 500)
+    prompt, ids = tokens[None, :8], tokens[None, None, 8:]
+    real = torch.arange(8, device=model.device)[None] >= 4
+    with eval_mode(model):
+        padded = completion_logps(model, prompt, real, ids, torch.ones_like(ids, dtype=torch.bool))
+        alone = completion_logps(model, prompt[:, 4:], real[:, 4:], ids, torch.ones_like(ids, dtype=torch.bool))
+    return bool((padded - alone).abs().max() > 1e-2 * alone.abs().max())
 
 
 @torch.no_grad()

@@ -70,3 +70,8 @@ def local_directory(
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError):
         reason = "is not on this machine and the hub is out of reach"
     raise ConfigError(f"{key}={name!r} {reason}; {remedy}")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer: without its files, some kinds load as an empty one."""
+    return any(any(directory.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model", "*.tiktoken"))

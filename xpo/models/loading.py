@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
@@ -54,11 +54,30 @@ def policy_directory(name: str, revision: str | None, key: str = "model.name", w
     )
 
 
-def load_model(directory: str, config: ModelOptions) -> PreTrainedModel:
+def is_adapter(directory: str) -> bool:
+    """Whether a directory holds a PEFT adapter instead of a model."""
+    return (Path(directory) / "adapter_config.json").is_file()
+
+
+def from_directory(directory: str, **options: Any) -> PreTrainedModel | PeftModel:
+    """A causal language model with options of `from_pretrained`; of an adapter, its base model with it, to be trained.
+
+    ConfigError for an adapter whose base model is out of reach.
+    """
+    if not is_adapter(directory):
+        return AutoModelForCausalLM.from_pretrained(directory, **options)
+    base = PeftConfig.from_pretrained(directory).base_model_name_or_path
+    where = local_directory(f"base_model_name_or_path in {directory}/adapter_config.json", base or "")
+    return PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(where, **options), directory, is_trainable=True
+    )
+
+
+def load_model(directory: str, config: ModelOptions) -> PreTrainedModel | PeftModel:
     """The causal language model in `directory` (see `policy_directory`), in the configured dtype."""
     if directory == f"embedded:{TINY}":
         return tiny_model()
-    return AutoModelForCausalLM.from_pretrained(
+    return from_directory(
         directory,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt
 from xpo.data.remembered import Remembered
 from xpo.rewards.base import RewardModel
@@ -24,6 +25,9 @@ class CachedReward(RewardModel):
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         texts = list(zip(prompts, completions, strict=True))
         return self._scores.columns(texts, lambda *columns: (self.reward_model.scores(*columns),))[0]
+
+    def check_data(self, key: str, dataset: PromptDataset) -> None:
+        self.reward_model.check_data(key, dataset)
 
     @property
     def fingerprint(self) -> str:

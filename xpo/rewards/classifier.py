@@ -4,7 +4,8 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from datasets import Dataset
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -14,11 +15,12 @@ from transformers import (
 )
 
 from xpo.config.errors import ConfigError, first_line
-from xpo.data.prompts import Prompt, is_conversational, plain_text, render
+from xpo.data.prompt_sets import PromptDataset
+from xpo.data.prompts import Prompt, PromptEncoder, is_conversational, plain_text
 from xpo.models.batches import batches_by_length, padded
 from xpo.models.devices import chosen_device
 from xpo.models.fingerprints import digest, model_digest
-from xpo.models.hub import local_directory
+from xpo.models.hub import has_tokenizer, local_directory
 from xpo.rewards.base import RewardModel
 
 
@@ -49,9 +51,9 @@ class ClassifierReward(RewardModel):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = copy.deepcopy(tokenizer)  # may be the policy's own, which must not change
         self.tokenizer.truncation_side = "left"
+        self.encode = PromptEncoder(self.tokenizer)
         self.batch_size = batch_size
-        positions = getattr(model.config, "max_position_embeddings", max_length)  # not every kind has them
-        self.max_length = min(max_length, tokenizer.model_max_length, positions)
+        self.max_length = min(max_length, tokenizer.model_max_length, _positions(model, max_length))
         # BERT tells the texts of a pair apart by token types; others refuse or misread them.
         self.token_types = getattr(model.config, "type_vocab_size", 0) > 1
 
@@ -75,6 +77,8 @@ class ClassifierReward(RewardModel):
         where = chosen_device("reward_model.device", device)
         directory = local_directory("reward_model.model", model, revision, with_code=trust_remote_code)
         code = {"trust_remote_code": trust_remote_code}
+        if tokenizer is None and not has_tokenizer(directory):
+            raise ConfigError(f"reward_model.model={model!r} has no tokenizer; save the one of its training there")
         try:
             classifier, loading = AutoModelForSequenceClassification.from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **code
@@ -98,12 +102,21 @@ class ClassifierReward(RewardModel):
             scores[rows] = self._forward([encoded[i] for i in rows])
         return scores
 
+    def check_data(self, key: str, dataset: PromptDataset) -> None:
+        if self.tokenizer.chat_template is not None and isinstance(dataset, Dataset):
+            # A template may refuse a role, or their order.
+            chats = [prompt for prompt in dataset["prompt"] if is_conversational(prompt)]
+            for prompt in {tuple(message["role"] for message in chat): chat for chat in chats}.values():
+                self.encode(prompt, "")
+
     def _encode(self, prompt: Prompt, completion: str) -> BatchEncoding:
+        if not isinstance(prompt, str) and self.tokenizer.chat_template is not None:
+            ids = self.encode(prompt, completion)[-self.max_length :]
+            return BatchEncoding({"input_ids": ids, "token_type_ids": [0] * len(ids)})
         options = {"return_token_type_ids": self.token_types, "max_length": self.max_length}
-        if not is_conversational(prompt) or self.tokenizer.chat_template is not None:
-            # A chat template writes the special tokens itself.
-            text, special = render(self.tokenizer, prompt, completion), not is_conversational(prompt)
-            return self.tokenizer(text, add_special_tokens=special, truncation=True, **options)
+        options["split_special_tokens"] = True  # as in PromptEncoder: a completion must not pose as structure
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt + completion, truncation=True, **options)
         room = self.max_length - self.tokenizer.num_special_tokens_to_add(pair=True)
         if len(self.tokenizer(completion, add_special_tokens=False).input_ids) < room:
             return self.tokenizer(plain_text(prompt), completion, truncation="only_first", **options)
@@ -133,4 +146,13 @@ class ClassifierReward(RewardModel):
     @property
     def fingerprint(self) -> str:
         vocabulary, template = sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template
-        return digest("classifier", model_digest(self.model), vocabulary, (template, self.max_length))
+        return digest("classifier, contents as text", model_digest(self.model), vocabulary, (template, self.max_length))
+
+
+def _positions(model: PreTrainedModel, otherwise: int) -> int:
+    """Tokens that a model has positions for. RoBERTa and its like count them from behind their padding's on."""
+    tables = [part for name, part in model.named_modules() if name.rpartition(".")[2] == "position_embeddings"]
+    tables = [part for part in tables if isinstance(part, nn.Embedding) and part.padding_idx is not None]
+    if tables:
+        return min(part.num_embeddings - part.padding_idx - 1 for part in tables)
+    return getattr(model.config, "max_position_embeddings", otherwise)  # not every kind has them

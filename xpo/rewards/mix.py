@@ -6,6 +6,7 @@ from torch import Tensor
 
 from xpo.config.checks import number
 from xpo.config.errors import ConfigError
+from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt
 from xpo.models.fingerprints import digest
 from xpo.rewards.base import RewardModel, Scores
@@ -37,9 +38,13 @@ class MixReward(RewardModel):
         return self.scores_with_parts(prompts, completions).total
 
     def scores_with_parts(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
-        parts = {name: model.scores(prompts, completions) for name, model in self.models.items()}
+        parts = {name: model.scores_with_parts(prompts, completions).total for name, model in self.models.items()}
         weighted = [self.weights[name] * part for name, part in parts.items()]
         return Scores(sum(weighted[1:], start=weighted[0]), parts)
+
+    def check_data(self, key: str, dataset: PromptDataset) -> None:
+        for model in self.models.values():
+            model.check_data(key, dataset)
 
     @property
     def fingerprint(self) -> str | None:

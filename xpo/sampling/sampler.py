@@ -15,6 +15,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 
 from xpo.config.errors import ConfigError, nearest
 from xpo.config.options import SamplingOptions
+from xpo.data.prompts import Batch
 from xpo.models.batches import batches_by_length, padded
 from xpo.models.forward import eval_mode
 from xpo.models.logprobs import completion_lengths, length_mask, positions
@@ -179,7 +180,8 @@ class Sampler:
         lengths, ended = completion_lengths(ids, torch.tensor(self.eos_token_ids, device=ids.device))
         mask = length_mask(lengths, ids.shape[1])
         tokens = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-        return Completions(ids, mask, ended, self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return Completions(ids, mask, ended, Batch(texts, {"completion_ids": tokens}))
 
 
 @contextmanager

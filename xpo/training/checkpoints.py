@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -79,6 +80,28 @@ class ResumableTrainer(Trainer):
             # DeepSpeed reads this on every machine and writes it on the first one only.
             (Path(output_dir) / "latest").write_text(f"global_step{self.model_wrapped.global_steps}")
         self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        if not self._load_adapters(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _load_from_checkpoint(self, checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._load_adapters(checkpoint):
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_adapters(self, checkpoint: str) -> bool:
+        """Loads adapters where the Trainer looks for weights in vain; whether these are of that kind."""
+        model = self.model
+        if self.is_deepspeed_enabled or not (isinstance(model, PeftModel) or model._hf_peft_config_loaded):
+            return False
+        names = model.active_adapters if isinstance(model, PeftModel) else model.active_adapters()
+        if names == ["default"] and isinstance(model, PeftModel):
+            return False
+        for name in names:
+            own = Path(checkpoint) / name  # PEFT gives each a directory, but for "default"
+            file = (own if own.is_dir() else Path(checkpoint)) / "adapter_model.safetensors"
+            set_peft_model_state_dict(model, load_file(file), name)
+        return True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the output directory, with the run's own numbers. Arguments are ignored."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ _DICTIONARIES = {  # of options, and an example of each
     "chat_template_kwargs": "{'enable_thinking': False}",
     "model_init_kwargs": "{'attn_implementation': 'eager'}",
 }
+_LESS_IS_BETTER = ("kl", "lose_rate", "invalid_rate", "flip_rate")  # of the metrics of evaluations
 _TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -46,6 +47,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         max_new_tokens: tokens of a completion at most.
         max_length: tokens of prompt and completion at most.
         prompt_overflow: prompts longer than max_length - max_new_tokens: "drop", "truncate" (keeps the end) or "error".
+        special_tokens: what reads like a special token in a prompt ("<|im_start|>") is "text", or it is one: "parse".
         chat_template_kwargs: what the chat template takes beside messages: {"enable_thinking": False} for Qwen3.
         temperature: of the sampling distribution; 0 decodes greedily.
         top_p: smallest set of tokens with this probability is kept; 1 keeps all.
@@ -70,8 +72,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
-        trust_remote_code: allow models that bring their own code.
+        trust_remote_code: allow models that bring their own code; no field, as TRL's ModelConfig has one of this name.
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
+        reward_weights: of each in a list of reward models; None: all 1.
+        judge: the name of a judge, "pair_rm", if none is passed to the trainer.
+        use_vllm: False; for scripts that say so.
     """
 
     # transformers' own, with other defaults
@@ -82,6 +87,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     report_to: None | str | list[str] = "none"  # noqa: RUF036  # HfArgumentParser needs this order
     dataloader_pin_memory: bool = True  # resolved in __post_init__, as the next ones
     metric_for_best_model: str | None = None
+    greater_is_better: bool | None = None
+    lr_scheduler_kwargs: dict[str, Any] | str | None = None
     bf16: bool | None = None
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, *_DICTIONARIES]
@@ -90,6 +97,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     alpha: list[float] = field(default_factory=lambda: [options.LossOptions.alpha])
     beta: list[float] = field(default_factory=lambda: [options.LossOptions.beta])
     prompt_overflow: str = options.DataOptions.prompt_overflow
+    special_tokens: str = options.DataOptions.special_tokens
     chat_template_kwargs: dict[str, Any] | str | None = None
     generation_kwargs: dict[str, Any] | str | None = None
     generation_batch_size: int | None = options.GenerationOptions.batch_size
@@ -104,10 +112,19 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     # of the library only
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
-    trust_remote_code: bool = False
+    trust_remote_code: InitVar[bool] = False
     reward_model_path: str | None = None
+    reward_weights: list[float] | None = None
+    judge: str | None = None
+    use_vllm: bool = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, trust_remote_code: bool) -> None:
+        self.trust_remote_code = trust_remote_code
+        if self.judge not in (None, "pair_rm"):
+            raise ConfigError(f"judge={self.judge!r} is not 'pair_rm'; pass any other judge to the trainer")
+        if self.use_vllm:
+            raise ConfigError("use_vllm=True is not supported; leave it out")
+        self.top_k = self.top_k or 0  # TRL has None for all tokens
         # Without this, several processes without a GPU would each believe to be alone. Apple's MPS knows no float64.
         if not torch.accelerator.is_available() or torch.backends.mps.is_available():
             self.use_cpu = True
@@ -116,8 +133,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not (self.fp16 or self.use_cpu)
             self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        wants_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        if wants_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate"
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+            self.greater_is_better = False
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         zero = bool(self.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         check_deepspeed(self.tokens_per_micro_batch, self.shard_reference, zero, as_argument)
@@ -129,6 +149,9 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if zero:
             prepare_environment(self.use_cpu)
         TrainingArguments.__post_init__(self)  # makes dictionaries of those given as JSON
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":  # of a metric that may be better the greater it is
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})  # type: ignore[operator]
         self._check_dictionaries()
         self._take_generation_kwargs()
         for group in GROUPS:

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerState
 
+from xpo.data.prompt_sets import prompts_of
 from xpo.sampling.pairs import StepPrompts
 from xpo.training.config import XPOConfig
 
@@ -55,7 +56,7 @@ class PromptQueue:
             return [value for batch in batches for value in batch[name]]
 
         return StepPrompts(
-            prompts=column("prompt", batches),
+            prompts=prompts_of({name: column(name, batches) for name in (batches[0] if batches else ("prompt",))}),
             ids=column("prompt_ids", batches),
             rows=rows,
             sizes=sizes,

@@ -1,56 +1,62 @@
 """What the arguments of a trainer stand for: names become models, TRL's words ours, functions judges."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from xpo.config.errors import ConfigError, first_line
 from xpo.config.schema import as_argument, check_scaling
-from xpo.data.prompt_sets import tokenize_prompts
+from xpo.data.prompt_sets import PromptDataset, tokenize_prompts
 from xpo.data.store import OFF, open_store
-from xpo.judges import FunctionJudge, Judge, RewardJudge
-from xpo.models.checks import check_adapters, check_models, warn_of_half_precision
+from xpo.judges import FunctionJudge, Judge, PairRMJudge, RewardJudge, TRLJudge
+from xpo.judges.trl import HasJudge
+from xpo.models.checks import (
+    HAS_ADAPTERS,
+    check_adapters,
+    check_models,
+    check_tokens,
+    check_trained,
+    embedding_rows,
+    warn_of_half_precision,
+)
 from xpo.models.forward import Forward
-from xpo.models.hub import local_directory
-from xpo.models.loading import end_tokens
+from xpo.models.hub import has_tokenizer, local_directory
+from xpo.models.loading import end_tokens, from_directory, is_adapter
 from xpo.models.reference import Reference, base_model
 from xpo.models.zero import divide, gathered, loading_whole
-from xpo.rewards import ClassifierReward, FunctionReward, RewardModel
+from xpo.rewards import ClassifierReward, FunctionReward, MixReward, RewardModel
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.sampler import Sampler
 from xpo.training.config import XPOConfig
 
-PromptDataset: TypeAlias = Dataset | IterableDataset
+logger = logging.getLogger(__name__)
+
 Policy: TypeAlias = PreTrainedModel | PeftModel
 
 
 def who_judges(
-    judge: Judge | Callable[..., Any] | None,
-    reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    args: XPOConfig,
+    judge: Any, reward_model: Any, tokenizer: Any, args: XPOConfig, policy: Any = None, policy_tokenizer: Any = None
 ) -> tuple[Judge, RewardModel | None]:
     """The judge, and a reward model beside it, if that is another one than the judge's own.
+
+    A classifier without a tokenizer reads with the policy's.
 
     ConfigError if there is neither, or if scores are to be scaled that nobody compares.
     """
     with loading_whole():
-        scorer = as_reward_model(reward_model, tokenizer, args.device)
+        scorer = as_reward_model(reward_model, tokenizer, args, partial(tokenizer_of, policy, policy_tokenizer))
+        judge = as_judge(judge or args.judge)
     if judge is None:
         if scorer is None:
             raise ConfigError("neither judge nor reward_model is given; pass one of them to say who wins a pair")
         judge = RewardJudge(scorer)
-    elif not isinstance(judge, Judge):
-        if not callable(judge):
-            raise ConfigError(
-                f"judge={judge!r} is no judge; pass an xpo.judges.Judge or a function (prompts, first, second)"
-            )
-        judge = FunctionJudge(judge)
     if scorer is None and isinstance(judge, RewardJudge):
         scorer = judge.reward_model
     compares_scores = type(judge) is RewardJudge and judge.reward_model is scorer
@@ -58,19 +64,59 @@ def who_judges(
     return judge, None if compares_scores else scorer
 
 
+def as_judge(judge: Any) -> Judge | None:
+    """The judge that `judge` stands for: a Judge, its class, one of TRL's kind, a function, or the name "pair_rm"."""
+    if judge is None or isinstance(judge, Judge):
+        return judge
+    if judge == "pair_rm":
+        return PairRMJudge()
+    if isinstance(judge, type):
+        try:
+            return as_judge(judge())
+        except TypeError as error:
+            raise ConfigError(f"judge={judge.__name__} is a class ({first_line(error)}); pass an object") from error
+    if isinstance(judge, HasJudge):
+        return TRLJudge(judge)
+    if callable(judge):
+        return FunctionJudge(judge)
+    raise ConfigError(
+        f"judge={judge!r} is no judge; pass an xpo.judges.Judge, a function (prompts, first, second), or 'pair_rm'"
+    )
+
+
 def as_reward_model(
-    reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    device: torch.device,
+    reward_model: Any, tokenizer: Any, args: XPOConfig, fallback: Callable[[], PreTrainedTokenizerBase]
 ) -> RewardModel | None:
-    """The reward model that `reward_model` stands for."""
+    """The reward model that `reward_model` stands for: a RewardModel, a classifier or its name, a function.
+
+    Several in a list are their sum, weighted by `reward_weights`, each with its tokenizer.
+    """
+    if isinstance(reward_model, list | tuple):
+        tokenizers = tokenizer if isinstance(tokenizer, list | tuple) else [tokenizer] * len(reward_model)
+        weights = args.reward_weights or [1.0] * len(reward_model)
+        if not len(reward_model) == len(tokenizers) == len(weights):
+            raise ConfigError(
+                f"reward_funcs holds {len(reward_model)}, reward_processing_classes {len(tokenizers)} and "
+                f"reward_weights {len(weights)}; give one of each for each reward"
+            )
+        pairs = zip(reward_model, tokenizers, strict=True)
+        models: list[Any] = [as_reward_model(one, its_tokenizer, args, fallback) for one, its_tokenizer in pairs]
+        if len(models) == 1 and args.reward_weights is None:
+            return models[0]
+        names = [f"{number}_{type(model).__name__}" for number, model in enumerate(models)]
+        return MixReward(dict(zip(names, models, strict=True)), dict(zip(names, weights, strict=True)))
     if reward_model is None or isinstance(reward_model, RewardModel):
         return reward_model
+    if isinstance(reward_model, str | PreTrainedModel) and tokenizer is None:
+        name = reward_model if isinstance(reward_model, str) else reward_model.config.name_or_path
+        if not name or not has_tokenizer(local_directory("reward_model", name)):
+            logger.warning("xpo: reward_model=%r has no tokenizer; it reads with the policy's", name)
+            tokenizer = fallback()
     if isinstance(reward_model, str):
-        return ClassifierReward.from_pretrained(reward_model, device=str(device), tokenizer=tokenizer)
+        return ClassifierReward.from_pretrained(reward_model, device=str(args.device), tokenizer=tokenizer)
     if isinstance(reward_model, PreTrainedModel):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward_model.config.name_or_path)
-        return ClassifierReward(reward_model.to(device), tokenizer)
+        return ClassifierReward(reward_model.to(args.device), tokenizer)
     if callable(reward_model):
         return FunctionReward(reward_model)
     raise ConfigError(
@@ -79,33 +125,31 @@ def as_reward_model(
     )
 
 
-def only(key: str, value: Any) -> Any:
-    """The one thing in a list, as TRL takes several reward functions; anything else as it is."""
-    if not isinstance(value, list | tuple):
-        return value
-    if len(value) != 1:
-        raise ConfigError(f"{key} holds {len(value)}; pass one, such as an xpo.rewards.MixReward of several")
-    return value[0]
+def tokenizer_of(model: Policy | str, given: Any) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer: as given, in a processor perhaps, or the one that belongs to the model."""
+    name = model if isinstance(model, str) else base_model(model).config.name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name) if given is None else given
+    return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
 def prepare_models(
     model: Policy | str,
     ref_model: PreTrainedModel | str | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None,
     peft_config: PeftConfig | None,
     args: XPOConfig,
 ) -> tuple[Policy, PreTrainedModel | None, PreTrainedTokenizerBase]:
     """Policy, reference and tokenizer: loaded, with adapters; ConfigError where their numbers would be wrong."""
     if isinstance(model, str):
-        model = load_by_name("model", model, args)
+        model = load_by_name("model", model, args, peft_config)
     if isinstance(ref_model, str):
         with loading_whole():
             ref_model = load_by_name("ref_model", ref_model, args)
     check_models(model, ref_model, peft_config, args.max_length)
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(base_model(model).config.name_or_path)
+    tokenizer = tokenizer_of(model, tokenizer)
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_tokens(base_model(model), tokenizer)[0])
+    check_tokens(model, ref_model, tokenizer)
     if args.disable_dropout:
         for part in [model] if ref_model is None else [model, ref_model]:
             without_dropout(part)
@@ -119,6 +163,7 @@ def prepare_models(
             ) from error
     if isinstance(model, PeftModel):
         check_adapters(model, ref_model)
+    check_trained(model)
     if args.deepspeed_plugin is None:
         warn_of_half_precision(model)
     return model, ref_model, tokenizer
@@ -151,13 +196,15 @@ def build_forwards(args: XPOConfig, model: Policy, reference: Reference) -> tupl
     return policy_forward, policy_forward if reference.frozen is None else build(reference.frozen)
 
 
-def load_by_name(key: str, name: str, args: XPOConfig) -> PreTrainedModel:
+def load_by_name(key: str, name: str, args: XPOConfig, peft_config: PeftConfig | None = None) -> Policy:
     """A causal language model by hub name or directory, in float32 unless `model_init_kwargs` say otherwise."""
-    directory = local_directory(key, name, with_code=args.trust_remote_code)
+    directory = str(local_directory(key, name, with_code=args.trust_remote_code))
+    if peft_config is not None and is_adapter(directory):
+        raise ConfigError(HAS_ADAPTERS.format(f"{key}={name!r}"))
     options = {"dtype": torch.float32} | dictionary(args.model_init_kwargs)  # not the checkpoint's own, often bfloat16
     if "torch_dtype" in options:  # an older name, which transformers ignores beside the newer one
         options["dtype"] = options.pop("torch_dtype")
-    return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=args.trust_remote_code, **options)
+    return from_directory(directory, trust_remote_code=args.trust_remote_code, **options)
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -179,14 +226,62 @@ def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Cal
     def tokenize(dataset: Any, key: str) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, list):
+            dataset = Dataset.from_list(dataset)
         if isinstance(dataset, dict):
             return {name: tokenize(part, f"{key}[{name!r}]") for name, part in dataset.items()}
         if "prompt_ids" in (dataset.column_names or ()):  # a mapped stream does not know its columns
             return dataset
         room, template = args.max_length - args.max_new_tokens, dictionary(args.chat_template_kwargs)
-        return tokenize_prompts(dataset, tokenizer, room, args.prompt_overflow, key, template)
+        return tokenize_prompts(dataset, tokenizer, room, args.prompt_overflow, key, args.special_tokens, template)
 
     return tokenize
+
+
+def check_data(
+    args: XPOConfig, model: Policy, train: PromptDataset, held_out: Any, judges: Sequence[Judge | RewardModel | None]
+) -> None:
+    """ConfigError for tokenized prompts that cannot be trained on, or that a judge or reward model cannot read."""
+    several = held_out if isinstance(held_out, dict) else {} if held_out is None else {"": held_out}
+    sets = {"train_dataset": train} | {f"eval_dataset{name and f'[{name!r}]'}": part for name, part in several.items()}
+    rows = embedding_rows(model)
+    for key, dataset in sets.items():
+        for judge in judges:
+            if judge is not None:
+                judge.check_data(key, dataset)
+        if isinstance(dataset, Dataset) and (highest := max(map(max, dataset["prompt_ids"]))) >= rows:
+            raise ConfigError(
+                f"{key} has a prompt with token {highest}, and model {rows} tokens; call resize_token_embeddings on it"
+            )
+    if args.dataloader_drop_last and isinstance(train, Dataset):
+        batch = args.per_device_train_batch_size * args.world_size
+        if len(train) < batch:
+            raise ConfigError(
+                f"dataloader_drop_last=True leaves no batch of {batch} in the {len(train)} prompts of train_dataset; "
+                "set it to False, or lower per_device_train_batch_size"
+            )
+
+
+def check_metric(args: XPOConfig, held_out: Any, measured: Sequence[str]) -> None:
+    """ConfigError for a metric_for_best_model that evaluations do not have, among what is `measured` of each set."""
+    if args.metric_for_best_model is None or held_out is None:
+        return
+    metric, sets = args.metric_for_best_model.removeprefix("eval_"), held_out if isinstance(held_out, dict) else [""]
+    known = [f"{name}{name and '_'}{each}" for name in sets for each in measured]
+    if metric not in known and "score_" not in metric:  # of a part of a mix
+        usual = [name for name in known if name.endswith(("win_rate", "score", "kl")) and "ref_" not in name]
+        raise ConfigError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not measured; "
+            f"choose one such as {', '.join(usual)}"
+        )
+
+
+def check_unused(*arguments: Any) -> None:
+    """ConfigError for the last three arguments of the trainer, which TRL's scripts give as None."""
+    names = ("data_collator", "compute_metrics", "preprocess_logits_for_metrics")
+    for name, value in zip(names, arguments, strict=True):
+        if value is not None:
+            raise ConfigError(f"{name}={value!r:.40} is not used; leave it out, or pass scorers to measure more")
 
 
 def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> Sampler:

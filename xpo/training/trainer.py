@@ -1,19 +1,18 @@
 """XPOTrainer: Exploratory Preference Optimization as a transformers Trainer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback, TrainerControl
 from transformers.trainer_utils import has_length
 
 from xpo.config.errors import ConfigError, JudgeStopped
 from xpo.config.options import PreferenceOptions
-from xpo.data.prompt_sets import collate_prompts
+from xpo.data.prompt_sets import PromptDataset, collate_prompts
 from xpo.evaluation.evaluator import Evaluator
-from xpo.judges import Judge
 from xpo.judges.labelling import Labelled, Labeller
 from xpo.models.forward import eval_mode
 from xpo.models.zero import check_engine, is_divided
@@ -53,21 +52,21 @@ class XPOTrainer(ResumableTrainer):
 
     Args:
         model: the policy, or its name.
-        ref_model: the reference, or its name; None for a frozen copy of the policy, or under LoRA its base model.
-        judge: says who wins: a `Judge`, or a function (prompts, first, second) -> B margins. None: the
-            reward model's score difference does.
-        reward_model: scores completions: a `RewardModel`, a sequence classifier, its name, or a function
-            (prompts, completions) -> B scores. Needed if there is no judge.
+        ref_model: the reference, or its name; None for the policy as it is now, under new adapters without them.
+        judge: says who wins: a `Judge`, one of TRL's kind, or a function (prompts, first, second) -> B margins. None:
+            the reward model's score difference does.
+        reward_model: scores completions: a `RewardModel`, a sequence classifier, its name, a function (prompts,
+            completions) -> B scores, or a list of these: their sum. Needed if there is no judge.
         args: the configuration.
         processing_class: the policy's tokenizer; None loads the one that belongs to the model.
         reward_processing_class: the tokenizer of a classifier; None loads the one that belongs to it.
-        train_dataset: a column "prompt", of text or of messages.
+        train_dataset: a column "prompt", of text or of messages; functions may ask for others.
         eval_dataset: held-out prompts, or several sets by name.
         peft_config: trains adapters instead of the whole model.
         scorers: independent reward models for evaluation, by metric name. Training never sees them.
         callbacks, optimizers: as in `transformers.Trainer`.
-        reward_funcs, reward_processing_classes: TRL's names of `reward_model` and `reward_processing_class`, or lists
-            of one.
+        reward_funcs, reward_processing_classes: TRL's names of `reward_model` and `reward_processing_class`.
+        data_collator, compute_metrics, preprocess_logits_for_metrics: None, as in TRL's scripts.
 
     Raises:
         ConfigError: what a user can mend, in one line.
@@ -83,38 +82,44 @@ class XPOTrainer(ResumableTrainer):
         model: PreTrainedModel | PeftModel | str,
         ref_model: PreTrainedModel | str | None = None,
         *,  # TRL has the following ones in another order
-        judge: Judge | Callable[..., Any] | None = None,
-        reward_model: RewardModel | PreTrainedModel | Callable[..., Any] | str | None = None,
+        judge: Any = None,
+        reward_model: Any = None,
         args: XPOConfig | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        reward_processing_class: PreTrainedTokenizerBase | None = None,
-        train_dataset: setup.PromptDataset | None = None,
-        eval_dataset: setup.PromptDataset | dict[str, setup.PromptDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_class: Any = None,
+        train_dataset: PromptDataset | list[dict[str, Any]] | None = None,
+        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
         peft_config: PeftConfig | None = None,
         scorers: dict[str, RewardModel] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
         reward_funcs: Any = None,
         reward_processing_classes: Any = None,
+        data_collator: None = None,
+        compute_metrics: None = None,
+        preprocess_logits_for_metrics: None = None,
     ):
+        setup.check_unused(data_collator, compute_metrics, preprocess_logits_for_metrics)
         args = args or XPOConfig(output_dir="xpo_output")
         if train_dataset is None:
             raise ConfigError("train_dataset=None; pass a data set with a column 'prompt'")
         judge, reward_model = setup.who_judges(
             judge,
-            reward_model or setup.only("reward_funcs", reward_funcs) or args.reward_model_path,
-            reward_processing_class or setup.only("reward_processing_classes", reward_processing_classes),
-            args,
+            reward_model or reward_funcs or args.reward_model_path,
+            reward_processing_class or reward_processing_classes,
+            *(args, model, processing_class),
         )
         model, ref_model, tokenizer = setup.prepare_models(model, ref_model, processing_class, peft_config, args)
         self.tokenize = setup.prompt_tokenizer(args, tokenizer)
+        train, held_out = self.tokenize(train_dataset, "train_dataset"), self.tokenize(eval_dataset, "eval_dataset")
+        setup.check_data(args, model, train, held_out, [judge, reward_model, *(scorers or {}).values()])
         self.reference = setup.build_reference(args, model, ref_model, lambda: self.zero3_engine)
         super().__init__(
             model=model,
             args=args,
             data_collator=collate_prompts,
-            train_dataset=self.tokenize(train_dataset, "train_dataset"),
-            eval_dataset=self.tokenize(eval_dataset, "eval_dataset"),
+            train_dataset=train,
+            eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -137,6 +142,7 @@ class XPOTrainer(ResumableTrainer):
             args.ds3_gather_for_generation,
             args.shard_reference,
         )
+        setup.check_metric(args, held_out, self.evaluator.measures)
 
     # ---- one optimizer step ------------------------------------------------------------------
 
@@ -173,17 +179,18 @@ class XPOTrainer(ResumableTrainer):
     def _label(self, step: StepPrompts, pairs: PairBatch) -> Labelled:
         """The labels of the whole step's pairs. All ranks stop if the judge of one cannot go on."""
         uniform = sampling_noise((self.args.seed, self.state.global_step, LABEL), step.rows, 1)[:, 0]
-        stopped = JudgeStopped("the judge of another process has stopped; its error says why")
-        labelled = None
+        labelled, verdicts = None, 0
+        stopped: JudgeStopped | None = None
         try:
             labelled = self.labeller(step.prompts, pairs.first, pairs.second, uniform)
+            verdicts = int(labelled.margin.isfinite().sum())
         except JudgeStopped as error:
             stopped = error
-        any_stopped = self.sum_over_ranks(torch.tensor(float(labelled is None))).item()
-        if labelled is None or any_stopped:
-            self.keep_checkpoint()
-            raise stopped
-        return labelled
+        any_stopped, verdicts = self.sum_over_ranks(torch.tensor([labelled is None, verdicts])).tolist()
+        if labelled is not None and not any_stopped and (stopped := self.labeller.gives_up(verdicts)) is None:
+            return labelled
+        self.keep_checkpoint()
+        raise stopped or JudgeStopped("the judge of another process has stopped; its error says why")
 
     @torch.no_grad()
     def _reference_logps(self, pairs: PairBatch) -> Tensor:
@@ -246,7 +253,7 @@ class XPOTrainer(ResumableTrainer):
 
     def evaluate(
         self,
-        eval_dataset: setup.PromptDataset | dict[str, setup.PromptDataset] | None = None,
+        eval_dataset: PromptDataset | dict[str, PromptDataset] | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
