@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from xpo.config.errors import ConfigError
     from xpo.judges import Judge, PairRMJudge, RewardJudge
     from xpo.rewards import ClassifierReward, EmbeddedReward, RewardModel
+    from xpo.training.callbacks import LogCompletionsCallback
     from xpo.training.config import XPOConfig
     from xpo.training.trainer import XPOTrainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "EmbeddedReward",
     "Judge",
+    "LogCompletionsCallback",
     "PairRMJudge",
     "RewardJudge",
     "RewardModel",
@@ -29,6 +31,7 @@ _HOMES = {
     "xpo.config.errors": ("ConfigError",),
     "xpo.judges": ("Judge", "PairRMJudge", "RewardJudge"),
     "xpo.rewards": ("ClassifierReward", "EmbeddedReward", "RewardModel"),
+    "xpo.training.callbacks": ("LogCompletionsCallback",),
     "xpo.training.config": ("XPOConfig",),
     "xpo.training.trainer": ("XPOTrainer",),
 }

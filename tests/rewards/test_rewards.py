@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from xpo import XPOConfig
 from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
 from xpo.judges import FunctionJudge, RewardJudge
@@ -141,13 +142,13 @@ def test_scores_do_not_depend_on_the_batch_size_or_the_order(kind: str, batch_si
 
 
 def test_texts_are_read_by_the_reward_models_tokenizer_and_not_the_policys(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Defect 6. The two tokenizers give different ids, so that the policy's would give another score."""
     model, own = classifier("llama"), words(template=None)
     text = "the sea is blue"
     assert own(text).input_ids != tokenizer(text).input_ids
-    reward = as_reward_model(model, own, torch.device("cpu"))
+    reward = as_reward_model(model, own, XPOConfig(output_dir=str(tmp_path), use_cpu=True), lambda: tokenizer)
     assert reward is not None
     close(reward.scores(["the sea is"], [" blue"]), [score_of(model, own(text).input_ids)])
     assert abs(score_of(model, tokenizer(text).input_ids) - score_of(model, own(text).input_ids)) > 1e-3

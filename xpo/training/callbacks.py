@@ -15,9 +15,10 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
-from xpo.tracking.completions import TABLE_NAME, completion_rows, write_table
+from xpo.tracking.completions import COMPLETION_COLUMNS, TABLE_NAME, completion_rows, write_table
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
+from xpo.tracking.terminal import show_completions
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,45 @@ class KeepCompletions(TrainerCallback):
         files = sorted(self.directory.glob("step_*.json"))
         every = [row for file in files for row in json.loads(file.read_text())["data"]]
         write_table(self.directory / TABLE_NAME, every)
+
+
+class LogCompletionsCallback(TrainerCallback):
+    """Shows what policy and reference answer at each evaluation: in MLflow or W&B if `report_to` names them, as a table
+    `completions`, else on the terminal.
+
+    Args:
+        trainer: an XPOTrainer.
+        generation_config: not used, as evaluations sample like training; TRL's scripts pass one.
+        num_prompts: the first so many; None: all of them.
+        freq: evaluate every so many steps; None: as `eval_strategy` says.
+    """
+
+    def __init__(
+        self, trainer: Any, generation_config: Any = None, num_prompts: int | None = None, freq: int | None = None
+    ):
+        self.evaluator: Evaluator = trainer.evaluator
+        self.num_prompts = num_prompts
+        self.freq = freq
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.freq is not None and state.global_step % self.freq == 0:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        rows = completion_rows(self.evaluator.records[: self.num_prompts], state.global_step)
+        if "mlflow" in args.report_to:
+            import mlflow
+
+            columns = dict(zip(COMPLETION_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
+            mlflow.log_table(columns, f"completions_{state.global_step}.json")
+        if "wandb" in args.report_to:
+            import wandb
+
+            wandb.log({"completions": wandb.Table(columns=list(COMPLETION_COLUMNS), data=rows)})
+        if not {"mlflow", "wandb"}.intersection(args.report_to):
+            show_completions(self.evaluator.records, len(rows))
 
 
 class Profile(TrainerCallback):
