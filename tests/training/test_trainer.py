@@ -455,7 +455,7 @@ def test_models_that_cannot_be_trained_are_named(make_trainer, tokenizer):
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(ConfigError, match="ref_model is the model itself"):
         make_trainer(model=adapted, ref_model=model)
-    with pytest.raises(ConfigError, match="model has adapters, which new ones .* would replace"):
+    with pytest.raises(ConfigError, match=r"model has adapters, which new ones .* would replace"):
         make_trainer(model=adapted, peft_config=LoraConfig(task_type="CAUSAL_LM"))
     t5 = T5Config(vocab_size=512, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(ConfigError, match="is an encoder-decoder; use a causal language model"):
