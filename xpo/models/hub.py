@@ -45,7 +45,7 @@ def local_directory(
         ConfigError: neither a directory nor something the hub can deliver.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     wanted = _MODEL_FILES + (["*.py"] if with_code else []) if kind == "model" else None
     remedy = f"point {key} at a local directory, or check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
