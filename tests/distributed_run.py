@@ -2,7 +2,8 @@
 
 torchrun --standalone --nproc_per_node 2 tests/distributed_run.py OUT PAIRS_PER_PROCESS ACCUMULATION [WORD ...]
 
-Words: lora; zero1, zero2, zero3, zero3_offload; synced (generation); sharded (reference); resume (from step 4).
+Words: lora; learned (adapters that were trained before); zero1, zero2, zero3, zero3_offload; synced (generation);
+sharded (reference); resume (from step 4).
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from conftest import prompts, share_of_e, step_logs
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.models.loading import tiny_model, tiny_tokenizer
@@ -59,14 +60,21 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
         ds3_gather_for_generation="synced" not in words,
         shard_reference="sharded" in words,
     )
+    model, lora = tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    if "learned" in words:
+        torch.manual_seed(0)
+        model = get_peft_model(model, lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
     trainer = XPOTrainer(
-        tiny_model(),
+        model,
         reward_model=share_of_e,
         args=args,
         processing_class=tiny_tokenizer(),
         train_dataset=prompts(24),
         eval_dataset=prompts(5),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if "lora" in words else None,
+        peft_config=lora if "lora" in words else None,
     )
     trainer.train(resume_from_checkpoint=str(out / "model" / "checkpoint-4") if "resume" in words else None)
     evaluation = trainer.evaluate()

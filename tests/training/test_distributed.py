@@ -31,7 +31,7 @@ def two_processes(out: Path, *words: str) -> dict[str, Any]:
     return json.loads((out / ("resumed.json" if "resume" in words else "logs.json")).read_text())
 
 
-@pytest.fixture(scope="module", params=["full", "lora"])
+@pytest.fixture(scope="module", params=["full", "lora", "learned"])
 def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
     """8 pairs in one process."""
     out = tmp_path_factory.mktemp(request.param)
@@ -65,16 +65,18 @@ ENGINES = {
 }
 FULL = ["ddp", "zero1 sharded", "zero2", "zero3"]
 LORA = ["ddp", "zero3_offload"]
+LEARNED = ["ddp", "zero2", "zero3"]
 
 
-@pytest.mark.parametrize("words", dict.fromkeys(FULL + LORA))
+@pytest.mark.parametrize("words", dict.fromkeys(FULL + LORA + LEARNED))
 def test_two_processes_equal_one(one: tuple[str, Path, dict[str, Any]], tmp_path: Path, words: str):
     """Logs, evaluation, weights; the engine is the one asked for.
 
-    With LoRA the reference is the policy's own base, under ZeRO-3 in parts; "sharded", the reference is in parts.
+    With LoRA the reference is the policy's own base, under ZeRO-3 in parts, with the adapters of the start if they have
+    learned something; "sharded", the reference is in parts.
     """
     kind, out, logs = one
-    if words not in {"full": FULL, "lora": LORA}[kind]:
+    if words not in {"full": FULL, "lora": LORA, "learned": LEARNED}[kind]:
         pytest.skip("not among those tried")
     two = two_processes(tmp_path / "two", kind, *words.split())
     assert (two["engine"], two["optimizer"]) == ENGINES[words.split()[0]]

@@ -100,10 +100,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory):
     """Another step might take longer than the time that is left; the checkpoint knows of the evaluation."""
 
-    def reward(texts: Sequence[str], completions: Sequence[str]) -> list[float]:
-        if trainer.state.global_step == 2 and not stop.signal and len(texts) == 3:
+    def reward(completions: Sequence[str]) -> list[float]:
+        if trainer.state.global_step == 2 and not stop.signal and len(completions) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return share_of_e(texts, completions)
+        return share_of_e([], completions)
 
     options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "eval_dataset": prompts(3)}
     whole = make_trainer(**options)

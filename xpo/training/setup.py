@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
+import pyarrow
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -227,7 +228,10 @@ def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Cal
         if dataset is None:
             return None
         if isinstance(dataset, list):
-            dataset = Dataset.from_list(dataset)
+            try:
+                dataset = Dataset.from_list(dataset)
+            except (pyarrow.ArrowException, ValueError, TypeError, AttributeError) as error:  # rows of several kinds
+                raise ConfigError(f"{key} is a list that is no table ({first_line(error)}); give rows alike") from error
         if isinstance(dataset, dict):
             return {name: tokenize(part, f"{key}[{name!r}]") for name, part in dataset.items()}
         if "prompt_ids" in (dataset.column_names or ()):  # a mapped stream does not know its columns
