@@ -316,7 +316,7 @@ WATCHED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", 
 def test_a_metric_that_no_evaluation_has_is_refused(make_trainer: TrainerFactory, several: bool) -> None:
     sets: Any = {"a": prompts(2), "b": prompts(2)} if several else prompts(2)
     for metric in ("eval_loss", "los", *(["win_rate"] if several else ["a_win_rate"])):
-        with pytest.raises(ConfigError, match=rf"metric_for_best_model='{metric}' is not measured; choose one such as"):
+        with pytest.raises(ConfigError, match=rf"metric_for_best_model='{metric}' is not measured; choose one of"):
             make_trainer(eval_dataset=sets, metric_for_best_model=metric, load_best_model_at_end=True, **WATCHED)
     for metric in ("win_rate", "eval_score", "score_margin", "kl", "ref_score"):
         name = metric.replace("eval_", "eval_b_") if "eval_" in metric and several else "b_" * several + metric

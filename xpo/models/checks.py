@@ -3,6 +3,7 @@
 import logging
 
 import torch
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,15 @@ def check_tokens(
         raise ConfigError(f"pad_token={tokenizer.pad_token!r} has the id {pad}, and model {rows} tokens; {remedy}")
     if ref_model is not None and embedding_rows(ref_model) < rows:
         raise ConfigError(f"model has {rows} tokens, and ref_model {embedding_rows(ref_model)}; {remedy}")
+
+
+def check_embedded(model: PreTrainedModel | PeftModel, dataset: Dataset | IterableDataset, key: str) -> None:
+    """ConfigError for tokenized prompts, called `key`, with a token that the model has no embedding of."""
+    rows = embedding_rows(model)
+    if isinstance(dataset, Dataset) and (highest := max(map(max, dataset["prompt_ids"]))) >= rows:
+        raise ConfigError(
+            f"{key} has a prompt with token {highest}, and model {rows} tokens; call resize_token_embeddings on it"
+        )
 
 
 def embedding_rows(model: PreTrainedModel | PeftModel) -> int:

@@ -21,10 +21,10 @@ from xpo.judges.trl import HasJudge
 from xpo.models.checks import (
     HAS_ADAPTERS,
     check_adapters,
+    check_embedded,
     check_models,
     check_tokens,
     check_trained,
-    embedding_rows,
     warn_of_half_precision,
 )
 from xpo.models.forward import Forward
@@ -221,49 +221,49 @@ def without_dropout(model: nn.Module) -> None:
                 vars(module)[rate] = 0.0
 
 
-def prompt_tokenizer(args: XPOConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any, str], Any]:
-    """A function (data set, several by name, or None; what it is called) that tokenizes prompts, once."""
+def prompt_tokenizer(
+    args: XPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Policy | None = None,
+    judges: Sequence[Judge | RewardModel | None] = (),
+) -> Callable[[Any, str], Any]:
+    """A function (data set, several by name, or None; what it is called) that tokenizes prompts, once.
+
+    It raises ConfigError for prompts that the model, or a judge or reward model cannot read.
+    """
 
     def tokenize(dataset: Any, key: str) -> Any:
         if dataset is None:
             return None
+        if isinstance(dataset, dict):
+            return {name: tokenize(part, f"{key}[{name!r}]") for name, part in dataset.items()}
         if isinstance(dataset, list):
             try:
                 dataset = Dataset.from_list(dataset)
             except (pyarrow.ArrowException, ValueError, TypeError, AttributeError) as error:  # rows of several kinds
                 raise ConfigError(f"{key} is a list that is no table ({first_line(error)}); give rows alike") from error
-        if isinstance(dataset, dict):
-            return {name: tokenize(part, f"{key}[{name!r}]") for name, part in dataset.items()}
-        if "prompt_ids" in (dataset.column_names or ()):  # a mapped stream does not know its columns
-            return dataset
-        room, template = args.max_length - args.max_new_tokens, dictionary(args.chat_template_kwargs)
-        return tokenize_prompts(dataset, tokenizer, room, args.prompt_overflow, key, args.special_tokens, template)
+        if "prompt_ids" not in (dataset.column_names or ()):  # a mapped stream does not know its columns
+            room, template = args.max_length - args.max_new_tokens, dictionary(args.chat_template_kwargs)
+            overflow, special = args.prompt_overflow, args.special_tokens
+            dataset = tokenize_prompts(dataset, tokenizer, room, overflow, key, special, template)
+        if model is not None:
+            check_embedded(model, dataset, key)
+        for judge in judges:
+            if judge is not None:
+                judge.check_data(key, dataset)
+        return dataset
 
     return tokenize
 
 
-def check_data(
-    args: XPOConfig, model: Policy, train: PromptDataset, held_out: Any, judges: Sequence[Judge | RewardModel | None]
-) -> None:
-    """ConfigError for tokenized prompts that cannot be trained on, or that a judge or reward model cannot read."""
-    several = held_out if isinstance(held_out, dict) else {} if held_out is None else {"": held_out}
-    sets = {"train_dataset": train} | {f"eval_dataset{name and f'[{name!r}]'}": part for name, part in several.items()}
-    rows = embedding_rows(model)
-    for key, dataset in sets.items():
-        for judge in judges:
-            if judge is not None:
-                judge.check_data(key, dataset)
-        if isinstance(dataset, Dataset) and (highest := max(map(max, dataset["prompt_ids"]))) >= rows:
-            raise ConfigError(
-                f"{key} has a prompt with token {highest}, and model {rows} tokens; call resize_token_embeddings on it"
-            )
-    if args.dataloader_drop_last and isinstance(train, Dataset):
-        batch = args.per_device_train_batch_size * args.world_size
-        if len(train) < batch:
-            raise ConfigError(
-                f"dataloader_drop_last=True leaves no batch of {batch} in the {len(train)} prompts of train_dataset; "
-                "set it to False, or lower per_device_train_batch_size"
-            )
+def check_batches(args: XPOConfig, train: PromptDataset) -> None:
+    """ConfigError for an epoch without a single batch."""
+    batch = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(train, Dataset) and len(train) < batch:
+        raise ConfigError(
+            f"dataloader_drop_last=True leaves no batch of {batch} in the {len(train)} prompts of train_dataset; "
+            "set it to False, or lower per_device_train_batch_size"
+        )
 
 
 def check_metric(args: XPOConfig, held_out: Any, measured: Sequence[str]) -> None:
@@ -273,11 +273,8 @@ def check_metric(args: XPOConfig, held_out: Any, measured: Sequence[str]) -> Non
     metric, sets = args.metric_for_best_model.removeprefix("eval_"), held_out if isinstance(held_out, dict) else [""]
     known = [f"{name}{name and '_'}{each}" for name in sets for each in measured]
     if metric not in known and "score_" not in metric:  # of a part of a mix
-        usual = [name for name in known if name.endswith(("win_rate", "score", "kl")) and "ref_" not in name]
-        raise ConfigError(
-            f"metric_for_best_model={args.metric_for_best_model!r} is not measured; "
-            f"choose one such as {', '.join(usual)}"
-        )
+        some = ", ".join(name for name in known if name.endswith(("win_rate", "_score", "kl")))
+        raise ConfigError(f"metric_for_best_model={args.metric_for_best_model!r} is not measured; choose one of {some}")
 
 
 def check_unused(*arguments: Any) -> None:

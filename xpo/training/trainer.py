@@ -103,16 +103,14 @@ class XPOTrainer(ResumableTrainer):
         args = args or XPOConfig(output_dir="xpo_output")
         if train_dataset is None:
             raise ConfigError("train_dataset=None; pass a data set with a column 'prompt'")
-        judge, reward_model = setup.who_judges(
-            judge,
-            reward_model or reward_funcs or args.reward_model_path,
-            reward_processing_class or reward_processing_classes,
-            *(args, model, processing_class),
-        )
+        reward_model = reward_model or reward_funcs or args.reward_model_path
+        reader = reward_processing_class or reward_processing_classes
+        judge, reward_model = setup.who_judges(judge, reward_model, reader, args, model, processing_class)
         model, ref_model, tokenizer = setup.prepare_models(model, ref_model, processing_class, peft_config, args)
-        self.tokenize = setup.prompt_tokenizer(args, tokenizer)
+        readers = [judge, reward_model, *(scorers or {}).values()]
+        self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, readers)
         train, held_out = self.tokenize(train_dataset, "train_dataset"), self.tokenize(eval_dataset, "eval_dataset")
-        setup.check_data(args, model, train, held_out, [judge, reward_model, *(scorers or {}).values()])
+        setup.check_batches(args, train)
         self.reference = setup.build_reference(args, model, ref_model, lambda: self.zero3_engine)
         super().__init__(
             model=model,
