@@ -402,6 +402,54 @@ def test_a_process_that_a_launcher_started_is_a_worker_itself(monkeypatch: pytes
     assert RunRecord.read(tmp_path / "run").overrides == ["experiment=smoke", "loss.alpha=0.5", "hydra.run.dir=run"]
 
 
+@pytest.mark.parametrize("arguments", [["-m", "loss.alpha=1,2"], ["experiment=sweep_alpha_beta"]])
+def test_a_process_that_a_launcher_started_runs_no_sweep(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Whoever asks for it, the command line or a file: it would train with values that nobody swept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    assert in_one_process(arguments, monkeypatch) == 2
+    assert "--multirun under a launcher is not supported; start the sweep without" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_what_a_command_reads_of_hydra_stands_in_the_command_that_goes_on(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Where its configurations lie, the environment; and ${hydra:...} in a value is known, with a launcher or not."""
+    (tmp_path / "my_conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "my_conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [smoke]\n")
+    seen: list[str | None] = []
+
+    def work(*arguments: object) -> int:
+        seen.append(os.environ.get("XPO_SEEN"))
+        return 7
+
+    monkeypatch.setattr(worker, "run", work)
+    monkeypatch.setattr(train, "start_worker", work)
+    monkeypatch.chdir(tmp_path)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    name = "tracking.run_name=${hydra:job.name}_${hydra:runtime.choices.model}"
+    words = ["--config-dir", "my_conf", "experiment=mine", "+hydra.job.env_set.XPO_SEEN=5", name, "hydra.run.dir=run"]
+    assert in_one_process(words, monkeypatch) == 7
+    assert seen == ["5"]
+    assert OmegaConf.load("run/config.yaml").tracking.run_name == "train_tiny"
+    shutil.rmtree("run/model", ignore_errors=True)
+    again = shlex.split(RunRecord.read(Path("run")).command("run"))[3:]
+    assert in_one_process(again, monkeypatch) == 7
+    assert seen == ["5", "5"]
+
+
+def test_a_job_does_not_move(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """hydra.job.chdir would take mlflow.db into the run directory."""
+    monkeypatch.chdir(tmp_path)
+    assert in_one_process(["experiment=smoke", "hydra.job.chdir=true"], monkeypatch) == 2
+    assert "hydra.job.chdir=True" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "preset"),
     [

@@ -177,6 +177,23 @@ def test_a_sweep_goes_on_by_itself(command: Command, capfd: pytest.CaptureFixtur
     assert "training.resume='auto' names one run, and a sweep goes on by itself; remove it" in capfd.readouterr().err
 
 
+def test_a_job_sees_its_environment_and_its_own_place_in_hydra(command: Command):
+    """As a run that is not part of a sweep does."""
+    seen: list[str | None] = []
+
+    def act(job: Fake) -> Outcome:
+        seen.append(os.environ.get("XPO_SEEN"))
+        return finish(job)
+
+    Fake.act = act
+    name = "tracking.run_name=${hydra:runtime.choices.model}_${hydra:job.num}"
+    assert command("loss.alpha=1,2", "+hydra.job.env_set.XPO_SEEN=5", name) == 0
+    assert seen == ["5", "5"]
+    assert [job.config.tracking.run_name for job in Fake.started] == ["tiny_0", "tiny_1"]
+    assert "XPO_SEEN" not in os.environ
+    assert "+hydra.job.env_set.XPO_SEEN=5" in RunRecord.read(Fake.started[0].run_dir).overrides
+
+
 # ---- several at once ---------------------------------------------------------------------------
 
 

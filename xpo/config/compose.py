@@ -1,10 +1,13 @@
 """From a command line to a checked configuration. Layer 0: no torch."""
 
+import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError
 
@@ -31,10 +34,40 @@ def choose_preset(arguments: list[str]) -> list[str]:
 
 
 def compose(arguments: list[str]) -> tuple[DictConfig, Path, dict[str, str]]:
-    """The configuration that the command line asks for, its run directory, and the option of each group."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=arguments, return_hydra_config=True)
+    """The configuration that the command line asks for, its run directory, and the option of each group.
+
+    Of Hydra's own flags it takes those that say where configurations lie. HydraConfig is set afterwards.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-name", "-cn", default="train")
+    flags, overrides = parser.parse_known_args(arguments)
+    if flags.config_dir:
+        if any(word.startswith("hydra.searchpath=") for word in overrides):
+            raise ConfigError(
+                f"--config-dir={flags.config_dir} does not go with hydra.searchpath here; name both there"
+            )
+        overrides.append(f"hydra.searchpath=[{hydra_value(f'file://{Path(flags.config_dir).absolute()}')}]")
+    with hydra.initialize_config_dir(str(CONF), job_name="train", version_base="1.3"):
+        config = hydra.compose(flags.config_name, overrides=overrides, return_hydra_config=True)
+    config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
+    HydraConfig.instance().set_config(config)
+    check_hydra()
     return without_hydra(config), Path(config.hydra.run.dir), dict(config.hydra.runtime.choices)
+
+
+def check_hydra() -> None:
+    """ConfigError for what Hydra can do, and our runs do not bear."""
+    if HydraConfig.get().job.chdir:
+        raise ConfigError("hydra.job.chdir=True would move relative paths, mlflow.db among them; leave it out")
+
+
+def hydra_value(text: str) -> str:
+    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
+    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
+        return text
+    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

@@ -154,7 +154,7 @@ class Runner:
             without_hydra(config),
             run_dir,
             dict(config.hydra.runtime.choices),
-            [*repeatable(config.hydra.overrides), "hydra.mode=RUN"],  # for whoever goes on with this job alone
+            [*repeatable(config.hydra), "hydra.mode=RUN"],  # for whoever goes on with this job alone
             name=job.name,
             tags=self.sweep.tags() | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]},
             found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,

@@ -14,7 +14,6 @@ RUN_DIR/
 
 import hashlib
 import json
-import re
 import shlex
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from xpo.config.compose import hydra_value
 from xpo.config.errors import ConfigError
 from xpo.config.files import write_whole
 from xpo.config.schema import identity
@@ -66,14 +66,6 @@ def in_use(run_dir: Path) -> bool:
             return False
     except Timeout:
         return True
-
-
-def hydra_value(text: str) -> str:
-    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
-    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
-        return text
-    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def job_key(config: dict[str, Any]) -> str:
