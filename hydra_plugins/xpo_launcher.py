@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from xpo.config.compose import check_hydra
+from xpo.config.compose import check_hydra, check_secrets
 
 
 @dataclass
@@ -35,6 +35,7 @@ class XPOLauncher(Launcher):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
         self.config = config
+        check_secrets(config, resolve=False)  # before the sweeper writes multirun.yaml
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from xpo.launch import sweep

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
-from xpo.config.compose import check_keys, choose_preset, compose
+from xpo.config.compose import check_keys, check_words, choose_preset, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
@@ -35,6 +35,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     report.quiet()
     try:
+        check_words(overrides)
         config, _, _ = compose(choose_preset(overrides))
         check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
         fill(OmegaConf.to_object(config), options.epochs, options.batch)  # type: ignore[arg-type]

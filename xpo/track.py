@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from xpo.config.checks import no_secret
 from xpo.config.errors import ConfigError, first_line
 from xpo.launch.command import exit_status
 from xpo.tracking.metrics_log import MetricsLog
@@ -37,6 +38,7 @@ def main() -> None:
     status = 0
     run_dirs = options.run_dirs or sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
     try:
+        no_secret("--uri", options.uri)
         run_dirs = [run_dir for run_dir in run_dirs if lacks(run_dir)]
     except ConfigError as error:
         sys.exit(exit_status(error))

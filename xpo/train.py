@@ -15,7 +15,7 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, check_hydra, choose_preset, compose
+from xpo.config.compose import CONF, check_hydra, check_words, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
 from xpo.launch.command import exit_status, print_error
 from xpo.launch.jobs import prepare, repeatable
@@ -28,6 +28,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     sys.argv[1:] = choose_preset(sys.argv[1:])
     try:
+        check_words(sys.argv[1:])
         if "RANK" in os.environ:
             sys.exit(_work_as_rank(sys.argv[1:]))
         _parent()

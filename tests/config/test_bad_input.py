@@ -406,6 +406,45 @@ def test_bad_input(run: Run, command: str, words: Sequence[str], reaches: str, s
     assert WORKER not in result.reached or reaches in (WORKER, MODEL)
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("tracking.uri=http://me:s3cret@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("tracking.uri=postgresql://me:s3cret@host/db", "PGPASSWORD"),
+        ("tracking.uri=http://me:s3=cret@host", "MLFLOW_TRACKING_PASSWORD"),  # which Hydra cannot read, and would quote
+        ("++tracking.uri=http://host?access_token=s3cret", "MLFLOW_TRACKING_PASSWORD"),
+        ("-m loss.alpha=1,2 tracking.uri=http://me:s3cret@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("judge=llm judge.model=m judge.base_url=http://me:s3cret@host/v1", "judge.api_key_env"),
+        ("+judge.api_key=s3cret", "judge.api_key_env"),
+        ("+training.kwargs.hub_token=s3cret", "HF_TOKEN"),
+        ("launch.command='env HF_TOKEN=s3cret torchrun'", "environment variable"),
+        ("+hydra.job.env_set.HF_TOKEN=s3cret", "environment variable"),
+        ("--config-dir=INPUTS experiment=secret", "MLFLOW_TRACKING_PASSWORD"),  # a file
+        ("-m --config-dir=INPUTS experiment=secret loss.alpha=1,2", "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_a_secret_stands_nowhere(run: Run, inputs: Path, tmp_path: Path, words: str, remedy: str):
+    """Neither in a file nor on the terminal."""
+    (inputs / "experiment").mkdir(exist_ok=True)
+    text = "# @package _global_\ntracking: {uri: 'http://me:s3cret@host'}\n"
+    (inputs / "experiment" / "secret.yaml").write_text(text)
+    result = run(words)
+    (line,) = result.stderr
+    assert "holds a secret" in line
+    assert remedy in line
+    assert "s3" not in line
+    assert result.status == 2
+    assert not any("s3" in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_secret_of_the_environment_is_refused_too(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@host")
+    for words in ("experiment=smoke", "-m experiment=smoke loss.alpha=1,2"):
+        (line,) = run(words).stderr
+        assert "MLFLOW_TRACKING_URI holds a secret" in line
+        assert "s3cret" not in line
+
+
 def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.MonkeyPatch):
     """A firewall may let a connection open and say nothing: that, too, is out of reach within seconds."""
     with socket.create_server(("127.0.0.1", 0)) as server:

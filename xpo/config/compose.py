@@ -11,9 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError
 
+from xpo.config.checks import no_secret
 from xpo.config.errors import ConfigError
 from xpo.config.explain import unknown_key
-from xpo.config.schema import TrainSchema
+from xpo.config.schema import TrainSchema, flatten
 
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -82,7 +83,21 @@ def checked(config: DictConfig) -> TrainSchema:
     """The configuration with its types; ConfigError for an unknown key, a missing or a bad value."""
     check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
     check_complete(config)
+    check_secrets(config)
     return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
+def check_words(arguments: list[str]) -> None:
+    """ConfigError for a secret on the command line, before anything writes or prints it."""
+    for word in arguments:
+        key, _, value = word.lstrip("+-").partition("=")
+        no_secret(key, value)
+
+
+def check_secrets(config: DictConfig, resolve: bool = True) -> None:
+    """ConfigError for a secret among the values."""
+    for key, value in flatten(OmegaConf.to_container(config, resolve=resolve)).items():  # type: ignore[arg-type]
+        no_secret(key, value)
 
 
 def check_keys(config: dict[Any, Any], schema: type = TrainSchema) -> None:

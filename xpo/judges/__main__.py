@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, check_complete
+from xpo.config.compose import CONF, check_complete, check_words
 from xpo.config.errors import ConfigError
 from xpo.config.schema import InspectSchema, is_group, needs_reward_model
 from xpo.data.pairs import load_pairs
@@ -28,6 +28,7 @@ def main() -> None:
     quiet()
     exit_statuses.clear()
     try:
+        check_words(sys.argv[1:])
         _composed()
     except Exception as error:
         sys.exit(exit_status(error, InspectSchema))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from xpo.config.checks import no_secret
 from xpo.config.errors import first_line
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ _SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT":
 
 
 def tracking_uri(uri: str | None) -> str:
-    """The tracking server or database: `uri`, $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory."""
+    """The tracking server or database: `uri`, $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory.
+
+    ConfigError if it holds a password.
+    """
+    no_secret("tracking.uri" if uri else "MLFLOW_TRACKING_URI", uri or os.environ.get("MLFLOW_TRACKING_URI"))
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     return f"sqlite:///{database(uri)}" if uri.startswith("sqlite:///") else uri
 
