@@ -520,6 +520,27 @@ def test_the_database_lies_in_the_working_directory_unless_told_otherwise(
     assert relative.experiment_id == run.experiment_id
 
 
+@pytest.mark.parametrize("name", ["feature%2Fx", "a?b=1", "a#b", "a b é"])
+def test_the_working_directory_may_have_any_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raced_database: tuple[Path, Any]
+) -> None:
+    """Its name becomes part of URIs, which stand for this directory and no other."""
+    there = tmp_path / name
+    (there / "run").mkdir(parents=True)
+    shutil.copy(raced_database[0], there / "mlflow.db")
+    monkeypatch.chdir(there)
+    run = MLflowRun(None, "other", "r", {"a": 1}, {}, MetricsLog(there / "run"))
+    write_table(there / "run" / "completions" / "step_000001.json", [])
+    run.finish()
+    again = MLflowRun(run.uri, "other", "r", {}, {}, MetricsLog(there / "run"), run_id=run.run_id)
+    assert (again.uri, again.run_id) == (run.uri, run.run_id)
+    assert stored(again).data.params == {"a": "1"}
+    assert list(there.glob("mlruns/other/*/artifacts/completions/step_000001.json"))
+    assert all(file.is_relative_to(there) for file in tmp_path.rglob("*") if file.is_file())
+    with sqlite3.connect(there / "mlflow.db") as connection:
+        assert connection.execute("SELECT count(*) FROM experiments WHERE name = 'other'").fetchone() == (1,)
+
+
 def test_artifacts_lie_beside_the_database_wherever_the_process_runs(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
