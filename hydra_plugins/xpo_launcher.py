@@ -3,6 +3,7 @@
 Hydra finds its plugins in this namespace only.
 """
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ class XPOLauncher(Launcher):
         self.hydra_context = hydra_context
         self.config = config
         check_secrets(config, resolve=False)  # before the sweeper writes multirun.yaml
+        template = OmegaConf.to_container(config.hydra.sweep)["dir"]  # type: ignore[index, call-overload]
+        if "${now:" in template:  # another sweep may have begun in this second
+            config.hydra.sweep.dir = str(_new_directory(Path(config.hydra.sweep.dir)))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from xpo.launch import sweep
@@ -65,6 +69,7 @@ class XPOLauncher(Launcher):
         with open_dict(config):
             config.hydra.job.id = str(number)
             config.hydra.job.num = number
+            config.hydra.sweep.dir = self.config.hydra.sweep.dir
             config.hydra.runtime.output_dir = str(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir).absolute())
         HydraConfig.instance().set_config(config)
         check_hydra()
@@ -72,3 +77,14 @@ class XPOLauncher(Launcher):
             if key != "hydra":
                 OmegaConf.resolve(config[key])  # now, while HydraConfig is that of this job
         return config
+
+
+def _new_directory(wanted: Path) -> Path:
+    """Makes the directory, or DIRECTORY-2 and so on where it exists."""
+    for number in itertools.count(1):
+        directory = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            continue
