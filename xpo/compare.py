@@ -13,11 +13,12 @@ from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import log, show, write
 from xpo.evaluation.compare.statistics import WIN_RATE, compare
-from xpo.launch.command import exit_status
+from xpo.launch.command import exit_status, speak_to_any_console
 
 
 def main() -> None:
     """The command line. Exit status 2 for bad input."""
+    speak_to_any_console()
     parser = argparse.ArgumentParser(
         prog="python -m xpo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from xpo.config.checks import no_secret
 from xpo.config.errors import ConfigError, first_line
-from xpo.launch.command import exit_status
+from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_client import held_points, reach
 from xpo.tracking.mlflow_follower import Followed, Follower, in_words
@@ -28,6 +28,7 @@ class NotSent(Exception):
 
 def main() -> None:
     """The command line."""
+    speak_to_any_console()
     parser = argparse.ArgumentParser(prog="python -m xpo.track", description=__doc__)
     parser.add_argument("command", choices=["replay"])
     parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories; default: all")

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from xpo.config.compose import CONF, check_hydra, check_words, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
-from xpo.launch.command import exit_status, print_error
+from xpo.launch.command import exit_status, print_error, speak_to_any_console
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, passing_on_signals, signals
 from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
@@ -25,6 +25,7 @@ from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
 
 def main() -> None:
     """The command line: `python -m xpo.train [-m] [key=value ...]`. Exit status 2 for bad input."""
+    speak_to_any_console()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     sys.argv[1:] = choose_preset(sys.argv[1:])
     try:

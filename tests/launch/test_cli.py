@@ -296,6 +296,17 @@ def test_each_step_has_a_line(finished: Ended):
     ]
 
 
+def test_a_console_that_cannot_show_a_character_fails_no_run(tmp_path: Path):
+    """The completions of a random model are full of them."""
+    directory = tmp_path / "straße"
+    directory.mkdir()
+    words = ["experiment=smoke", "training.max_steps=1", "tracking=none", f"hydra.run.dir='{directory}/run'"]
+    ended = end(start(words, directory, PYTHONIOENCODING="ascii"), directory)
+    assert ended.status == 0, ended.stderr
+    assert RunRecord.read(directory / "run").finished
+    assert "stra?e/run/model" in ended.stdout
+
+
 def test_stderr_holds_progress_bars_only(finished: Ended):
     """A warning there would be one that nobody needs."""
     parts = re.split(r"[\r\n]+", finished.stderr.replace("\x1b[A", ""))
