@@ -445,6 +445,18 @@ def test_a_secret_of_the_environment_is_refused_too(run: Run, monkeypatch: pytes
         assert "s3cret" not in line
 
 
+@pytest.mark.parametrize("words", ["", "experiment=smoke model=smollm2_135m tracking=none"])
+def test_nothing_can_be_kept(run: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch, words: str):
+    """A home directory that cannot be written, for data and for models: one line with what to set instead."""
+    if words:
+        monkeypatch.setenv("XPO_CACHE", str(inputs / "a_file" / "cache"))
+    else:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(inputs / "a_file" / "cache"))
+    (line,) = run(words or RUN).stderr
+    assert "a_file/cache cannot be written (Not a directory)" in line
+    assert "set HF_HOME, XPO_CACHE and XPO_STORES" in line
+
+
 def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.MonkeyPatch):
     """A firewall may let a connection open and say nothing: that, too, is out of reach within seconds."""
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError, nearest
 from xpo.data.prompts import Prompt, is_conversational, render
-from xpo.models.hub import local_directory
+from xpo.models.hub import local_directory, writable
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def load_rows(key: str, name: str, split: str = "train") -> Dataset:
     else:
         source = {"path": str(local_directory(key, name, kind="dataset")), "split": split}
         failed, remedy = f", split {split!r}", f"correct {key}_split, or give a directory of JSONL or Parquet files"
+    writable(datasets.config.HF_DATASETS_CACHE)
     try:
         return load_dataset(**source)
     except Exception as error:  # no such split, no data files, or whatever pyarrow and json raise, wrapped
