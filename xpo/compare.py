@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import TrackingOptions
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import log, show, write
@@ -27,7 +28,8 @@ def main() -> None:
     parser.add_argument("--metric", default=WIN_RATE, help="what the best is best by, higher is better (%(default)s)")
     parser.add_argument("--out", type=Path, help="directory of the report (SWEEP/compare; from MLflow compare/NAME)")
     parser.add_argument("--tracking-uri", help="MLflow server or database ($MLFLOW_TRACKING_URI, else ./mlflow.db)")
-    parser.add_argument("--experiment", default="xpo", help="MLflow's experiment (%(default)s)")
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", TrackingOptions.experiment)
+    parser.add_argument("--experiment", default=experiment, help="MLflow's experiment (%(default)s)")
     parser.add_argument("--no-log", action="store_true", help="do not log the report to MLflow")
     options = parser.parse_args()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each run

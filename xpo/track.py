@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from xpo.config.checks import no_secret
 from xpo.config.errors import ConfigError, first_line
+from xpo.config.secrets import no_secret
 from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_client import held_points, reach

@@ -151,6 +151,8 @@ CASES = [
     case("unreadable override", "data.train=a=b", ["'data.train=a=b'", "'key=\"a=b\"'"]),
     case("sweep without -m", "loss.alpha=1,2", ["loss.alpha=1,2", "-m"]),
     case("interpolation", "loss.alpha=${loss.nope}", ["'loss.nope'", "correct what stands in ${...}"]),
+    case("group removed", "~tracking", ["~tracking would leave it on", "give tracking=none"]),
+    case("key removed", "~data.eval", ["data.eval cannot be removed", "data.eval=null"]),
     # types
     case("text for an integer", "training.max_steps=many", ["training.max_steps=many", "give a value of type int"]),
     case("float for an integer", "training.max_steps=1.5", ["training.max_steps=1.5", "give a value of type int"]),

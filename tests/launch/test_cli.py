@@ -454,6 +454,14 @@ def test_what_a_command_reads_of_hydra_stands_in_the_command_that_goes_on(
     assert seen == ["5", "5"]
 
 
+def test_the_experiment_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As MLflow's client would use it; a key wins."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
+    for words, name in (([], "ours"), (["tracking.experiment=mine"], "mine")):
+        run_dir = prepared(["experiment=smoke", *words], tmp_path / name)
+        assert OmegaConf.load(run_dir / "config.yaml").tracking.experiment == name
+
+
 def test_a_job_does_not_move(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """hydra.job.chdir would take mlflow.db into the run directory."""
     monkeypatch.chdir(tmp_path)

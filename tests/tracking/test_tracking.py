@@ -555,6 +555,34 @@ def test_artifacts_lie_beside_the_database_wherever_the_process_runs(
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+@pytest.mark.parametrize("experiment", ["/Shared/x", "../../x", "..", "a/b", "50%/x"])
+def test_the_name_of_an_experiment_is_no_path(
+    experiment: str, uri: str, tmp_path: Path, new_log: Callable[[], MetricsLog]
+) -> None:
+    run = MLflowRun(uri, experiment, "r", {}, {}, new_log())
+    write_table(run.log.path.parent / "completions" / "step_000001.json", [])
+    run.flush()
+    assert len(list((tmp_path / "mlruns").rglob("step_000001.json"))) == 1
+    assert run.client.get_experiment(run.experiment_id).name == experiment
+
+
+def test_a_deleted_experiment_is_named(start: Start, uri: str) -> None:
+    MlflowClient(uri).delete_experiment(start().experiment_id)
+    with pytest.raises(ConfigError, match=r"tracking.experiment='xpo' was deleted .*; restore it \(mlflow experiments"):
+        start()
+
+
+def test_a_long_reason_keeps_its_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow says last what to do."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MlflowException("Out-of-date schema. " * 20 + "Run 'mlflow db upgrade'.")
+
+    monkeypatch.setattr(MlflowClient, "create_run", refuse)
+    with pytest.raises(ConfigError, match="Run 'mlflow db upgrade'"):
+        start()
+
+
 @pytest.mark.parametrize("bad", ["bogus://host", "postgresql://nobody@localhost:1/x", "a file", "below a file"])
 def test_a_store_that_does_not_answer_is_one_line_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, new_log: Callable[[], MetricsLog]

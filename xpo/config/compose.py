@@ -11,10 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError
 
-from xpo.config.checks import no_secret
 from xpo.config.errors import ConfigError
 from xpo.config.explain import unknown_key
 from xpo.config.schema import TrainSchema, flatten
+from xpo.config.secrets import no_secret
 
 # In a wheel conf/ lies inside the package, in a checkout beside it.
 CONF = next(path for path in (Path(__file__).parents[1] / "conf", Path(__file__).parents[2] / "conf") if path.is_dir())
@@ -88,9 +88,11 @@ def checked(config: DictConfig) -> TrainSchema:
 
 
 def check_words(arguments: list[str]) -> None:
-    """ConfigError for a secret on the command line, before anything writes or prints it."""
+    """ConfigError for a secret on the command line, before anything writes or prints it, and for ~tracking."""
     for word in arguments:
         key, _, value = word.lstrip("+-").partition("=")
+        if key == "~tracking":
+            raise ConfigError("~tracking would leave it on, with its defaults; give tracking=none")
         no_secret(key, value)
 
 

@@ -105,6 +105,8 @@ def _group_value(arguments: Sequence[str], conf: Path) -> str:
 
 def _wrong_type(error: OmegaConfBaseException, said: str, schema: type) -> str:
     key = str(error.full_key)
+    if "does not support deletion" in str(error):
+        return f"{key} cannot be removed; give it another value, or {key}=null where null is one"
     override = re.search(r"Error merging override \+*([^=]+=.*)", said)
     if override is None:
         return f"{key}: {first_line(error)}; correct {key}"

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from xpo.config.checks import count, no_secret, number
+from xpo.config.checks import count, number
 from xpo.config.errors import ConfigError, JudgeStopped
+from xpo.config.secrets import no_secret
 from xpo.data.prompts import Prompt
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
-from xpo.config.checks import no_secret
 from xpo.config.errors import first_line
+from xpo.config.secrets import no_secret
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
