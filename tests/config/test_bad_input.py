@@ -152,6 +152,8 @@ CASES = [
     case("sweep without -m", "loss.alpha=1,2", ["loss.alpha=1,2", "-m"]),
     case("interpolation", "loss.alpha=${loss.nope}", ["'loss.nope'", "correct what stands in ${...}"]),
     case("group removed", "~tracking", ["~tracking would leave it on", "give tracking=none"]),
+    case("no name", "data.train=''", ["data.train=''", "give a name"]),
+    case("no name of a model", "model.name=''", ["model.name=''", "give a name"]),
     case("key removed", "~data.eval", ["data.eval cannot be removed", "data.eval=null"]),
     # types
     case("text for an integer", "training.max_steps=many", ["training.max_steps=many", "give a value of type int"]),
