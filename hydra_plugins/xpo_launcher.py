@@ -18,6 +18,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from xpo.config.compose import check_hydra, check_secrets
+from xpo.config.errors import ConfigError
 
 
 @dataclass
@@ -38,8 +39,8 @@ class XPOLauncher(Launcher):
         self.config = config
         check_secrets(config, resolve=False)  # before the sweeper writes multirun.yaml
         template = OmegaConf.to_container(config.hydra.sweep)["dir"]  # type: ignore[index, call-overload]
-        if "${now:" in template:  # another sweep may have begun in this second
-            config.hydra.sweep.dir = str(_new_directory(Path(config.hydra.sweep.dir)))
+        # With a time in its name: another sweep may have begun in this second.
+        config.hydra.sweep.dir = str(_directory(Path(config.hydra.sweep.dir), new="${now:" in template))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from xpo.launch import sweep
@@ -79,12 +80,17 @@ class XPOLauncher(Launcher):
         return config
 
 
-def _new_directory(wanted: Path) -> Path:
-    """Makes the directory, or DIRECTORY-2 and so on where it exists."""
-    for number in itertools.count(1):
-        directory = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+def _directory(wanted: Path, new: bool) -> Path:
+    """Makes the directory; a `new` one is DIRECTORY-2 and so on where it exists."""
+    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    for directory in itertools.chain([wanted], numbered):
         try:
-            directory.mkdir(parents=True)
-            return directory
-        except FileExistsError:
-            continue
+            directory.mkdir(parents=True, exist_ok=not new)
+        except OSError as error:
+            if new and directory.exists():
+                continue
+            raise ConfigError(
+                f"hydra.sweep.dir={str(wanted)!r} cannot be written ({error.strerror}); choose another hydra.sweep.dir"
+            ) from error
+        return directory
+    raise AssertionError

@@ -143,6 +143,14 @@ CASES = [
     case("unknown key behind +", "+loss.alhpa=1", ["'loss.alhpa'", "did you mean 'loss.alpha'", "--cfg job"]),
     case("unknown key, top level", "+alpha=1", ["'alpha'", "--cfg job"]),
     case("unknown key of a judge", "judge=pair_rm judge.batchsize=2", ["'judge.batchsize'", "'judge.batch_size'"]),
+    case("the last word of a key", "seed=1", ["'seed'", "did you mean 'training.seed' or"]),
+    case("a short name", "lr=1e-5", ["'lr'", "did you mean 'training.learning_rate'"]),
+    case("no key of its own", "training.report_to=wandb", ["'training.report_to'", "+training.kwargs.report_to="]),
+    case(
+        "a model as a group", "model=Qwen/Qwen2-0.5B", ["model=Qwen/Qwen2-0.5B", "or give model.name=Qwen/Qwen2-0.5B"]
+    ),
+    case("data as a group", "data=mine.jsonl", ["data=mine.jsonl", "or give data.train=mine.jsonl"]),
+    case("no plugin", "hydra/launcher=submitit_slum", ["hydra/launcher=submitit_slum", "pip install 'xpo[slurm]'"]),
     case("new key without +", "generation.kwargs.penalty=1", ["'penalty'", "add it with +generation.kwargs.penalty="]),
     case("unknown group", "modle=tiny", ["'modle'", "did you mean 'model'"]),
     case("unknown option", "model=tinny", ["model=tinny", "did you mean 'tiny'", "choose one of llama_3_2_1b, "]),
@@ -212,6 +220,14 @@ CASES = [
     # directories
     case("unwritable", "hydra.run.dir=INPUTS/a_file/run", ["hydra.run.dir='", "a_file/run'", "choose another"]),
     case("nothing to resume", "training.resume=nowhere", ["training.resume='nowhere'", "give a run directory"]),
+    case(
+        "unwritable sweep",
+        "-m hydra.sweep.dir=INPUTS/a_file/x",
+        ["hydra.sweep.dir='", "choose another hydra.sweep.dir"],
+    ),
+    case(
+        "a sweep in a file", "-m hydra.sweep.dir=INPUTS/a_file", ["hydra.sweep.dir='", "choose another hydra.sweep.dir"]
+    ),
     # only the worker knows
     case(
         "unknown name in kwargs",
@@ -408,6 +424,27 @@ def test_bad_input(run: Run, command: str, words: Sequence[str], reaches: str, s
     assert result.seconds < SECONDS
     assert MODEL not in result.reached or reaches == MODEL
     assert WORKER not in result.reached or reaches in (WORKER, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {max_steps: 3}", ["puts its keys under experiment", "begin it with the line # @package _global_"]),
+        ("# @package _global_\ndefaults: [override /jugde: random]", ["mine.yaml", "jugde", "did you mean 'judge'"]),
+        ("# @package _global_\ndefaults: [/judge: random]", ["judge has a value already", "- override /judge: random"]),
+        ("# @package _global_\ndefaults: [override judge: random]", ["mine.yaml", "- override /judge: random"]),
+        ("# @package _global_\ndefaults: {judge: random}", ["mine", "must be a list", "- override /judge: random"]),
+        ("# @package _global_\ndefaults: [override /model: tiny, smoke]", ["mine.yaml", "is defined before", "then"]),
+    ],
+)
+def test_a_file_of_the_user_with_a_mistake(run: Run, tmp_path: Path, text: str, words: Sequence[str]):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    result = run("--config-dir=conf experiment=mine")
+    (line,) = result.stderr
+    for word in words:
+        assert word in line
+    assert result.status == 2
 
 
 @pytest.mark.parametrize(

@@ -478,6 +478,7 @@ def test_a_job_does_not_move(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
         (["loss.alpha=1", "data=local", "data.train=prompts.jsonl"], "none"),
         (["model.name=owner/name"], "none"),
         (["data.train=prompts.jsonl"], "none"),
+        (["++data.train=prompts.jsonl"], "none"),
         (["model=tiny", "experiment=smoke"], "smoke"),
     ],
 )

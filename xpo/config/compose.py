@@ -27,7 +27,7 @@ def choose_preset(arguments: list[str]) -> list[str]:
 
     Hydra's defaults list cannot say this: it knows no values, such as model.name, while it chooses options.
     """
-    groups = [argument.partition("=")[0] for argument in arguments]
+    groups = [argument.lstrip("+").partition("=")[0] for argument in arguments]
     chosen = [groups.index(key) for key in ("model", "data", "model.name", "data.train") if key in groups]
     if not chosen or "experiment" in groups:
         return arguments
