@@ -63,7 +63,10 @@ def local_directory(
     if path.is_dir():
         return path
     wanted = _MODEL_FILES + (["*.py"] if with_code else []) if kind == "model" else None
-    remedy = f"point {key} at a local directory, or check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
+    connect = "check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
+    if constants.HF_HUB_OFFLINE:
+        connect = "unset HF_HUB_OFFLINE"
+    remedy = f"point {key} at a local directory, or {connect}"
     try:
         offline = not _hub_answers(name, kind, revision)
         if not offline:
