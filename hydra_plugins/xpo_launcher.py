@@ -3,7 +3,6 @@
 Hydra finds its plugins in this namespace only.
 """
 
-import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,15 +81,15 @@ class XPOLauncher(Launcher):
 
 def _directory(wanted: Path, new: bool) -> Path:
     """Makes the directory; a `new` one is DIRECTORY-2 and so on where it exists."""
-    numbered = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
-    for directory in itertools.chain([wanted], numbered):
+    directory, number = wanted, 1
+    while True:
         try:
             directory.mkdir(parents=True, exist_ok=not new)
+            return directory
         except OSError as error:
-            if new and directory.exists():
-                continue
-            raise ConfigError(
-                f"hydra.sweep.dir={str(wanted)!r} cannot be written ({error.strerror}); choose another hydra.sweep.dir"
-            ) from error
-        return directory
-    raise AssertionError
+            if not (new and directory.exists()):
+                raise ConfigError(
+                    f"hydra.sweep.dir={str(wanted)!r} cannot be written ({error.strerror}); choose another"
+                ) from error
+        number += 1
+        directory = wanted.with_name(f"{wanted.name}-{number}")

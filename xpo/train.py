@@ -96,7 +96,7 @@ def _work_as_rank(arguments: list[str]) -> int:
         raise no_sweeps
     with env_override(dict(hydra_config.job.env_set)):
         if os.environ["RANK"] == "0":
-            run_dir = prepare(config, run_dir, choices, arguments)
+            run_dir = prepare(config, run_dir, choices, repeatable(hydra_config))
         from xpo.launch import worker
 
         return worker.run(OmegaConf.to_object(config), run_dir)  # type: ignore[arg-type]

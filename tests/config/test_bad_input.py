@@ -223,11 +223,9 @@ CASES = [
     case(
         "unwritable sweep",
         "-m hydra.sweep.dir=INPUTS/a_file/x",
-        ["hydra.sweep.dir='", "choose another hydra.sweep.dir"],
+        ["hydra.sweep.dir='", "choose another"],
     ),
-    case(
-        "a sweep in a file", "-m hydra.sweep.dir=INPUTS/a_file", ["hydra.sweep.dir='", "choose another hydra.sweep.dir"]
-    ),
+    case("a sweep in a file", "-m hydra.sweep.dir=INPUTS/a_file", ["hydra.sweep.dir='", "choose another"]),
     # only the worker knows
     case(
         "unknown name in kwargs",
@@ -429,7 +427,7 @@ def test_bad_input(run: Run, command: str, words: Sequence[str], reaches: str, s
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("training: {max_steps: 3}", ["puts its keys under experiment", "begin it with the line # @package _global_"]),
+        ("training: {max_steps: 3}", ["puts its keys under experiment", "begin it with # @package _global_"]),
         ("# @package _global_\ndefaults: [override /jugde: random]", ["mine.yaml", "jugde", "did you mean 'judge'"]),
         ("# @package _global_\ndefaults: [/judge: random]", ["judge has a value already", "- override /judge: random"]),
         ("# @package _global_\ndefaults: [override judge: random]", ["mine.yaml", "- override /judge: random"]),

@@ -82,8 +82,8 @@ def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
         owner, inner = ".".join(parts[:depth]), ".".join(parts[depth:])
         if get_origin(kind) is dict and owner not in _TARGETS:
             return f"{owner} has no {inner!r} yet; add it with +{key}=..."
-    if len(parts) == 1 and (conf / key).is_dir() and key not in get_type_hints(schema):  # a group of whole experiments
-        return f"a file of the group {key!r} puts its keys under {key}; begin it with the line # @package _global_"
+    if key == "experiment":
+        return "a file of the group 'experiment' puts its keys under experiment; begin it with # @package _global_"
     return f"unknown config key {key!r}{_hint(key, conf, schema)} (--cfg job lists the keys)"
 
 
