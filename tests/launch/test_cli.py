@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xpo import train
-from xpo.config.compose import CONF, choose_preset, compose
+from xpo.config.compose import CONF, checked, choose_preset, compose
 from xpo.config.errors import ConfigError, RunInUse
 from xpo.config.schema import TrainSchema
 from xpo.launch import processes as launch
@@ -207,7 +207,9 @@ def test_the_run_directory_says_what_was_done(finished: Ended):
     }
     table = json.loads((finished.run_dir / "completions" / "eval_completions.json").read_text())
     assert table["columns"][:2] == ["prompt", "completion"]
-    assert {row[table["columns"].index("step")] for row in table["data"]} == {0, STEPS}
+    steps = [row[table["columns"].index("step")] for row in table["data"]]
+    assert set(steps) == {0, STEPS}
+    assert steps == sorted(steps, reverse=True)  # a table opens at its top: trained answers first
 
 
 def test_the_model_loads_with_transformers_alone(finished: Ended):
@@ -795,3 +797,20 @@ def test_push_to_hub_uploads_the_finished_model_once(monkeypatch: pytest.MonkeyP
     assert exit_of_worker.value.code == 0
     assert [upload["repo_id"] for upload in uploads] == ["me/xpo-tiny"]
     assert "| metric | step 0 | step 1 |" in uploads[0]["card"]
+
+
+@pytest.mark.parametrize(("alpha", "shown"), [("1e-3", "-3.0"), ("0", "null")])
+def test_every_swept_key_is_a_parameter(alpha: str, shown: str, tmp_path: Path):
+    """Of a run where it is null, too: MLflow's parallel coordinates leave out a run that lacks one."""
+    from mlflow import MlflowClient
+
+    from xpo.launch.worker import _tracking
+    from xpo.tracking.metrics_log import MetricsLog
+
+    uri = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    config, _, _ = compose(["experiment=smoke", f"loss.alpha={alpha}", "loss.missing_eos_penalty=null", uri])
+    record = RunRecord(tags={"xpo.sweep": "s", "xpo.sweep_keys": "loss.alpha,loss.missing_eos_penalty"})
+    run = _tracking(checked(config), MetricsLog(tmp_path), record)
+    params = MlflowClient(run.uri).get_run(run.run_id).data.params
+    assert (params["loss.log10_alpha"], params["loss.missing_eos_penalty"]) == (shown, "null")
+    assert "model.revision" not in params  # null, and not swept

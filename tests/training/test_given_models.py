@@ -389,3 +389,9 @@ def test_completions_go_to_mlflow_if_it_is_reported_to(make_trainer: TrainerFact
         trainer.evaluate()
     table = mlflow.load_table("completions_0.json", run_ids=[run.info.run_id])
     assert list(table["prompt"]) == ["Tell me about number 0", "Tell me much about number 1"]
+
+
+def test_greedy_training_is_warned_of(make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture) -> None:
+    """Policy and reference say the same at first: nearly every pair is a tie."""
+    make_trainer(temperature=0.0)
+    assert "at temperature=0 policy and reference say the same at first" in caplog.text

@@ -178,11 +178,16 @@ def _leave_together(trainer: XPOTrainer) -> None:
 
 def _tracking(config: TrainSchema, log: MetricsLog, record: RunRecord) -> MLflowRun:
     run_dir = log.path.parent
+    params = record.choices | flatten(to_dict(config)) | _log10(config)
+    swept = [key for key in record.tags.get("xpo.sweep_keys", "").split(",") if key]
+    for key in [*swept, *["loss.log10_alpha"] * ("loss.alpha" in swept)]:
+        # A run without a value would be missing in MLflow's parallel coordinates.
+        params[key] = "null" if params.get(key) is None else params[key]
     run = MLflowRun(
         config.tracking.uri,
         config.tracking.experiment,
         config.tracking.run_name or record.name,
-        params=record.choices | flatten(to_dict(config)) | _log10(config),
+        params=params,
         tags={
             "xpo.run_dir": str(run_dir.resolve()),
             "xpo.job_key": record.job_key,

@@ -107,7 +107,7 @@ class KeepCompletions(TrainerCallback):
             return
         rows = completion_rows(self.evaluator.records, state.global_step)
         write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
-        files = sorted(self.directory.glob("step_*.json"))
+        files = sorted(self.directory.glob("step_*.json"), reverse=True)  # the newest first: a table opens at its top
         every = [row for file in files for row in json.loads(file.read_text())["data"]]
         write_table(self.directory / TABLE_NAME, every)
 

@@ -288,6 +288,8 @@ def check_unused(*arguments: Any) -> None:
 def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> Sampler:
     """The sampler of these arguments, for the tokens that end a completion of this model."""
     ends = end_tokens(base_model(model), tokenizer)
+    if args.temperature == 0:
+        logger.warning("xpo: at temperature=0 policy and reference say the same at first: hardly anything is learned")
     return Sampler(tokenizer, args, ends, args.generation_batch_size, dictionary(args.generation_kwargs))
 
 

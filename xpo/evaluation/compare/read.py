@@ -229,8 +229,8 @@ def _stored_rows(client: "MlflowClient", run_id: str) -> list[dict[str, Any]]:
 
 
 def _parsed(text: str) -> Any:
-    """A param as the value it was: numbers, booleans and lists; anything else is text."""
+    """A param as the value it was: numbers, booleans, lists and null; anything else is text."""
     try:
-        return ast.literal_eval(text)
+        return None if text == "null" else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
