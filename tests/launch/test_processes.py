@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -167,8 +168,9 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
     """Its devices, and its share of the cores."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert environment(LaunchOptions(), None, 1) == {"XPO_PROCESSES": "1"}
-    assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == {
+    parent = {"XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}"}
+    assert environment(LaunchOptions(), None, 1) == parent | {"XPO_PROCESSES": "1"}
+    assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == parent | {
         "XPO_PROCESSES": "2",
         "CUDA_VISIBLE_DEVICES": "4,5",
         "OMP_NUM_THREADS": "4",

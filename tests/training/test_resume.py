@@ -4,9 +4,10 @@ import errno
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,43 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert "training goes on without it" in caplog.text
 
 
-def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory):
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Within a test, signals may be a callback's."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("machine", "alive", "steps"),
+    [("here", True, 2), ("here", False, 1), ("elsewhere", False, 2)],
+    ids=["alive", "killed", "on another machine"],
+)
+def test_a_run_whose_command_was_killed_stops(
+    make_trainer: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    own_signals: None,
+    machine: str,
+    alive: bool,
+    steps: int,
+):
+    """Also before the run has looked at its parent, or behind a launcher that lives on. Numbers of another machine's
+    processes mean nothing."""
+    command = subprocess.Popen(["sleep", "60"])
+    if not alive:
+        command.kill()
+        os.waitid(os.P_PID, command.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    monkeypatch.setenv("XPO_PARENT", f"{command.pid}@{socket.gethostname() if machine == 'here' else machine}")
+    trainer = make_trainer(callbacks=[StopOnSignal()])
+    trainer.train()
+    command.kill()
+    command.wait()
+    assert trainer.state.global_step == steps
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory, own_signals: None):
     """Another step might take longer than the time that is left; the checkpoint knows of the evaluation."""
 
     def reward(texts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -108,14 +145,9 @@ def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: Trai
     options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "eval_dataset": prompts(3)}
     whole = make_trainer(**options)
     whole.train()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = StopOnSignal()
-        trainer = make_trainer(reward_model=reward, callbacks=[stop], output_dir=whole.args.output_dir, **options)
-        trainer.train()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    stop = StopOnSignal()
+    trainer = make_trainer(reward_model=reward, callbacks=[stop], output_dir=whole.args.output_dir, **options)
+    trainer.train()
     assert stop.signal == signal.SIGTERM
     assert trainer.state.global_step == 2
     resumed = make_trainer(**options)

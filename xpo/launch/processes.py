@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -163,8 +164,8 @@ def command(launch: LaunchOptions, run_dir: Path, with_deepspeed: bool) -> list[
 
 
 def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: int) -> dict[str, str]:
-    """What a job's processes see beside the environment: their number, their GPUs, their share of the CPU cores."""
-    added = {"XPO_PROCESSES": str(launch.num_processes)}
+    """What a job's processes see beside the environment: number, parent, GPUs, their share of the CPU cores."""
+    added = {"XPO_PROCESSES": str(launch.num_processes), "XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}"}
     devices = launch.devices if devices is None else devices
     if devices is not None:
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))

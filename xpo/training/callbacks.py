@@ -4,11 +4,13 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.profiler import profile, supported_activities
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,14 +29,17 @@ _ECHO_S = 2.0
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in progress, with a checkpoint, when a signal asks for it.
 
-    SIGINT and SIGTERM do, and so does the death of the parent process. A second signal after two
-    seconds, or one outside of training, raises KeyboardInterrupt at once.
+    SIGINT and SIGTERM do, and so does the death of the parent process, or of the command behind a launcher. A second
+    signal after two seconds, or one outside of training, raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.in_training = False
         self._parent = os.getppid()
+        # The command may have died before this process looks, or a launcher may stand between, on another machine even.
+        pid, _, machine = os.environ.get("XPO_PARENT", "").partition("@")
+        self._command = int(pid) if machine == socket.gethostname() else self._parent
         self._first_at = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
@@ -47,11 +52,19 @@ class StopOnSignal(TrainerCallback):
         if again or not self.in_training:
             raise KeyboardInterrupt
 
+    def _is_orphan(self) -> bool:
+        if os.getppid() != self._parent:
+            return True
+        try:
+            return self._command != self._parent and psutil.Process(self._command).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.signal is None and os.getppid() != self._parent:
+        if self.signal is None and self._is_orphan():
             self.signal = signal.SIGTERM
         if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
             number = torch.tensor(self.signal or 0, device=args.device)
