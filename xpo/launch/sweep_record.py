@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xpo.config.files import write_whole
+from xpo.config.errors import ConfigError
+from xpo.config.files import read_object, write_whole
 from xpo.config.schema import TrainSchema
 from xpo.tracking.mlflow_client import tracking_uri
 from xpo.tracking.mlflow_ui import chart_link, save_view
@@ -60,6 +61,19 @@ class Sweep:
         """Puts it into `directory`, whole or not at all."""
         write_whole(directory / "sweep.json", json.dumps(asdict(self), indent=1))
 
+    @classmethod
+    def read(cls, directory: Path) -> "Sweep | None":
+        """That of `directory`; None, with a warning, if it is damaged."""
+
+        def build(jobs: list[dict[str, Any]], **rest: Any) -> Sweep:
+            return cls(jobs=[Job(**job) for job in jobs], **rest)
+
+        try:
+            return read_object(directory / "sweep.json", build)
+        except ConfigError as error:
+            print(f"xpo: a sweep is passed over: {error}", file=sys.stderr)
+            return None
+
     def tags(self) -> dict[str, str]:
         """What tells the runs of a sweep apart in MLflow."""
         return {"xpo.sweep": self.name, "xpo.sweep_keys": ",".join(self.keys)}
@@ -76,18 +90,17 @@ def continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSc
         tracking_uri=tracking_uri(tracked.uri) if tracked.enabled else None,
         experiment=tracked.experiment,
     )
-    here = directory / "sweep.json"
     ours = {job.job_key for job in jobs}
-    if here.exists():  # an earlier batch, or the same command in the same directory
-        before = json.loads(here.read_text())
-        sweep.jobs = [Job(**job) for job in before["jobs"] if job["job_key"] not in ours] + jobs
-        sweep.keys = list(dict.fromkeys([*before["keys"], *keys]))
-        sweep.name = config.sweep.name or before["name"]
+    if (directory / "sweep.json").exists():  # an earlier batch, or the same command in the same directory
+        if (before := Sweep.read(directory)) is not None:
+            sweep.jobs = [job for job in before.jobs if job.job_key not in ours] + jobs
+            sweep.keys = list(dict.fromkeys([*before.keys, *keys]))
+            sweep.name = config.sweep.name or before.name
     elif config.sweep.name is None:
         for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-            before = json.loads(file.read_text())
-            if {job["job_key"] for job in before["jobs"]} == ours:
-                sweep.name = before["name"]
+            before = Sweep.read(file.parent)
+            if before is not None and {job.job_key for job in before.jobs} == ours:
+                sweep.name = before.name
                 break
     return sweep
 

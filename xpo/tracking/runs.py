@@ -17,6 +17,8 @@ import json
 import re
 import shlex
 import shutil
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from xpo.config.errors import ConfigError
-from xpo.config.files import write_whole
+from xpo.config.files import read_object, write_whole
 from xpo.config.schema import identity
 from xpo.tracking.metrics_log import evaluations, read_metrics
 
@@ -47,8 +49,8 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
-        """The record in `run_dir`."""
-        return cls(**json.loads((run_dir / "run.json").read_text()))
+        """The record in `run_dir`; ConfigError if it is damaged."""
+        return read_object(run_dir / "run.json", cls)
 
     def write(self, run_dir: Path) -> None:
         """Puts the record into `run_dir`, whole or not at all."""
@@ -57,6 +59,18 @@ class RunRecord:
     def command(self, resume: Path | str) -> str:
         """The command line that goes on with the run."""
         return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={hydra_value(str(resume))}"])
+
+
+def all_runs(roots: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
+    """Every run directory below `roots` with its record, the newest first; of a damaged one there is a warning."""
+    files = {file.resolve() for root in roots for file in root.rglob("run.json")}
+    runs = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            runs.append((file.parent, RunRecord.read(file.parent)))
+        except ConfigError as error:
+            print(f"xpo: a run is passed over: {error}", file=sys.stderr)
+    return runs
 
 
 def in_use(run_dir: Path) -> bool:
@@ -157,10 +171,7 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
         roots: directories under which "auto" looks for run directories.
     """
     if resume == "auto":
-        files = [path for root in roots for path in root.rglob("run.json")]
-        newest = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
-        records = [(path.parent, RunRecord.read(path.parent)) for path in newest]
-        mine = [run_dir for run_dir, record in records if record.job_key == key and not record.finished]
+        mine = [run_dir for run_dir, record in all_runs(roots) if record.job_key == key and not record.finished]
         found = [(run_dir, resumable_checkpoint(run_dir)) for run_dir in mine]
         begun = [(run_dir, checkpoint) for run_dir, checkpoint in found if checkpoint is not None]
         return next(iter(begun + found), None)
