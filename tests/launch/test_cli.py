@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import TRL_METRICS
+from conftest import TRL_METRICS, made_checkpoint
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -622,12 +622,10 @@ def test_auto_goes_on_in_a_fixed_directory_with_or_without_a_checkpoint(tmp_path
     assert prepared(command, run_dir) == run_dir
     assert RunRecord.read(run_dir).mlflow_run_id == "abc"
     assert RunRecord.read(run_dir).resume_from is None
-    checkpoint = run_dir / "model" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    checkpoint = made_checkpoint(run_dir, with_optimizer=False)
     prepared(command, run_dir)
     assert RunRecord.read(run_dir).resume_from is None  # a model is not enough to go on from
-    (checkpoint / "optimizer.pt").touch()
+    made_checkpoint(run_dir)
     prepared(command, run_dir)
     assert RunRecord.read(run_dir).resume_from == str(checkpoint)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import made_checkpoint
 from filelock import FileLock
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
@@ -269,10 +270,7 @@ def test_a_repeated_sweep_does_the_rest(command: Command, capfd: pytest.CaptureF
         if job.config.loss.alpha == 1:
             return finish(job)
         if job.config.loss.alpha == 2:
-            checkpoint = job.run_dir / "model" / "checkpoint-2"
-            checkpoint.mkdir(parents=True)
-            (checkpoint / "trainer_state.json").write_text("{}")
-            (checkpoint / "optimizer.pt").touch()
+            made_checkpoint(job.run_dir)
         return Outcome("killed", 137, "SIGKILL")
 
     Fake.act = act

@@ -7,9 +7,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from xpo.config.compose import checked
-from xpo.config.errors import ConfigError, RunInUse
+from xpo.config.errors import ConfigError, RunInUse, first_line
 from xpo.config.schema import flatten, may_change, to_dict
 from xpo.tracking.runs import RunRecord, job_key, resolve_resume
 
@@ -88,7 +89,18 @@ def repeatable(overrides: Any) -> list[str]:
 def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     """Whether the configuration changes the numbers of a run that goes on, which it says; ConfigError for its model."""
     changed = False
-    trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+    try:
+        trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+        if not trained:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, AttributeError, YAMLError) as error:
+        record = RunRecord.read(run_dir)
+        if record.job_key == job_key(config):
+            return False
+        raise ConfigError(
+            f"training.resume={str(run_dir)!r}: its config.yaml cannot be read ({first_line(error)}), and this command "
+            f"has other settings; give that run's command: {record.command(run_dir)}"
+        ) from error
     given = flatten(config)
     for key in dict.fromkeys([*given, *trained]):
         value, before = given.get(key), trained.get(key)

@@ -18,7 +18,7 @@ from xpo.models.reference import base_model
 from xpo.models.zero import is_divided
 from xpo.tracking.card import model_card
 from xpo.tracking.metrics import Meter
-from xpo.tracking.runs import is_complete, last_complete_checkpoint
+from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training.config import XPOConfig, value_at_epoch
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class ResumableTrainer(Trainer):
                 )
             resume_from_checkpoint = str(newest)
         if isinstance(resume_from_checkpoint, str):
+            if what := damage(Path(resume_from_checkpoint)):
+                raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -91,10 +93,13 @@ class ResumableTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if (state := _read_state(checkpoint, self.args.process_index)) is not None:
+        rank, first = self.args.process_index, _read_state(checkpoint, 0)
+        if (state := _read_state(checkpoint, rank)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)
-        elif (first := _read_state(checkpoint, 0)) is not None:  # more processes than before share what was scored
+        elif first is not None:  # more processes than before share what was scored
+            if rank < first["processes"]:
+                raise ConfigError(f"resume: {checkpoint!r} lacks xpo_state_{rank}.json; give another checkpoint")
             self.labeller.scale.moments = first["scale"]
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
