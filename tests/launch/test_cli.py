@@ -630,6 +630,21 @@ def test_auto_goes_on_in_a_fixed_directory_with_or_without_a_checkpoint(tmp_path
     assert RunRecord.read(run_dir).resume_from == str(checkpoint)
 
 
+def test_a_finished_run_is_said_to_be_one(finished: Ended, uri: str):
+    """By its command, repeated in its directory with training.resume=auto: as a scheduler does."""
+    before = (finished.run_dir / "metrics.jsonl").read_bytes()
+    place = f"hydra.run.dir={finished.run_dir}"
+    again = end(
+        start([*SMOKE, f"tracking.uri={uri}", "training.resume=auto", place], finished.directory), finished.directory
+    )
+    assert (again.status, again.stderr) == (0, "")
+    assert again.stdout.splitlines() == [
+        f"The run in {finished.run_dir} has finished; for another one choose another hydra.run.dir"
+    ]
+    assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
+    assert finished.record.finished
+
+
 def test_a_run_is_not_resumed_with_another_model(copied: Path, tmp_path: Path):
     """Its directory stays as it was, and the line names the right command."""
     before = (copied / "config.yaml").read_text()

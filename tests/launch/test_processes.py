@@ -32,6 +32,9 @@ def ready():
 """
 
 
+FAILED = Outcome("failed", 1, "exit status 1; one of its processes was killed perhaps")
+
+
 def job(run_dir: Path, code: str, **options: object) -> JobProcess:
     """A job whose process runs `code`."""
     script = run_dir / "script.py"
@@ -60,6 +63,9 @@ def wait_for(path: Path) -> None:
             "(run_dir / 'failure.json').write_text(json.dumps({'status': 2, 'reason': 'a=1 is bad'})); sys.exit(1)",
             Outcome("failed", 2, "a=1 is bad"),
         ),
+        ("(run_dir / 'failure.json').touch(); sys.exit(1)", FAILED),  # a full disk took no reason
+        ("(run_dir / 'failure.json').write_text('[1]'); sys.exit(1)", FAILED),
+        ("finish(); os.kill(os.getpid(), signal.SIGKILL)", Outcome("finished", 0)),
         ("sys.exit(75)", Outcome("running elsewhere", 2, "RUN_DIR is in use")),
         ("os.kill(os.getpid(), signal.SIGKILL)", Outcome("killed", 137, "SIGKILL, for want of memory perhaps")),
         ("sys.exit(143)", Outcome("stopped", 143, "SIGTERM")),

@@ -38,6 +38,8 @@ def prepare(
     Raises:
         ConfigError: a value is out of range, a required one is missing, or there is nothing to resume.
         RunInUse: another process is at work in the run directory.
+
+    A repeated command with training.resume=auto finds its directory as it was, if its run has finished.
     """
     schema = checked(config)
     resolved = to_dict(schema)
@@ -53,6 +55,10 @@ def prepare(
     if schema.training.resume is not None:
         found = resolve_resume(schema.training.resume, key, [Path("outputs"), Path("multirun"), output_dir])
         if found is None:
+            if schema.training.resume == "auto" and (output_dir / "run.json").exists():
+                before = RunRecord.read(output_dir)
+                if before.finished and before.job_key == key:
+                    return output_dir  # its worker says so
             print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
     if found is not None:
         resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()

@@ -1,6 +1,5 @@
 """The processes of one job: how they start, how they are stopped, what became of them. Layer 0: no torch."""
 
-import json
 import os
 import shlex
 import signal
@@ -10,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from xpo.config.errors import ConfigError, RunInUse
+from xpo.config.files import read_object
 from xpo.config.options import LaunchOptions
 from xpo.tracking.runs import RunRecord, in_use
 
@@ -124,7 +125,8 @@ class JobProcess:
             time.sleep(0.02)
 
     def _outcome(self, status: int) -> Outcome:
-        if status == 0 and RunRecord.read(self.run_dir).finished:
+        failure = self.run_dir / "failure.json"
+        if RunRecord.read(self.run_dir).finished and not failure.exists():  # whatever came after its end
             return Outcome("finished", 0)
         if status == 0 or self._signal is not None:
             number = self._signal or signal.SIGTERM
@@ -134,9 +136,9 @@ class JobProcess:
         elsewhere = Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
         if status == RunInUse.status:
             return elsewhere
-        failure = self.run_dir / "failure.json"
         if failure.exists():
-            return Outcome("failed", **json.loads(failure.read_text()))
+            with suppress(ConfigError):  # a full disk takes no reason
+                return read_object(failure, partial(Outcome, "failed"))
         if status - 128 in (signal.SIGINT, signal.SIGTERM):
             return Outcome("stopped", status, signal.Signals(status - 128).name)
         if in_use(self.run_dir):  # torchrun does not pass on the status of RunInUse, and ours are gone

@@ -107,6 +107,9 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if args.world_size > 1:
         broadcast_object_list(shared)
     directory, record = shared[0]
+    if record.finished:  # of a command that is repeated, by a scheduler perhaps
+        report.say(args, f"The run in {directory} has finished; for another one choose another hydra.run.dir")
+        return 0
     if main_process:
         lock = FileLock(run_dir / "run.lock")
         try:
