@@ -37,6 +37,7 @@ from xpo.launch.jobs import prepare, run_name
 from xpo.models.loading import tiny_model
 from xpo.tracking.metrics_log import evaluations, read_metrics
 from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
+from xpo.training import callbacks
 
 STEPS = 8
 SMOKE = ["experiment=smoke", f"training.max_steps={STEPS}", "training.logging_steps=1"]
@@ -710,6 +711,37 @@ def test_mlflow_knows_of_a_crash(crashed: Ended):
     assert "Traceback" in crashed.run.data.tags["error"]
     assert "RuntimeError: the reward server is down" in crashed.run.data.tags["error"]
     assert sorted(crashed.points["loss"]) == [1, 2]
+
+
+def test_no_room_for_the_final_model_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """It names the checkpoint that is left, and the command that goes on from it; completions cost nothing more."""
+    save_model = worker.XPOTrainer.save_model
+
+    def full(self: Any, output_dir: str | None = None, **options: Any) -> None:
+        if output_dir is None:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598")
+        save_model(self, output_dir, **options)
+
+    def no_table(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker.XPOTrainer, "save_model", full)
+    monkeypatch.setattr(callbacks, "write_table", no_table)
+    arguments = ["experiment=smoke", "tracking=none", "training.max_steps=1", "training.disable_tqdm=true"]
+    run_dir = prepared([*arguments, "training.save_steps=1"], tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as exit_of_worker:
+        worker.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert exit_of_worker.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("xpo: error: no room on the disk ([enforce fail")
+    assert f"kept is {run_dir}/model/checkpoint-1; make room, and continue with: python -m xpo.train" in line
+    assert "no room on the disk" in json.loads((run_dir / "failure.json").read_text())["reason"]
 
 
 # ---- the hub -----------------------------------------------------------------------------------

@@ -86,8 +86,20 @@ def test_a_run_killed_behind_its_last_checkpoint_takes_no_step_more(make_trainer
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"),
+    ],
+    ids=["disk", "limit", "torch"],
+)
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_trainer: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ):
     """One line says so; nothing half-written is left; the steps, and the next checkpoint, are as ever."""
     whole = make_trainer(max_steps=3)
@@ -97,7 +109,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     def save_or_not(*args: object, **kwargs: object) -> None:
         if not full:
             full.append(True)
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         save(*args, **kwargs)
 
     trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)

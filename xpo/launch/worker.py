@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import ProgressCallback
 
-from xpo.config.errors import ConfigError, JudgeStopped, RunInUse
+from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, first_line
 from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error
@@ -27,9 +27,9 @@ from xpo.models.devices import keep_freed_memory
 from xpo.tracking import terminal as report
 from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
-from xpo.tracking.runs import RunRecord, drop_training_state
+from xpo.tracking.runs import RunRecord, drop_training_state, resumable_checkpoint
 from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, Progress, StopOnSignal
-from xpo.training.checkpoints import check_same_zero
+from xpo.training.checkpoints import check_same_zero, is_full_disk
 from xpo.training.trainer import XPOTrainer
 
 
@@ -69,6 +69,12 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         return status
     except Exception as error:
         _failed(tracked, traceback.format_exc())
+        if is_full_disk(error):
+            words, kept = RunRecord.read(run_dir).command(run_dir), resumable_checkpoint(run_dir)
+            reason = f"no room on the disk ({first_line(error)[:100]}), kept is {kept or 'no checkpoint'}; make room"
+            _first_to_fail(run_dir, 1, reason)
+            print_error(f"{reason}, and continue with: {words}")
+            return 1
         reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         if "by peer" in reason:  # gloo's words for the death of another rank
             reason = "another process of the job has died, for want of memory perhaps"

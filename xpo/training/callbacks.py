@@ -118,10 +118,13 @@ class KeepCompletions(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows = completion_rows(self.evaluator.records, state.global_step)
-        write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
-        files = sorted(self.directory.glob("step_*.json"))
-        every = [row for file in files for row in json.loads(file.read_text())["data"]]
-        write_table(self.directory / TABLE_NAME, every)
+        try:
+            write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
+            files = sorted(self.directory.glob("step_*.json"))
+            every = [row for file in files for row in json.loads(file.read_text())["data"]]
+            write_table(self.directory / TABLE_NAME, every)
+        except OSError as error:
+            logger.warning("xpo: completions cannot be kept in %s (%s)", self.directory, error.strerror)
 
 
 class Profile(TrainerCallback):

@@ -61,7 +61,7 @@ class ResumableTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:  # safetensors and torch have errors of their own
-            if self.args.world_size > 1 or not _is_full_disk(error):
+            if self.args.world_size > 1 or not is_full_disk(error):
                 raise
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -157,9 +157,14 @@ def _read_state(checkpoint: str | Path, rank: int) -> dict[str, Any] | None:
     return state
 
 
-def _is_full_disk(error: Exception) -> bool:
-    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return no_room or any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed writing"))
+# What torch and safetensors say where the system has no room; the last ones are torch's when its writer is torn down.
+_NO_ROOM = ("No space left", "quota exceeded", "File too large", "PytorchStreamWriter failed writing", "unexpected pos")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that a disk, or what this user may have of it, is full."""
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return no_room or any(words in str(error) for words in _NO_ROOM)
 
 
 def _zero_stage(args: XPOConfig) -> int | None:
