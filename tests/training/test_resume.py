@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import to_dict
+from xpo.judges.base import asked_to_stop
 from xpo.launch.jobs import compare_with_run
 from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.runs import (
@@ -127,6 +128,7 @@ def own_signals() -> Iterator[None]:
     """Within a test, signals may be a callback's."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
+    asked_to_stop.clear()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

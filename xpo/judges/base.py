@@ -10,6 +10,8 @@ from torch import Tensor
 from xpo.data.prompts import Prompt
 from xpo.rewards.base import Scores
 
+asked_to_stop: list[int] = []  # signals that ask for the end of the run: who waits for others gives up soon
+
 
 class Verdicts(NamedTuple):
     """What a judge says of B pairs."""

@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
+from xpo.judges.base import asked_to_stop
 from xpo.tracking.completions import TABLE_NAME, completion_rows, write_table
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
@@ -36,6 +37,7 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.signal: int | None = None
         self.in_training = False
+        asked_to_stop.clear()
         self._parent = os.getppid()
         # The command may have died before this process looks, or a launcher may stand between, on another machine even.
         pid, _, machine = os.environ.get("XPO_PARENT", "").partition("@")
@@ -49,6 +51,7 @@ class StopOnSignal(TrainerCallback):
         again = self.signal is not None and time.monotonic() - self._first_at > _ECHO_S
         if self.signal is None:
             self.signal, self._first_at = number, time.monotonic()
+            asked_to_stop.append(number)
         if again or not self.in_training:
             raise KeyboardInterrupt
 
