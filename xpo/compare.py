@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, printable
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import log, show, write
@@ -39,7 +39,7 @@ def main() -> None:
     paths = write(comparison, plots(comparison), out)
     show(comparison, paths[0])
     if not options.no_log and (problem := log(sweep, paths)):
-        print(f"xpo: the report is not in MLflow: {problem}", file=sys.stderr)
+        print(f"xpo: the report is not in MLflow: {printable(problem)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from xpo.config.errors import ConfigError, first_line
+from xpo.config.errors import ConfigError, first_line, printable
 from xpo.launch.command import exit_status
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_client import held_points, reach
@@ -47,7 +47,7 @@ def main() -> None:
             print(f"{run_dir}: {replay(run_dir, options.uri)}", flush=True)
         except NotSent as error:
             status = 1
-            print(f"{run_dir}: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{run_dir}: {error}"), file=sys.stderr, flush=True)
     sys.exit(status)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, printable
 from xpo.config.files import read_object, write_whole
 from xpo.config.schema import TrainSchema
 from xpo.tracking.mlflow_client import tracking_uri
@@ -164,7 +164,7 @@ class SweepReport:
         for job in jobs:
             values = [f"{job.metrics[name]:.3f}" if name in job.metrics else "" for name in names]
             state = f"[{STATES.get(job.state, 'red')}]{job.state}[/]" + (" before" if job.before else "")
-            table.add_row(escape(job.name), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
+            table.add_row(escape(printable(job.name)), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
         self.console.print(table)
 
     def _where_in_mlflow(self) -> None:
@@ -179,4 +179,4 @@ class SweepReport:
         self._line(f"         {chart_link(*place, save_view(*place, self.sweep.keys))}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(printable(text), soft_wrap=True)

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import ProgressCallback
 
-from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, first_line
+from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, first_line, printable
 from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error
@@ -79,7 +79,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         if "by peer" in reason:  # gloo's words for the death of another rank
             reason = "another process of the job has died, for want of memory perhaps"
         _first_to_fail(run_dir, 1, reason)
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     finally:
         pid = run_dir / "worker.pid"

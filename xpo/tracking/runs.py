@@ -27,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, printable
 from xpo.config.files import read_object, write_whole
 from xpo.config.schema import identity
 from xpo.tracking.metrics_log import evaluations, read_metrics
@@ -131,7 +131,7 @@ def last_complete_checkpoint(model_dir: Path) -> Path | None:
         what = damage(path)
         if what is None:
             return path
-        print(f"xpo: {path} is passed over: {what}", file=sys.stderr)
+        print(f"xpo: {path} is passed over: {printable(what)}", file=sys.stderr)
     return None
 
 

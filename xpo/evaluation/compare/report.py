@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xpo.config.errors import first_line
+from xpo.config.errors import first_line, printable
 from xpo.evaluation.compare.plots import Plot, title
 from xpo.evaluation.compare.read import Run, Sweep, connect, experiment_id, tagged
 from xpo.evaluation.compare.statistics import SEED, Comparison, Difference, Estimate, Point, estimate, label, levels
@@ -131,10 +131,10 @@ def show(comparison: Comparison, report: Path) -> None:
     for i, name in enumerate(header):
         table.add_column(escape(name.replace(".", ".\n")), justify="left" if i < keys else "right")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)
     for line in [*map(left_out_words, comparison.left_out), *verdict_words(comparison)]:
-        console.print(escape(line), highlight=False)
+        console.print(escape(printable(line)), highlight=False)
     print(f"Report:  {report}", flush=True)  # a path is not to be wrapped
 
 
