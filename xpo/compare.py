@@ -14,6 +14,7 @@ from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import log, show, write
 from xpo.evaluation.compare.statistics import WIN_RATE, compare
 from xpo.launch.command import exit_status
+from xpo.tracking.mlflow_client import tracking_uri
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
     paths = write(comparison, plots(comparison), out)
     show(comparison, paths[0])
-    if not options.no_log and (problem := log(sweep, paths)):
+    if not options.no_log and (problem := log(sweep, paths, tracking_uri(options.tracking_uri))):
         print(f"xpo: the report is not in MLflow: {printable(problem)}", file=sys.stderr)
 
 

@@ -531,8 +531,8 @@ def test_the_command_shows_writes_and_logs_once(
     tracked: tuple[Path, str], command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory, uri = tracked
-    command(directory)
-    command(directory)
+    command(directory, "--tracking-uri", uri)
+    command(directory, "--tracking-uri", uri)
     printed = capsys.readouterr()
     assert printed.err == ""
     for words in ("0.875 ± 0.000", "Left out: job 8: failed, CUDA out of memory", "Best by win rate", "Report:  "):
@@ -565,12 +565,15 @@ def test_a_server_that_is_gone_is_a_warning(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = "http://127.0.0.1:9"
-    command(make_sweep(tmp_path / "s", ["loss.alpha"], [job("wl", loss__alpha=0.0)], uri=uri))
+    directory = make_sweep(tmp_path / "s", ["loss.alpha"], [job("wl", loss__alpha=0.0)], uri=uri)
+    command(directory)  # which may be somebody else's
+    assert f"the sweep's runs are in {uri}, not in sqlite:///" in capsys.readouterr().err
+    command(directory, "--tracking-uri", uri)
     stderr = capsys.readouterr().err
     assert stderr.startswith(f"xpo: the report is not in MLflow: --tracking-uri='{uri}' does not answer")
     assert len(stderr.splitlines()) == 1
     assert (tmp_path / "s" / "compare" / "report.html").is_file()
-    assert log(Sweep("s", None, [], [], None, "xpo"), []) is None
+    assert log(Sweep("s", None, [], [], None, "xpo"), [], uri) is None
     assert not (tmp_path / "mlflow.db").exists()
 
 

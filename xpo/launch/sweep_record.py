@@ -16,7 +16,7 @@ from rich.table import Table
 from xpo.config.errors import ConfigError, printable
 from xpo.config.files import read_object, write_whole
 from xpo.config.schema import TrainSchema
-from xpo.tracking.mlflow_client import tracking_uri
+from xpo.tracking.mlflow_client import naming, tracking_uri
 from xpo.tracking.mlflow_ui import chart_link, save_view
 from xpo.tracking.runs import RunRecord
 
@@ -148,7 +148,8 @@ class SweepReport:
                 self._line(f"{escape(job.name)}: {job.state}: {escape(job.reason)}")
         here = self.directory.is_relative_to(Path.cwd())
         as_typed = self.directory.relative_to(Path.cwd()) if here else self.directory
-        self._line(f"Compare: python -m xpo.compare {shlex.quote(str(as_typed))}")
+        there = naming("--tracking-uri", self.sweep.tracking_uri) if self.sweep.tracking_uri else []
+        self._line(f"Compare: {shlex.join(['python', '-m', 'xpo.compare', str(as_typed), *there])}")
         self._where_in_mlflow()
         if any(job.state != DONE for job in self.sweep.jobs):
             self._line("Repeat the command to finish the rest.")

@@ -32,6 +32,11 @@ def tracking_uri(uri: str | None) -> str:
     return f"sqlite:///{database(uri)}" if uri.startswith("sqlite:///") else uri
 
 
+def naming(option: str, uri: str) -> list[str]:
+    """The words that name `uri` on a command line; none where a command goes there by itself."""
+    return [] if uri == tracking_uri(None) else [option, uri]
+
+
 def database(uri: str) -> Path:
     """The file of a database by its URI."""
     return Path(uri.removeprefix("sqlite:///")).absolute()

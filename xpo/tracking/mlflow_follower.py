@@ -83,8 +83,16 @@ class Follower:
         self._offset = len(self.log.entries)
 
     def files(self) -> dict[str, str | None]:
-        """The files that MLflow lacks, as they are now, and their folders."""
-        found = [(path, folder) for pattern, folder in ARTIFACTS.items() for path in self.run_dir.glob(pattern)]
+        """The files that MLflow lacks, as they are now, and their folders.
+
+        Files that lie here: a run directory of somebody else's may hold links to whatever this user can read.
+        """
+        found = [
+            (path, folder)
+            for pattern, folder in ARTIFACTS.items()
+            for path in self.run_dir.glob(pattern)
+            if path.is_file() and path.resolve().is_relative_to(self.run_dir.resolve())
+        ]
         names = [(str(path.relative_to(self.run_dir)), folder) for path, folder in sorted(found)]
         return {name: folder for name, folder in names if self.state.files.get(name) != self._signature(name)}
 

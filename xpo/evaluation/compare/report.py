@@ -196,14 +196,17 @@ def _score(value: float | None) -> str:
     return "" if value is None else f"score {value:.2f}"
 
 
-def log(sweep: Sweep, paths: Sequence[Path]) -> str | None:
+def log(sweep: Sweep, paths: Sequence[Path], uri: str) -> str | None:
     """Stores files as artifacts of MLflow's run "compare NAME", the same one when repeated.
 
     Returns:
-        Why that could not be done, in one line; None if it was, or if the sweep is not tracked.
+        Why that could not be done, in one line; None if it was, or if the sweep is not tracked. It goes to `uri` only:
+        the directory of a sweep may be somebody else's, and passwords go to the server that it names.
     """
     if sweep.tracking_uri is None:
         return None
+    if sweep.tracking_uri != uri:
+        return f"the sweep's runs are in {sweep.tracking_uri}, not in {uri}; name that place with --tracking-uri"
     try:
         client = connect(sweep.tracking_uri)
         experiment = experiment_id(client, sweep.tracking_uri, sweep.experiment)
