@@ -173,6 +173,10 @@ CASES = [
     case("top_p above 1", "generation.top_p=1.5", ["generation.top_p=1.5", "give a value in (0, 1]"]),
     case("reference batch of none", "reference.batch_size=0", ["reference.batch_size=0", "at least 1"]),
     case("no steps", "training.max_steps=0", ["training.max_steps=0", "at least 1"]),
+    case(
+        "seed", "training.seed=99999999999999999999", ["training.seed=99999999999999999999", "a value below 4294967296"]
+    ),
+    case("seed of data", "training.data_seed=-1", ["training.data_seed=-1", "at least 0"]),
     case("unknown loss", "loss.loss_type=ippo", ["loss.loss_type='ippo'", "sigmoid, ipo", "did you mean 'ipo'"]),
     case("no LoRA modules", "lora=default lora.target_modules=[]", ["lora.target_modules=[]", "give all-linear"]),
     # what does not go together

@@ -713,15 +713,27 @@ def test_mlflow_knows_of_a_crash(crashed: Ended):
     assert sorted(crashed.points["loss"]) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("said", "lacks", "remedy"),
+    [
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598", "room on the disk", "make room"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", "memory", "lower batch sizes"),
+    ],
+)
 def test_no_room_for_the_final_model_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    said: str,
+    lacks: str,
+    remedy: str,
 ):
     """It names the checkpoint that is left, and the command that goes on from it; completions cost nothing more."""
     save_model = worker.XPOTrainer.save_model
 
     def full(self: Any, output_dir: str | None = None, **options: Any) -> None:
         if output_dir is None:
-            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598")
+            raise RuntimeError(said)
         save_model(self, output_dir, **options)
 
     def no_table(*arguments: Any) -> None:
@@ -739,9 +751,10 @@ def test_no_room_for_the_final_model_is_one_line(
         signal.signal(number, handler)
     assert exit_of_worker.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("xpo: error: no room on the disk ([enforce fail")
-    assert f"kept is {run_dir}/model/checkpoint-1; make room, and continue with: python -m xpo.train" in line
-    assert "no room on the disk" in json.loads((run_dir / "failure.json").read_text())["reason"]
+    assert line.startswith(f"xpo: error: no {lacks} ({said[:50]}")
+    assert f"kept is {run_dir}/model/checkpoint-1; {remedy}" in line
+    assert "make room, and continue with: python -m xpo.train" in line
+    assert f"no {lacks}" in json.loads((run_dir / "failure.json").read_text())["reason"]
 
 
 # ---- the hub -----------------------------------------------------------------------------------

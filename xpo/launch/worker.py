@@ -69,9 +69,11 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         return status
     except Exception as error:
         _failed(tracked, traceback.format_exc())
-        if is_full_disk(error):
+        lacks = "room on the disk" if is_full_disk(error) else "memory" if _is_out_of_memory(error) else None
+        if lacks is not None:
             words, kept = RunRecord.read(run_dir).command(run_dir), resumable_checkpoint(run_dir)
-            reason = f"no room on the disk ({first_line(error)[:100]}), kept is {kept or 'no checkpoint'}; make room"
+            remedy = "lower batch sizes and lengths or make room" if lacks == "memory" else "make room"
+            reason = f"no {lacks} ({first_line(error)[:100]}), kept is {kept or 'no checkpoint'}; {remedy}"
             _first_to_fail(run_dir, 1, reason)
             print_error(f"{reason}, and continue with: {words}")
             return 1
@@ -85,6 +87,11 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         pid = run_dir / "worker.pid"
         if pid.exists() and pid.read_text() == str(os.getpid()):  # and not that of a run at work here
             pid.unlink()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "annot allocate memory")  # of torch's allocator, of the system
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
 def _first_to_fail(run_dir: Path, status: int, reason: str) -> bool:
