@@ -130,3 +130,16 @@ def step_logs(trainer: XPOTrainer) -> list[dict[str, float]]:
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+def made_checkpoint(run_dir: Path, with_optimizer: bool = True) -> Path:
+    """model/checkpoint-2 of a run directory, whole as far as can be told without reading it."""
+    checkpoint = run_dir / "model" / "checkpoint-2"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    (checkpoint / "pytorch_model.bin").touch()
+    if with_optimizer:
+        (checkpoint / "xpo_state_0.json").write_text("{}")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, checkpoint / name)
+    return checkpoint

@@ -7,6 +7,7 @@ The faults, by the number of the request, from 1:
     429             too many requests, with Retry-After
     500 401 403 404 that status; a 401 shows the beginning of the key, a 403 all of it
     400             refuses the question, quoting it
+    endless         an answer of spaces, one after the other
     hang            no answer for `hang_s` seconds
     malformed       status 200, but the JSON breaks off
     html            status 200 with a web page
@@ -28,6 +29,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -232,6 +234,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             os.close(self.connection.detach())
+            return
+        if fault == "endless":
+            self.close_connection = True
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):  # the client has gone
+                while not self.server.stopping.wait(0.05):
+                    self.wfile.write(b" ")
             return
         if fault == "html":
             self._send(200, b"<html>Welcome to our proxy</html>", "text/html")

@@ -8,13 +8,14 @@ import os
 import sys
 from pathlib import Path
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, printable
 from xpo.config.options import TrackingOptions
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import log, show, write
 from xpo.evaluation.compare.statistics import WIN_RATE, compare
 from xpo.launch.command import exit_status, speak_to_any_console
+from xpo.tracking.mlflow_client import tracking_uri
 
 
 def main() -> None:
@@ -41,8 +42,8 @@ def main() -> None:
     out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
     paths = write(comparison, plots(comparison), out)
     show(comparison, paths[0])
-    if not options.no_log and (problem := log(sweep, paths)):
-        print(f"xpo: the report is not in MLflow: {problem}", file=sys.stderr)
+    if not options.no_log and (problem := log(sweep, paths, tracking_uri(options.tracking_uri))):
+        print(f"xpo: the report is not in MLflow: {printable(problem)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from xpo.config.errors import ConfigError, first_line
+from xpo.config.errors import ConfigError, first_line, printable
 from xpo.config.secrets import no_secret
 from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.tracking.metrics_log import MetricsLog
-from xpo.tracking.mlflow_client import held_points, reach
+from xpo.tracking.mlflow_client import held_points, naming, reach, tracking_uri
 from xpo.tracking.mlflow_follower import Followed, Follower, in_words
 
 ROOTS = (Path("outputs"), Path("multirun"))
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m xpo.track", description=__doc__)
     parser.add_argument("command", choices=["replay"])
     parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories; default: all")
-    parser.add_argument("--uri", help="where MLflow is now, if not where the run logged to")
+    parser.add_argument(
+        "--uri", help="where MLflow is now, and the runs in it ($MLFLOW_TRACKING_URI, else ./mlflow.db)"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that goes away ends this in seconds
@@ -40,42 +42,44 @@ def main() -> None:
     run_dirs = options.run_dirs or sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
     try:
         no_secret("--uri", options.uri)
-        run_dirs = [run_dir for run_dir in run_dirs if lacks(run_dir)]
     except ConfigError as error:
         sys.exit(exit_status(error))
-    if not run_dirs:
-        print(f"nothing to send of {' '.join(map(str, options.run_dirs)) or 'runs under outputs or multirun'}")
+    lacking = []
     for run_dir in run_dirs:
+        try:
+            lacking += [run_dir] if lacks(run_dir) else []
+        except ConfigError as error:
+            if options.run_dirs:
+                sys.exit(exit_status(error))
+            status = exit_status(error)  # the others are sent
+    if not lacking and not status:
+        print(f"nothing to send of {' '.join(map(str, options.run_dirs)) or 'runs under outputs or multirun'}")
+    for run_dir in lacking:
         try:
             print(f"{run_dir}: {replay(run_dir, options.uri)}", flush=True)
         except NotSent as error:
             status = 1
-            print(f"{run_dir}: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{run_dir}: {error}"), file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def lacks(run_dir: Path) -> bool:
     """Whether MLflow may lack something of a run; ConfigError if it is not tracked, or its files cannot be read."""
-    try:
-        complete = Followed.read(run_dir).complete
-    except FileNotFoundError:
+    if not (run_dir / "mlflow.json").exists():
         raise ConfigError(
             f"RUN_DIR={str(run_dir)!r} has no mlflow.json, as tracked runs of this version have; "
             "leave RUN_DIR out to send all there is"
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{run_dir}/mlflow.json cannot be read ({first_line(error)}); mend it, or delete it and resume the run"
-        ) from error
+        )
     MetricsLog(run_dir)
-    return not complete
+    return not Followed.read(run_dir).complete
 
 
 def replay(run_dir: Path, uri: str | None = None) -> str:
     """Sends what MLflow lacks of a run, and says in words what was sent.
 
-    One that was killed before it could say how it ended is KILLED then. `uri` is where MLflow is now, if not where the
-    run logged to. NotSent if MLflow or the run in it is out of reach, or if the run is alive.
+    One that was killed before it could say how it ended is KILLED then. `uri` is where MLflow is now. NotSent if MLflow
+    or the run in it is out of reach, if the run is alive, or if it logged to a place that nobody has named here: its
+    directory may be somebody else's, and passwords go to the server.
     """
     try:
         with FileLock(run_dir / "run.lock", timeout=0):
@@ -87,7 +91,10 @@ def replay(run_dir: Path, uri: str | None = None) -> str:
 def _replay(log: MetricsLog, state: Followed, uri: str | None) -> str:
     from mlflow.exceptions import MlflowException
 
-    uri, run_id = uri or state.uri, state.run_id
+    run_id = state.run_id
+    if uri is None and naming("--uri", state.uri):
+        raise NotSent(f"the run logged to {state.uri}, not to {tracking_uri(None)}; name that place with --uri, kept")
+    uri = uri or state.uri
     otherwise = f"or delete {log.path.parent / 'mlflow.json'}"
     try:
         client = reach(uri)

@@ -185,6 +185,22 @@ CASES = [
     case("top_p above 1", "generation.top_p=1.5", ["generation.top_p=1.5", "give a value in (0, 1]"]),
     case("reference batch of none", "reference.batch_size=0", ["reference.batch_size=0", "at least 1"]),
     case("no steps", "training.max_steps=0", ["training.max_steps=0", "at least 1"]),
+    case(
+        "seed", "training.seed=99999999999999999999", ["training.seed=99999999999999999999", "a value below 4294967296"]
+    ),
+    case(
+        "a tracker that is not installed",
+        "experiment=smoke +training.kwargs.report_to=[clearml]",
+        ["training.kwargs.report_to='clearml'", "is not installed; install it or leave it out"],
+        WORKER,
+    ),
+    case(
+        "a hub that is out of reach",
+        "experiment=smoke training.push_to_hub=true training.hub_model_id=me/none",
+        ["training.push_to_hub=True", "see to the network and to `hf auth login`, or set it to false"],
+        WORKER,
+    ),
+    case("seed of data", "training.data_seed=-1", ["training.data_seed=-1", "at least 0"]),
     case("unknown loss", "loss.loss_type=ippo", ["loss.loss_type='ippo'", "sigmoid, ipo", "did you mean 'ipo'"]),
     case("no LoRA modules", "lora=default lora.target_modules=[]", ["lora.target_modules=[]", "give all-linear"]),
     # what does not go together

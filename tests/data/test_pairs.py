@@ -8,6 +8,7 @@ import pytest
 
 from xpo.config.errors import ConfigError
 from xpo.data.pairs import load_pairs
+from xpo.tracking.completions import completion_rows, write_table
 
 USER = {"role": "user", "content": "hi"}
 
@@ -54,6 +55,12 @@ def test_completions_without_a_winner(tmp_path: Path) -> None:
     table = {"columns": ["prompt", "step", "completion", "reference"], "data": [["p", 3, "a", "b"]]}
     (tmp_path / "step_000003.json").write_text(json.dumps(table))
     assert load_pairs(str(tmp_path / "step_000003.json")) == [("p", "a", "b", 0)]
+
+
+def test_completions_of_a_run_have_the_winner_of_its_judge(tmp_path: Path) -> None:
+    records = [{"prompt": "p", "completion": "a", "reference": "b", "label": label} for label in (1.0, -1.0, 0.0)]
+    write_table(tmp_path / "step_000003.json", completion_rows(records, 3))
+    assert [pair.winner for pair in load_pairs(str(tmp_path / "step_000003.json"))] == [1, -1, 0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -390,6 +391,30 @@ def test_the_newest_sweep_is_the_default(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_sweep(None, None, "xpo").directory == Path("multirun/1/1")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}', '{"unknown": 1}'])
+def test_damaged_files_stop_no_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    """Neither those of a newer sweep, unless it is named, nor those of one of the runs."""
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep(tmp_path / "multirun" / "1" / "1", ["loss.alpha"], [job("wl", loss__alpha=a) for a in range(5)])
+    damaged = tmp_path / "multirun" / "1" / "2" / "sweep.json"
+    damaged.parent.mkdir()
+    damaged.write_text(content)
+    os.utime(damaged, (2e9, 2e9))
+    (sweep / "0" / "run.json").write_text("{")
+    (sweep / "1" / "metrics.jsonl").write_text("{\n")
+    next((sweep / "2" / "completions").iterdir()).write_text("[]")
+    (sweep / "3" / "config.yaml").unlink()
+    found = find_sweep(None, None, "xpo")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("xpo: a sweep is passed over: multirun/1/2/sweep.json cannot be read (")
+    assert [run.state for run in found.runs] == ["missing"] * 4 + ["finished"]
+    assert all(str(sweep) in str(run.reason) or "1/1" in str(run.reason) for run in found.runs[:4])
+    with pytest.raises(ConfigError, match=r"sweep\.json cannot be read .*; mend it or delete it$"):
+        find_sweep(str(damaged.parent), None, "xpo")
+
+
 # ---- odd sweeps ------------------------------------------------------------------------------------
 
 ODD: dict[str, tuple[list[str], list[Job]]] = {
@@ -506,8 +531,8 @@ def test_the_command_shows_writes_and_logs_once(
     tracked: tuple[Path, str], command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory, uri = tracked
-    command(directory)
-    command(directory)
+    command(directory, "--tracking-uri", uri)
+    command(directory, "--tracking-uri", uri)
     printed = capsys.readouterr()
     assert printed.err == ""
     for words in ("0.875 ± 0.000", "Left out: job 8: failed, CUDA out of memory", "Best by win rate", "Report:  "):
@@ -540,12 +565,15 @@ def test_a_server_that_is_gone_is_a_warning(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uri = "http://127.0.0.1:9"
-    command(make_sweep(tmp_path / "s", ["loss.alpha"], [job("wl", loss__alpha=0.0)], uri=uri))
+    directory = make_sweep(tmp_path / "s", ["loss.alpha"], [job("wl", loss__alpha=0.0)], uri=uri)
+    command(directory)  # which may be somebody else's
+    assert f"the sweep's runs are in {uri}, not in sqlite:///" in capsys.readouterr().err
+    command(directory, "--tracking-uri", uri)
     stderr = capsys.readouterr().err
     assert stderr.startswith(f"xpo: the report is not in MLflow: --tracking-uri='{uri}' does not answer")
     assert len(stderr.splitlines()) == 1
     assert (tmp_path / "s" / "compare" / "report.html").is_file()
-    assert log(Sweep("s", None, [], [], None, "xpo"), []) is None
+    assert log(Sweep("s", None, [], [], None, "xpo"), [], uri) is None
     assert not (tmp_path / "mlflow.db").exists()
 
 

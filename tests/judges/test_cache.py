@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,22 @@ def test_a_pair_is_judged_once(tmp_path: Path) -> None:
     assert torch.equal(kept.flipped, fresh.flipped)
     assert torch.equal(again.margins(PROMPTS, SECOND, FIRST), -fresh.margin)  # the other order is the same pair
     assert len(judge.asked) == 3
+
+
+@pytest.mark.parametrize("value", [b"12345", b"", "text"])
+def test_a_damaged_verdict_is_asked_for_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, value: bytes | str
+) -> None:
+    """And kept, as if it had never been there."""
+    judge, path = Counting(), tmp_path / "verdicts.sqlite"
+    fresh = CachedJudge(judge, path).verdicts(PROMPTS, FIRST, SECOND)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE results SET value = ? WHERE key = (SELECT min(key) FROM results)", [value])
+    for _ in range(2):
+        again = CachedJudge(judge, path).verdicts(PROMPTS, FIRST, SECOND)
+        assert torch.equal(again.margin, fresh.margin)
+    assert len(judge.asked) == len(PROMPTS) + 1
+    assert caplog.messages == [f"xpo: {path} holds 1 damaged results, computed again"]
 
 
 def test_equal_pairs_of_a_batch_are_asked_once(tmp_path: Path) -> None:

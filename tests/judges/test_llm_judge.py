@@ -22,6 +22,7 @@ from torch import Tensor
 
 from xpo.config.compose import CONF, checked, compose
 from xpo.config.errors import ConfigError, JudgeStopped
+from xpo.judges import bounded, llm
 from xpo.judges.llm import LLMJudge, log_odds
 from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.launch.groups import build_group
@@ -446,6 +447,46 @@ def test_the_key_is_never_shown(
     assert "The key [key] may not use this model" in told[-3]
     assert "HTTP Request: POST" in caplog.text  # the client has logged all it can
     assert KEY[:8] not in "".join([*told, caplog.text, *capfd.readouterr()])
+
+
+@pytest.mark.parametrize("said", [KEY, KEY.swapcase(), KEY[3:], f"{KEY[:12]} {KEY[12:]}", f"é\x1b[2J{KEY.upper()}" * 9])
+def test_no_piece_of_the_key_is_shown(
+    server: LLMServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, said: str
+):
+    """Of eight characters, in any case, whatever the text is cut to afterwards; nor what a terminal would obey."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    judge = judge_at(server)
+    server.faults = one_question(f"say={said}", PROMPTS[0])
+    judge.preferences(PROMPTS, FIRST, SECOND)
+    assert "the answer is" in caplog.text
+    assert "\x1b" not in caplog.text
+    shown = caplog.text.lower()
+    assert not [i for i in range(len(KEY) - 7) if KEY[i : i + 8].lower() in shown]
+
+
+# Servers that do not come to an end
+
+
+@pytest.mark.parametrize(("fault", "said"), [("endless", "timed out"), (f"say={'x' * 5000}", "Connection error")])
+def test_an_answer_without_end_is_none(
+    server: LLMServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str, said: str
+):
+    """Neither in time nor in size; each piece of it comes soon enough."""
+    monkeypatch.setattr(bounded, "MOST_BYTES", 4000)
+    server.faults = one_question(fault, PROMPTS[0])
+    begun = time.monotonic()
+    answers = judge_at(server, timeout_s=0.5, max_retries=1).preferences(PROMPTS, FIRST, SECOND)
+    assert time.monotonic() - begun < 5
+    assert answers.isnan().tolist() == [True, *[False] * (len(PROMPTS) - 1)]
+    assert said in caplog.text
+
+
+def test_a_signal_ends_the_wait_for_answers(monkeypatch: pytest.MonkeyPatch):
+    """With a checkpoint of the last step: the answers may take until the job is killed."""
+    monkeypatch.setattr(llm, "GRACE_S", 0.1)
+    monkeypatch.setattr(llm, "asked_to_stop", [15])
+    with LLMServer(faults=lambda number, question: "endless") as server, pytest.raises(JudgeStopped, match="a signal"):
+        judge_at(server, timeout_s=60).preferences(PROMPTS, FIRST, SECOND)
 
 
 def test_no_request_is_announced_at_the_level_of_a_run(server: LLMServer, caplog: pytest.LogCaptureFixture):

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import TRL_METRICS
+from conftest import TRL_METRICS, made_checkpoint
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -37,6 +37,7 @@ from xpo.launch.jobs import prepare, run_name
 from xpo.models.loading import tiny_model
 from xpo.tracking.metrics_log import evaluations, read_metrics
 from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
+from xpo.training import callbacks
 
 STEPS = 8
 SMOKE = ["experiment=smoke", f"training.max_steps={STEPS}", "training.logging_steps=1"]
@@ -692,14 +693,27 @@ def test_auto_goes_on_in_a_fixed_directory_with_or_without_a_checkpoint(tmp_path
     assert prepared(command, run_dir) == run_dir
     assert RunRecord.read(run_dir).mlflow_run_id == "abc"
     assert RunRecord.read(run_dir).resume_from is None
-    checkpoint = run_dir / "model" / "checkpoint-2"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    checkpoint = made_checkpoint(run_dir, with_optimizer=False)
     prepared(command, run_dir)
     assert RunRecord.read(run_dir).resume_from is None  # a model is not enough to go on from
-    (checkpoint / "optimizer.pt").touch()
+    made_checkpoint(run_dir)
     prepared(command, run_dir)
     assert RunRecord.read(run_dir).resume_from == str(checkpoint)
+
+
+def test_a_finished_run_is_said_to_be_one(finished: Ended, uri: str):
+    """By its command, repeated in its directory with training.resume=auto: as a scheduler does."""
+    before = (finished.run_dir / "metrics.jsonl").read_bytes()
+    place = f"hydra.run.dir={finished.run_dir}"
+    again = end(
+        start([*SMOKE, f"tracking.uri={uri}", "training.resume=auto", place], finished.directory), finished.directory
+    )
+    assert (again.status, again.stderr) == (0, "")
+    assert again.stdout.splitlines() == [
+        f"The run in {finished.run_dir} has finished; for another one choose another hydra.run.dir"
+    ]
+    assert (finished.run_dir / "metrics.jsonl").read_bytes() == before
+    assert finished.record.finished
 
 
 def test_a_run_is_not_resumed_with_another_model(copied: Path, tmp_path: Path):
@@ -767,6 +781,50 @@ def test_mlflow_knows_of_a_crash(crashed: Ended):
     assert "Traceback" in crashed.run.data.tags["error"]
     assert "RuntimeError: the reward server is down" in crashed.run.data.tags["error"]
     assert sorted(crashed.points["loss"]) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("said", "lacks", "remedy"),
+    [
+        ("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598", "room on the disk", "make room"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", "memory", "lower batch sizes"),
+    ],
+)
+def test_no_room_for_the_final_model_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    said: str,
+    lacks: str,
+    remedy: str,
+):
+    """It names the checkpoint that is left, and the command that goes on from it; completions cost nothing more."""
+    save_model = worker.XPOTrainer.save_model
+
+    def full(self: Any, output_dir: str | None = None, **options: Any) -> None:
+        if output_dir is None:
+            raise RuntimeError(said)
+        save_model(self, output_dir, **options)
+
+    def no_table(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(worker.XPOTrainer, "save_model", full)
+    monkeypatch.setattr(callbacks, "write_table", no_table)
+    arguments = ["experiment=smoke", "tracking=none", "training.max_steps=1", "training.disable_tqdm=true"]
+    run_dir = prepared([*arguments, "training.save_steps=1"], tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as exit_of_worker:
+        worker.main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert exit_of_worker.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"xpo: error: no {lacks} ({said[:50]}")
+    assert f"kept is {run_dir}/model/checkpoint-1; {remedy}" in line
+    assert "make room, and continue with: python -m xpo.train" in line
+    assert f"no {lacks}" in json.loads((run_dir / "failure.json").read_text())["reason"]
 
 
 # ---- the hub -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,9 @@ def finish():
 def ready():
     (run_dir / "worker.pid").write_text(str(os.getpid()))
 """
+
+
+FAILED = Outcome("failed", 1, "exit status 1; one of its processes was killed perhaps")
 
 
 def job(run_dir: Path, code: str, **options: object) -> JobProcess:
@@ -59,6 +63,9 @@ def wait_for(path: Path) -> None:
             "(run_dir / 'failure.json').write_text(json.dumps({'status': 2, 'reason': 'a=1 is bad'})); sys.exit(1)",
             Outcome("failed", 2, "a=1 is bad"),
         ),
+        ("(run_dir / 'failure.json').touch(); sys.exit(1)", FAILED),  # a full disk took no reason
+        ("(run_dir / 'failure.json').write_text('[1]'); sys.exit(1)", FAILED),
+        ("finish(); os.kill(os.getpid(), signal.SIGKILL)", Outcome("finished", 0)),
         ("sys.exit(75)", Outcome("running elsewhere", 2, "RUN_DIR is in use")),
         ("os.kill(os.getpid(), signal.SIGKILL)", Outcome("killed", 137, "SIGKILL, for want of memory perhaps")),
         ("sys.exit(143)", Outcome("stopped", 143, "SIGTERM")),
@@ -167,8 +174,9 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
     """Its devices, and its share of the cores."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    assert environment(LaunchOptions(), None, 1) == {"XPO_PROCESSES": "1"}
-    assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == {
+    parent = {"XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}"}
+    assert environment(LaunchOptions(), None, 1) == parent | {"XPO_PROCESSES": "1"}
+    assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == parent | {
         "XPO_PROCESSES": "2",
         "CUDA_VISIBLE_DEVICES": "4,5",
         "OMP_NUM_THREADS": "4",

@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import made_checkpoint
 from filelock import FileLock
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from xpo import train
+from xpo.config.errors import ConfigError
 from xpo.config.options import LaunchOptions
 from xpo.launch import processes as launch
 from xpo.launch import sweep
 from xpo.launch.processes import Outcome
 from xpo.launch.sweep_record import short_name
 from xpo.tracking.metrics_log import MetricsLog
-from xpo.tracking.runs import RunRecord
+from xpo.tracking.runs import RunRecord, resolve_resume
 
 
 class Fake:
@@ -294,10 +296,7 @@ def test_a_repeated_sweep_does_the_rest(command: Command, capfd: pytest.CaptureF
         if job.config.loss.alpha == 1:
             return finish(job)
         if job.config.loss.alpha == 2:
-            checkpoint = job.run_dir / "model" / "checkpoint-2"
-            checkpoint.mkdir(parents=True)
-            (checkpoint / "trainer_state.json").write_text("{}")
-            (checkpoint / "optimizer.pt").touch()
+            made_checkpoint(job.run_dir)
         return Outcome("killed", 137, "SIGKILL")
 
     Fake.act = act
@@ -498,3 +497,41 @@ def test_a_sweep_over_deepspeed_with_a_kill_and_a_crash(tmp_path: Path):
             points = client.get_metric_history(run_.info.run_id, key)
             assert sorted(point.step for point in points) == [1, 2, 3, 4, 5, 6], (run_.info.run_name, key)
     assert {run_.data.params["deepspeed"] for run_ in runs} == {"zero2"}
+
+
+DAMAGED = ["", "[]", '{"unknown": 1}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_files_of_other_commands_stop_no_sweep(
+    command: Command, capfd: pytest.CaptureFixture[str], content: str
+):
+    """A run and a sweep below the roots, and the sweep's own record: one line on each."""
+    place = "hydra.sweep.dir=multirun/a/b"
+    assert command("loss.alpha=1,2", place) == 0
+    damaged = ("outputs/x/run.json", "multirun/y/sweep.json", "multirun/a/b/sweep.json", "multirun/a/b/0/metrics.jsonl")
+    for name in damaged:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(f"{content}\n")
+    os.utime("multirun/y/sweep.json", (2e9, 2e9))  # the newest
+    for arguments in ((place,), ()):  # with a record of its own, and looking for another's name
+        capfd.readouterr()
+        assert command("loss.alpha=1,2", *arguments) == 0
+        assert not Fake.started
+        lines = capfd.readouterr().err.splitlines()
+        assert all("is passed over: " in line for line in lines)
+        assert any("outputs/x/run.json cannot be read" in line for line in lines)
+        assert any("sweep.json cannot be read" in line for line in lines)
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_run_stops_no_other_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str):
+    """training.resume=auto passes it over, newest or not; named, it is one line."""
+    RunRecord(job_key="mine").write(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.json").write_text(content)
+    assert resolve_resume("auto", "mine", [tmp_path, tmp_path / "x"]) == (tmp_path, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"xpo: a run is passed over: {tmp_path}/x/run.json cannot be read (")
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read .*; mend it or delete it$"):
+        resolve_resume(str(tmp_path / "x"), "mine", [])

@@ -103,6 +103,20 @@ def test_what_is_kept_is_found_again(tokenizer: PreTrainedTokenizerFast, tmp_pat
     assert torch.equal(again.completions.ids[again.completions.mask], expected.ids[expected.mask])
 
 
+def test_a_damaged_draw_is_made_again(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path / "store")
+    expected = draws(tokenizer, store).draw(PROMPTS, 1, REFERENCE, 0, CPU).completions
+    with store._connection as connection:
+        connection.execute("UPDATE results SET value = x'0102030405' WHERE key = (SELECT min(key) FROM results)")
+    again = draws(tokenizer, Store(tmp_path / "store")).draw(PROMPTS, 1, REFERENCE, 0, CPU)
+    assert again.fresh.sum() == 1
+    assert again.completions.texts == expected.texts
+    assert "holds 1 damaged results" in caplog.text
+    assert not draws(tokenizer, Store(tmp_path / "store")).draw(PROMPTS, 1, REFERENCE, 0, CPU).fresh.any()
+
+
 def test_draws_ahead_are_made_in_the_same_batch(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

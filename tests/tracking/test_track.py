@@ -120,10 +120,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
 
 
 @pytest.fixture
-def uri(server: tuple[int, Path], tmp_path: Path) -> str:
-    """A database with all tables and no run."""
+def uri(server: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A database with all tables and no run, to which commands go by themselves."""
     with closing(sqlite3.connect(server[1])) as source, closing(sqlite3.connect(tmp_path / "mlflow.db")) as copy:
         source.backup(copy)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
 
 
@@ -471,3 +472,62 @@ def test_a_log_of_which_a_full_disk_left_nothing_is_no_trouble(
     assert complete(run_dir)
     assert replay(monkeypatch, run_dir) == 0
     assert "nothing to send" in capsys.readouterr().out
+
+
+# ---- a run directory of somebody else's ---------------------------------------------------------
+
+
+def test_only_files_of_the_run_directory_are_sent(
+    left_behind: MLflowRun, uri: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file that a link leads to, nor one in a folder that is a link; a link within is a file of the run."""
+    for folder in ("keys", "inside"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "keys" / "private").write_text("secret")
+    (tmp_path / "inside" / "rank_0.json.gz").write_text("secret")
+    (run_dir / "completions").mkdir(exist_ok=True)
+    (run_dir / "completions" / "step_000002.json").symlink_to(tmp_path / "keys" / "private")
+    (run_dir / "completions" / "step_000003.json").write_text("[]")
+    (run_dir / "completions" / "step_000004.json").symlink_to("step_000003.json")
+    (run_dir / "completions" / "step_000005.json").mkdir()
+    (run_dir / "profile").symlink_to(tmp_path / "inside")
+    (run_dir / "config.yaml").unlink(missing_ok=True)
+    (run_dir / "config.yaml").symlink_to(tmp_path / "keys" / "private")
+    assert replay(monkeypatch, run_dir) == 0
+    client = MlflowClient(uri)
+    assert not client.list_artifacts(left_behind.run_id, "profile")
+    sent = [file.path for file in client.list_artifacts(left_behind.run_id, "completions")]
+    assert sent == ["completions/step_000003.json", "completions/step_000004.json"]
+    assert "config.yaml" not in [file.path for file in client.list_artifacts(left_behind.run_id)]
+    resumed = start(uri, run_dir, left_behind.run_id)
+    resumed.finish()
+    assert "config.yaml" not in [file.path for file in client.list_artifacts(left_behind.run_id)]
+
+
+def test_nobody_is_contacted_whom_only_the_run_directory_names(
+    left_behind: MLflowRun, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The line names the place, and the option that confirms it."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        listener.setblocking(False)
+        state = Followed.read(run_dir)
+        state.uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        state.write(run_dir)
+        assert replay(monkeypatch, run_dir) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{run_dir}: the run logged to {state.uri}, not to sqlite:///")
+        assert "name that place with --uri" in line
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+def test_a_damaged_run_keeps_no_other_from_being_sent(
+    left_behind: MLflowRun, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "a").mkdir()
+    (tmp_path / "outputs" / "a" / "mlflow.json").touch()
+    assert replay(monkeypatch) == 2
+    said = capsys.readouterr()
+    assert "outputs/run: sent 1 point" in said.out
+    assert said.err.startswith("xpo: error: outputs/a/mlflow.json cannot be read (")

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kill_and_resume import MOMENTS, RANDOM
 from omegaconf import OmegaConf
 
+from xpo.config.compose import checked, compose
+from xpo.config.errors import ConfigError
+from xpo.config.schema import to_dict
+from xpo.judges.base import asked_to_stop
 from xpo.launch.jobs import compare_with_run
 from xpo.tracking.metrics_log import read_metrics
-from xpo.tracking.runs import RunRecord, drop_training_state, last_complete_checkpoint, resumable_checkpoint
+from xpo.tracking.runs import (
+    RunRecord,
+    drop_training_state,
+    job_key,
+    last_complete_checkpoint,
+    resolve_resume,
+    resumable_checkpoint,
+)
 from xpo.training.callbacks import StopOnSignal
 
 HERE = Path(__file__).parents[1]
@@ -73,8 +87,20 @@ def test_a_run_killed_behind_its_last_checkpoint_takes_no_step_more(make_trainer
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 640 vs 598"),
+    ],
+    ids=["disk", "limit", "torch"],
+)
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
-    make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_trainer: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
 ):
     """One line says so; nothing half-written is left; the steps, and the next checkpoint, are as ever."""
     whole = make_trainer(max_steps=3)
@@ -84,7 +110,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     def save_or_not(*args: object, **kwargs: object) -> None:
         if not full:
             full.append(True)
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         save(*args, **kwargs)
 
     trainer = make_trainer(max_steps=3, save_strategy="steps", save_steps=1)
@@ -97,7 +123,44 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert "training goes on without it" in caplog.text
 
 
-def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory):
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Within a test, signals may be a callback's."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    asked_to_stop.clear()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("machine", "alive", "steps"),
+    [("here", True, 2), ("here", False, 1), ("elsewhere", False, 2)],
+    ids=["alive", "killed", "on another machine"],
+)
+def test_a_run_whose_command_was_killed_stops(
+    make_trainer: TrainerFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    own_signals: None,
+    machine: str,
+    alive: bool,
+    steps: int,
+):
+    """Also before the run has looked at its parent, or behind a launcher that lives on. Numbers of another machine's
+    processes mean nothing."""
+    command = subprocess.Popen(["sleep", "60"])
+    if not alive:
+        command.kill()
+        os.waitid(os.P_PID, command.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    monkeypatch.setenv("XPO_PARENT", f"{command.pid}@{socket.gethostname() if machine == 'here' else machine}")
+    trainer = make_trainer(callbacks=[StopOnSignal()])
+    trainer.train()
+    command.kill()
+    command.wait()
+    assert trainer.state.global_step == steps
+
+
+def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory, own_signals: None):
     """Another step might take longer than the time that is left; the checkpoint knows of the evaluation."""
 
     def reward(completions: Sequence[str]) -> list[float]:
@@ -108,14 +171,9 @@ def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: Trai
     options = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "eval_dataset": prompts(3)}
     whole = make_trainer(**options)
     whole.train()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = StopOnSignal()
-        trainer = make_trainer(reward_model=reward, callbacks=[stop], output_dir=whole.args.output_dir, **options)
-        trainer.train()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    stop = StopOnSignal()
+    trainer = make_trainer(reward_model=reward, callbacks=[stop], output_dir=whole.args.output_dir, **options)
+    trainer.train()
     assert stop.signal == signal.SIGTERM
     assert trainer.state.global_step == 2
     resumed = make_trainer(**options)
@@ -150,11 +208,67 @@ def test_a_finished_run_can_drop_what_only_training_needs(make_trainer: TrainerF
     assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGE = {
+    "model.safetensors": (cut, Path.unlink, lambda file: file.write_text("")),
+    "optimizer.pt": (cut,),
+    "scheduler.pt": (cut, Path.unlink),
+    "rng_state.pth": (cut, Path.unlink),
+    "xpo_state_0.json": (cut, Path.unlink, lambda file: file.write_text("[]")),
+    "trainer_state.json": (cut, Path.unlink, lambda file: file.write_text("{}")),
+}
+
+
+@pytest.mark.parametrize(("name", "spoil"), [(name, way) for name, ways in DAMAGE.items() for way in ways])
+def test_damaged_checkpoints_are_passed_over(
+    make_trainer: TrainerFactory,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    spoil: Callable[[Path], None],
+):
+    """With a line; where it is named, or the only one, that line is an error."""
+    run_dir = tmp_path / "run"
+    make_trainer(output_dir=str(run_dir / "model"), save_strategy="steps", save_steps=1).train()
+    RunRecord().write(run_dir)
+    whole, damaged = run_dir / "model" / "checkpoint-1", run_dir / "model" / "checkpoint-2"
+    spoil(damaged / name)
+    capsys.readouterr()
+    assert resolve_resume(str(run_dir), "", []) == (run_dir, whole)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"xpo: {damaged} is passed over: (the weights are|\S+ is) (missing|damaged)", line)
+    with pytest.raises(ConfigError, match=f"training.resume='{damaged}' (is damaged|holds no complete checkpoint)"):
+        resolve_resume(str(damaged), "", [])
+    with pytest.raises(ConfigError, match=f"resume_from_checkpoint='{damaged}': .*; give another checkpoint"):
+        make_trainer().train(resume_from_checkpoint=str(damaged))
+    shutil.rmtree(whole)
+    if spoil is not Path.unlink or name != "trainer_state.json":  # which a kill leaves: the run starts again
+        with pytest.raises(ConfigError, match=rf"is damaged \({damaged}: .*; give another run or checkpoint"):
+            resolve_resume(str(run_dir), "", [])
+
+
+@pytest.mark.parametrize("content", [None, "", "a: [", "- a"])
+def test_a_run_without_its_configuration_goes_on_with_its_own_command(tmp_path: Path, content: str | None):
+    """The record knows whether it is that."""
+    words = ["experiment=smoke", "loss.alpha=0.1"]
+    ours, theirs = (to_dict(checked(compose([*words, *more])[0])) for more in ([], ["loss.alpha=0.2"]))
+    RunRecord(job_key=job_key(ours), overrides=words).write(tmp_path)
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    assert not compare_with_run(ours, tmp_path)
+    with pytest.raises(ConfigError, match=r"config.yaml cannot be read .* give that run's command: .* loss.alpha=0.1"):
+        compare_with_run(theirs, tmp_path)
+
+
 def test_copies_beside_checkpoints_are_passed_over(tmp_path: Path):
     """Of names that people give them."""
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-best", "checkpoint-10-copy"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
+        (tmp_path / name / "trainer_state.json").write_text('{"global_step": 2}')
+        (tmp_path / name / "pytorch_model.bin").touch()
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 

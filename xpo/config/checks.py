@@ -29,6 +29,13 @@ def count(key: str, value: Any, minimum: int = 1) -> None:
     number(key, value, minimum)
 
 
+def seed(key: str, value: Any) -> None:
+    """A whole number that torch and NumPy take as a seed."""
+    count(key, value, minimum=0)
+    if value >= 2**32:
+        raise ConfigError(f"{key}={value!r} is too large; give a value below {2**32}")
+
+
 def fraction(key: str, value: Any) -> None:
     """A number in (0, 1]."""
     number(key, value, above=0)

@@ -1,6 +1,7 @@
 """The one exception for what a user can mend. Layer 0: no project imports."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -14,9 +15,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def printable(text: object) -> str:
+    """A text for a terminal: what a model, a prompt or a server says may hold sequences that a terminal obeys."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", str(text))
+
+
 def first_line(error: BaseException) -> str:
     """The beginning of what an error says; its type if it says nothing."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (printable(error) or type(error).__name__).splitlines()[0]
 
 
 class JudgeStopped(RuntimeError):

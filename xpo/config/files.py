@@ -1,7 +1,14 @@
-"""Files by name, and files that other processes may read at any moment. Layer 0: no project imports."""
+"""Files by name, and files that other processes may read at any moment. Layer 0: no torch."""
 
 import glob
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from xpo.config.errors import ConfigError, first_line
+
+T = TypeVar("T")
 
 
 def matching_files(name: str) -> list[Path]:
@@ -17,3 +24,14 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def read_object(path: Path, build: Callable[..., T]) -> T:
+    """What `build` makes of the keys of a JSON object in a file; ConfigError if the file or a key is not as it was."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return build(**content)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ConfigError(f"{path} cannot be read ({first_line(error)}); mend it or delete it") from error

@@ -244,8 +244,8 @@ class TrainingOptions(Options):
     torch_compile: bool = False
     use_liger_kernel: bool = False
     use_cpu: bool = False
-    seed: Annotated[int, whole] = 42
-    data_seed: int | None = None
+    seed: Annotated[int, checks.seed] = 42
+    data_seed: Annotated[int | None, checks.seed] = None
     full_determinism: bool = False
     logging_steps: Annotated[float, positive] = 10
     logging_first_step: bool = False

@@ -26,8 +26,8 @@ def load_pairs(name: str, split: str = "train", limit: int | None = None, seed: 
 
     Rows have the columns `chosen` and `rejected`, texts or messages; `prompt` may be missing if both begin with the
     same messages. Or `prompt`, `first` and `second`, and perhaps `winner`: first, second or tie. Or they are what a run
-    has kept: RUN_DIR/completions/step_N.json. Chosen and rejected are put in an order drawn by `seed` and the texts: a
-    judge that favours the first place must not look good.
+    has kept: RUN_DIR/completions/step_N.json, whose winner is that of the run's judge. Chosen and rejected are put in
+    an order drawn by `seed` and the texts: a judge that favours the first place must not look good.
 
     Args:
         name: a JSONL, JSON or Parquet file, a directory, or a hub data set.
@@ -49,7 +49,12 @@ def _kept_completions(path: Path) -> list[dict[str, Any]]:
     if not isinstance(table, dict) or not {"columns", "data"} <= table.keys():
         return []
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
-    return [{"prompt": row["prompt"], "first": row["completion"], "second": row["reference"]} for row in rows]
+    winners: dict[Any, str] = {"policy": "first", "reference": "second", "none": "tie"}
+    return [
+        {"prompt": row["prompt"], "first": row["completion"], "second": row["reference"]}
+        | {"winner": winners.get(row.get("verdict"))}
+        for row in rows
+    ]
 
 
 def _pair(where: str, row: dict[str, Any], seed: int) -> Pair:

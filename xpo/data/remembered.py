@@ -56,7 +56,8 @@ class Remembered:
         `compute` takes the columns of B rows and returns the columns of their numbers, (B,) each.
         """
         keys = [digest(self.kind, self.fingerprint, row) for row in rows]
-        known = {key: self.layout.unpack(value) for key, value in self.store.get(keys).items()}
+        stored = self.store.get(keys, lambda value: len(value) == self.layout.size)
+        known = {key: self.layout.unpack(value) for key, value in stored.items()}
         missing = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
         for start in range(0, len(missing), self.commit_every):
             part = dict(list(missing.items())[start : start + self.commit_every])

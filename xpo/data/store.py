@@ -8,7 +8,7 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -44,10 +44,16 @@ class Store:
         self._connection = self._open()
         self._has_warned = False
 
-    def get(self, keys: Iterable[str]) -> dict[str, bytes]:
-        """The values of those keys that are there."""
+    def get(self, keys: Iterable[str], is_sound: Callable[[bytes], bool] = bool) -> dict[str, bytes]:
+        """The values of those keys that are there; one that is not sound is taken out, with a warning."""
         query = "SELECT key, value FROM results WHERE key IN (SELECT value FROM json_each(?))"
-        return dict(self._read(query, [json.dumps(list(keys))]))
+        found = dict(self._read(query, [json.dumps(list(keys))]))
+        damaged = [key for key, value in found.items() if not (isinstance(value, bytes) and is_sound(value))]
+        if damaged:
+            logger.warning("xpo: %s holds %d damaged results, computed again", self.path, len(damaged))
+            with suppress(sqlite3.OperationalError), self._connection as connection:
+                connection.executemany("DELETE FROM results WHERE key = ?", [(key,) for key in damaged])
+        return {key: value for key, value in found.items() if key not in damaged}
 
     def put(self, values: Mapping[str, bytes]) -> None:
         """Adds values, all or none. A key that is there already keeps its value: equal keys mean equal results.

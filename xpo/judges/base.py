@@ -11,6 +11,8 @@ from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt
 from xpo.rewards.base import Scores, numbers
 
+asked_to_stop: list[int] = []  # signals that ask for the end of the run: who waits for others gives up soon
+
 
 class Verdicts(NamedTuple):
     """What a judge says of B pairs."""

@@ -3,9 +3,12 @@
 import logging
 import math
 import os
+import queue
 import re
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import string
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -13,9 +16,10 @@ import torch
 from torch import Tensor
 
 from xpo.config.checks import count, number
-from xpo.config.errors import ConfigError, JudgeStopped
+from xpo.config.errors import ConfigError, JudgeStopped, printable
 from xpo.config.secrets import no_secret
 from xpo.data.prompts import Prompt
+from xpo.judges.base import asked_to_stop
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
 from xpo.models.fingerprints import digest
@@ -27,6 +31,8 @@ UNLISTED = -9999.0  # what OpenAI gives as the log-probability of a token that i
 REFUSALS = (400, 403, 413, 422)  # of one question: too long, say, or of something a gateway does not let through
 IN_VAIN = 16  # questions in a row without a verdict, after which no other is expected
 OURS = {"model", "messages", "logprobs", "top_logprobs", "stream", "n"}  # fields that reading an answer rests on
+GRACE_S = 5.0  # for answers that are under way when a signal asks for the end
+KEY_PIECE = 8  # characters of a key in a row, which nobody may see
 LEAST_SHARE = 0.001  # of the first token's probability that A and B have together, where it is a verdict
 
 
@@ -60,7 +66,7 @@ class LLMJudge(PairwiseJudge):
         max_tokens: of an answer; the first of them decides where there are log-probabilities.
         temperature: divides the log-odds; larger values give milder odds. The answer is always drawn at 0.
         concurrency: requests at the same time.
-        timeout_s: seconds until a silent request counts as lost.
+        timeout_s: seconds until a silent request counts as lost, and an answer that has begun but does not end.
         max_retries: how often one request is repeated.
         max_requests: questions that the whole run may ask, shared equally by its processes; None is no limit.
         request: more fields of a request's body, also in place of max_tokens and temperature; None leaves one out.
@@ -122,16 +128,22 @@ class LLMJudge(PairwiseJudge):
         key = _api_key(api_key_env, required=base_url is None)
         try:
             from openai import OpenAI  # takes a second to import, which only this judge should cost
+
+            from xpo.judges.bounded import bounded_client
         except ModuleNotFoundError as error:
             raise ConfigError(
                 "LLMJudge needs the package openai, which is not installed; pip install 'xpo[llm]'"
             ) from error
-        self._client = OpenAI(base_url=base_url, api_key=key, timeout=timeout_s, max_retries=max_retries)
+        client = bounded_client(timeout_s)
+        self._client = OpenAI(
+            base_url=base_url, api_key=key, timeout=timeout_s, max_retries=max_retries, http_client=client
+        )
         self.base_url = str(self._client.base_url)
 
     def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
         """JudgeStopped: these questions would exceed `max_requests`, and none was asked; the server refuses the key or
-        does not know the model; none of the questions was answered, or none of the last 16 and more with A or B.
+        does not know the model; none of the questions was answered, or none of the last 16 and more with A or B; a
+        signal asked for the end of the run, and the answers that were under way did not come.
         """
         texts = [question(self.template, *row) for row in zip(prompts, first, second, strict=True)]
         if not texts:
@@ -187,10 +199,38 @@ class LLMJudge(PairwiseJudge):
 
     def _ask_all(self, texts: list[str]) -> list[Answer]:
         """The answers to all questions, `concurrency` at a time; JudgeStopped at the first that dooms the others."""
-        pool = ThreadPoolExecutor(self.concurrency)
+        to_ask: queue.SimpleQueue[int] = queue.SimpleQueue()
+        answered: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
+        for place in range(len(texts)):
+            to_ask.put(place)
+
+        def work() -> None:
+            with suppress(queue.Empty):
+                while True:
+                    place = to_ask.get_nowait()
+                    try:
+                        answered.put((place, self._ask(texts[place])))
+                    except Exception as error:
+                        answered.put((place, error))
+
+        for _ in range(min(self.concurrency, len(texts))):
+            threading.Thread(target=work, daemon=True).start()  # which a process that ends does not wait for
+        answers: dict[int, Answer] = {}
         try:
-            futures = [pool.submit(self._ask, text) for text in texts]
-            for answer in (future.result() for future in as_completed(futures)):
+            while len(answers) < len(texts):
+                stopping = bool(asked_to_stop)
+                try:
+                    place, answer = answered.get(timeout=GRACE_S)
+                except queue.Empty:
+                    if stopping:
+                        raise JudgeStopped(
+                            f"judge.base_url={self.base_url!r} does not answer, and a signal asked for the end of the "
+                            "run; continue it"
+                        ) from None
+                    continue
+                if isinstance(answer, Exception):
+                    raise answer
+                answers[place] = answer
                 if answer.status == 401:
                     raise JudgeStopped(
                         f"judge.api_key_env={self.api_key_env!r}: {self.base_url} refuses its key ({answer.problem}); "
@@ -201,9 +241,11 @@ class LLMJudge(PairwiseJudge):
                         f"judge.model={self.model!r} is not served at {self.base_url} ({answer.problem}); correct "
                         "judge.model, or judge.base_url, which mostly ends in /v1"
                     )
-            return [future.result() for future in futures]
+            return [answers[place] for place in range(len(texts))]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            with suppress(queue.Empty):
+                while True:
+                    to_ask.get_nowait()  # nobody waits for the rest
 
     def _ask(self, text: str, with_logprobs: bool = True) -> Answer:
         """One question. Never raises: whatever goes wrong with it concerns its pair only."""
@@ -237,33 +279,46 @@ class LLMJudge(PairwiseJudge):
         except (ValueError, RecursionError) as error:  # from JSON that is malformed, or nested without end
             return Answer(problem=self._line(f"no chat completion: {error}"))
         try:
-            return Answer(log_odds(choice), heard=True)
+            return Answer(log_odds(choice, self._masked), heard=True)
         except ValueError as error:
             return Answer(problem=self._line(str(error)), heard=True)
 
+    def _masked(self, text: str) -> str:
+        """The beginning of a text without any piece of the key, in whatever case a server repeats it."""
+        text, lower = text[:5000], str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+        key, said = self._client.api_key.translate(lower), text.translate(lower)
+        size = min(KEY_PIECE, len(key))
+        pieces = {key[i : i + size] for i in range(len(key) - size + 1)}
+        hidden = {j for i in range(len(said)) if said[i : i + size] in pieces for j in range(i, i + size)}
+        shown = ["" if i in hidden else char for i, char in enumerate(text)]
+        for i in hidden - {i + 1 for i in hidden}:  # where a piece begins
+            shown[i] = "[key]"
+        return "".join(shown)
+
     def _line(self, text: str) -> str:
         """One short line without the key."""
-        return " ".join(text.replace(self._client.api_key, "[key]").split())[:160]
+        return " ".join(printable(self._masked(text)).split())[:160]
 
 
-def log_odds(choice: dict[str, Any]) -> float:
+def log_odds(choice: dict[str, Any], masked: Callable[[str], str] = str) -> float:
     """Log-odds of A over B from the log-probabilities of a chat completion's choice, else from its text.
 
-    ValueError if it names neither, or holds what no server should send.
+    ValueError if it names neither, or holds what no server should send; what it quotes is `masked` before it is cut.
     """
     listed = _listed(choice)
     if not listed:  # the answer must be the letter
         content = choice["message"]["content"]
         letter = re.fullmatch(r"""[\s"'`“”‘’]*([AaBb])\.?[\s"'`“”‘’]*\.?\s*""", content or "")
         if letter is None:
-            shown = content if content is None or len(content) <= 20 else content[:20] + "..."
+            shown = content and masked(content)
+            shown = shown[:20] + "..." if shown and len(shown) > 20 else shown
             raise ValueError(f"the answer is {shown!r}, neither A nor B")
         return 1.0 if letter[1] in "Aa" else -1.0
     a, b = ([logprob for token, logprob in listed if token.strip() == letter] for letter in "AB")
     if not a and not b:
         raise ValueError(f"neither A nor B is among the {len(listed)} likeliest answers")
     if _logsumexp([*a, *b]) < math.log(LEAST_SHARE):
-        likeliest = max(listed, key=lambda entry: entry[1])[0]
+        likeliest = masked(max(listed, key=lambda entry: entry[1])[0])
         raise ValueError(f"A and B have less than {LEAST_SHARE:.1%} of the probability; the likeliest is {likeliest!r}")
     bound = min(logprob for _, logprob in listed)
     return _logsumexp(a or [bound]) - _logsumexp(b or [bound])

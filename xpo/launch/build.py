@@ -4,7 +4,9 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import TrainSchema, trainer_arguments
@@ -37,7 +39,7 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
                 "correct or remove it"
             )
     try:
-        return XPOConfig(
+        args = XPOConfig(
             output_dir=str(run_dir / "model"),
             **dict(trainer_arguments(config)),
             **{"log_level": "error"} | config.training.kwargs,
@@ -46,6 +48,18 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"training: {first_line(error)}; correct the values under training") from error
+    for name in args.report_to or ():
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"training.kwargs.report_to={name!r} is not installed; install it or leave it out")
+    if args.push_to_hub and args.process_index == 0:
+        try:  # as the Trainer will, when the models have loaded
+            HfApi().create_repo(args.hub_model_id or "model", private=args.hub_private_repo, exist_ok=True)
+        except Exception as error:  # of the hub, its client, or a socket
+            raise ConfigError(
+                f"training.push_to_hub=True: no repository can be made ({first_line(error)}); "
+                "see to the network and to `hf auth login`, or set it to false"
+            ) from error
+    return args
 
 
 def build_inputs(config: TrainSchema, args: XPOConfig) -> Inputs:

@@ -4,7 +4,7 @@ import io
 import sys
 
 from xpo.config.compose import CONF
-from xpo.config.errors import JobFailed
+from xpo.config.errors import JobFailed, printable
 from xpo.config.explain import explain
 from xpo.config.schema import TrainSchema
 
@@ -30,4 +30,4 @@ def exit_status(error: Exception, schema: type = TrainSchema) -> int:
 
 def print_error(message: object) -> None:
     """One line on stderr."""
-    print(f"xpo: error: {message}", file=sys.stderr)
+    print(f"xpo: error: {printable(message)}", file=sys.stderr)

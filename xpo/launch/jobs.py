@@ -7,9 +7,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from xpo.config.compose import CONF, checked
-from xpo.config.errors import ConfigError, RunInUse
+from xpo.config.errors import ConfigError, RunInUse, first_line
 from xpo.config.schema import default_of, flatten, may_change, to_dict
 from xpo.tracking.runs import RunRecord, job_key, resolve_resume
 
@@ -39,6 +40,8 @@ def prepare(
     Raises:
         ConfigError: a value is out of range, a required one is missing, or there is nothing to resume.
         RunInUse: another process is at work in the run directory.
+
+    A repeated command with training.resume=auto finds its directory as it was, if its run has finished.
     """
     schema = checked(config)
     resolved = to_dict(schema)
@@ -54,6 +57,10 @@ def prepare(
     if schema.training.resume is not None:
         found = resolve_resume(schema.training.resume, key, [Path("outputs"), Path("multirun"), output_dir])
         if found is None:
+            if schema.training.resume == "auto" and (output_dir / "run.json").exists():
+                before = RunRecord.read(output_dir)
+                if before.finished and before.job_key == key:
+                    return output_dir  # its worker says so
             print("xpo: nothing to resume, starting from the beginning", file=sys.stderr)
     if found is not None:
         resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()
@@ -96,7 +103,18 @@ def repeatable(hydra_config: Any) -> list[str]:
 def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
     """Whether the configuration changes the numbers of a run that goes on, which it says; ConfigError for its model."""
     changed = False
-    trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+    try:
+        trained = flatten(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+        if not trained:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, AttributeError, YAMLError) as error:
+        record = RunRecord.read(run_dir)
+        if record.job_key == job_key(config):
+            return False
+        raise ConfigError(
+            f"training.resume={str(run_dir)!r}: its config.yaml cannot be read ({first_line(error)}), and this command "
+            f"has other settings; give that run's command: {record.command(run_dir)}"
+        ) from error
     given = flatten(config)
     for key in dict.fromkeys([*given, *trained]):
         value, before = given.get(key), trained.get(key, default_of(key))  # the run may be older than the key

@@ -1,14 +1,15 @@
 """The processes of one job: how they start, how they are stopped, what became of them. Layer 0: no torch."""
 
-import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import psutil
 from omegaconf import OmegaConf
 
 from xpo.config.errors import ConfigError, RunInUse
+from xpo.config.files import read_object
 from xpo.config.options import LaunchOptions
 from xpo.tracking.runs import RunRecord, in_use
 
@@ -123,7 +125,8 @@ class JobProcess:
             time.sleep(0.02)
 
     def _outcome(self, status: int) -> Outcome:
-        if status == 0 and RunRecord.read(self.run_dir).finished:
+        failure = self.run_dir / "failure.json"
+        if RunRecord.read(self.run_dir).finished and not failure.exists():  # whatever came after its end
             return Outcome("finished", 0)
         if status == 0 or self._signal is not None:
             number = self._signal or signal.SIGTERM
@@ -133,9 +136,9 @@ class JobProcess:
         elsewhere = Outcome("running elsewhere", 2, f"{self.run_dir} is in use")
         if status == RunInUse.status:
             return elsewhere
-        failure = self.run_dir / "failure.json"
         if failure.exists():
-            return Outcome("failed", **json.loads(failure.read_text()))
+            with suppress(ConfigError):  # a full disk takes no reason
+                return read_object(failure, partial(Outcome, "failed"))
         if status - 128 in (signal.SIGINT, signal.SIGTERM):
             return Outcome("stopped", status, signal.Signals(status - 128).name)
         if in_use(self.run_dir):  # torchrun does not pass on the status of RunInUse, and ours are gone
@@ -163,8 +166,8 @@ def command(launch: LaunchOptions, run_dir: Path, with_deepspeed: bool) -> list[
 
 
 def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: int) -> dict[str, str]:
-    """What a job's processes see beside the environment: their number, their GPUs, their share of the CPU cores."""
-    added = {"XPO_PROCESSES": str(launch.num_processes)}
+    """What a job's processes see beside the environment: number, parent, GPUs, their share of the CPU cores."""
+    added = {"XPO_PROCESSES": str(launch.num_processes), "XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}"}
     devices = launch.devices if devices is None else devices
     if devices is not None:
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))

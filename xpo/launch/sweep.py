@@ -10,6 +10,7 @@ import itertools
 import os
 import queue
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
 from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, SweepReport, continued, short_name
 from xpo.tracking.mlflow_client import mark_ended, set_tags
-from xpo.tracking.runs import RunRecord, in_use, job_key, last_evaluation, resumable_checkpoint
+from xpo.tracking.runs import RunRecord, all_runs, in_use, job_key, last_evaluation, resumable_checkpoint
 
 
 def run(
@@ -207,8 +208,11 @@ class Runner:
             run_dir = Path(job.run_dir)
             if not (run_dir / "run.json").exists():
                 continue
-            job.mlflow_run_id = RunRecord.read(run_dir).mlflow_run_id
-            job.metrics = last_evaluation(run_dir)
+            try:
+                job.mlflow_run_id = RunRecord.read(run_dir).mlflow_run_id
+                job.metrics = last_evaluation(run_dir)
+            except ConfigError as error:
+                print(f"xpo: a run is passed over: {error}", file=sys.stderr)
             if job.mlflow_run_id and self.sweep.tracking_uri and job.state in ("failed", "killed", "timed out"):
                 mark_ended(self.sweep.tracking_uri, job.mlflow_run_id, "FAILED" if job.state == "failed" else "KILLED")
         before = [job.mlflow_run_id for job in self.jobs if job.before and job.mlflow_run_id]
@@ -220,10 +224,9 @@ class Runner:
 
 def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
     """Run directories by the job key of their runs, the newest first."""
-    files = {file.resolve() for root in roots for file in root.rglob("run.json")}
     runs: dict[str, list[Path]] = {}
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
-        runs.setdefault(RunRecord.read(file.parent).job_key, []).append(file.parent)
+    for run_dir, record in all_runs(roots):
+        runs.setdefault(record.job_key, []).append(run_dir)
     return runs
 
 

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xpo.config.files import write_whole
+from xpo.config.errors import ConfigError, printable
+from xpo.config.files import read_object, write_whole
 from xpo.config.schema import TrainSchema
-from xpo.tracking.mlflow_client import tracking_uri
+from xpo.tracking.mlflow_client import naming, tracking_uri
 from xpo.tracking.mlflow_ui import chart_link, save_view
 from xpo.tracking.runs import RunRecord
 
@@ -58,16 +59,28 @@ class Sweep:
 
     def take_in(self, directory: Path, ours: Sequence[Job]) -> None:
         """Of all jobs but `ours` an earlier batch, or another command, may have news in the file."""
-        if (directory / "sweep.json").exists():
-            there = json.loads((directory / "sweep.json").read_text())
+        if (directory / "sweep.json").exists() and (there := Sweep.read(directory)) is not None:
             keys = {job.job_key for job in ours}
-            self.jobs = [Job(**job) for job in there["jobs"] if job["job_key"] not in keys] + list(ours)
-            self.keys = list(dict.fromkeys([*there["keys"], *self.keys]))
+            self.jobs = [job for job in there.jobs if job.job_key not in keys] + list(ours)
+            self.keys = list(dict.fromkeys([*there.keys, *self.keys]))
 
     def write(self, directory: Path, ours: Sequence[Job]) -> None:
         """Puts it into `directory`, whole or not at all; the caller holds a lock."""
         self.take_in(directory, ours)
         write_whole(directory / "sweep.json", json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, directory: Path) -> "Sweep | None":
+        """That of `directory`; None, with a warning, if it is damaged."""
+
+        def build(jobs: list[dict[str, Any]], **rest: Any) -> Sweep:
+            return cls(jobs=[Job(**job) for job in jobs], **rest)
+
+        try:
+            return read_object(directory / "sweep.json", build)
+        except ConfigError as error:
+            print(f"xpo: a sweep is passed over: {error}", file=sys.stderr)
+            return None
 
     def tags(self) -> dict[str, str]:
         """What tells the runs of a sweep apart in MLflow."""
@@ -85,15 +98,15 @@ def continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSc
         tracking_uri=tracking_uri(tracked.uri) if tracked.enabled else None,
         experiment=tracked.experiment,
     )
-    here = directory / "sweep.json"
     ours = {job.job_key for job in jobs}
-    if here.exists():  # an earlier batch, or the same command in the same directory
-        sweep.name = config.sweep.name or json.loads(here.read_text())["name"]
+    if (directory / "sweep.json").exists():  # an earlier batch, or the same command in the same directory
+        if (before := Sweep.read(directory)) is not None:
+            sweep.name = config.sweep.name or before.name
     elif config.sweep.name is None:
         for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-            before = json.loads(file.read_text())
-            if {job["job_key"] for job in before["jobs"]} == ours:
-                sweep.name = before["name"]
+            before = Sweep.read(file.parent)
+            if before is not None and {job.job_key for job in before.jobs} == ours:
+                sweep.name = before.name
                 break
     return sweep
 
@@ -141,7 +154,8 @@ class SweepReport:
                 self._line(f"{escape(job.name)}: {job.state}: {escape(job.reason)}")
         here = self.directory.is_relative_to(Path.cwd())
         as_typed = self.directory.relative_to(Path.cwd()) if here else self.directory
-        self._line(f"Compare: python -m xpo.compare {shlex.quote(str(as_typed))}")
+        there = naming("--tracking-uri", self.sweep.tracking_uri) if self.sweep.tracking_uri else []
+        self._line(f"Compare: {shlex.join(['python', '-m', 'xpo.compare', str(as_typed), *there])}")
         self._where_in_mlflow()
         if any(job.state != DONE for job in self.sweep.jobs):
             self._line("Repeat the command to finish the rest.")
@@ -157,7 +171,7 @@ class SweepReport:
         for job in jobs:
             values = [f"{job.metrics[name]:.3f}" if name in job.metrics else "" for name in names]
             state = f"[{STATES.get(job.state, 'red')}]{job.state}[/]" + (" before" if job.before else "")
-            table.add_row(escape(job.name), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
+            table.add_row(escape(printable(job.name)), state, *values, f"{job.seconds / 60:.1f}" if job.seconds else "")
         self.console.print(table)
 
     def _where_in_mlflow(self) -> None:
@@ -172,4 +186,4 @@ class SweepReport:
         self._line(f"         {chart_link(*place, save_view(*place, self.sweep.keys))}")
 
     def _line(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True)
+        self.console.print(printable(text), soft_wrap=True)

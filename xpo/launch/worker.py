@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import ProgressCallback
 
-from xpo.config.errors import ConfigError, JudgeStopped, RunInUse
+from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, first_line, printable
 from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error, speak_to_any_console
@@ -27,9 +27,9 @@ from xpo.models.devices import keep_freed_memory
 from xpo.tracking import terminal as report
 from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
-from xpo.tracking.runs import RunRecord, drop_training_state
+from xpo.tracking.runs import RunRecord, drop_training_state, resumable_checkpoint
 from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, Progress, StopOnSignal
-from xpo.training.checkpoints import check_same_zero
+from xpo.training.checkpoints import check_same_zero, is_full_disk
 from xpo.training.trainer import XPOTrainer
 
 
@@ -70,16 +70,29 @@ def run(config: TrainSchema, run_dir: Path) -> int:
         return status
     except Exception as error:
         _failed(tracked, traceback.format_exc())
+        lacks = "room on the disk" if is_full_disk(error) else "memory" if _is_out_of_memory(error) else None
+        if lacks is not None:
+            words, kept = RunRecord.read(run_dir).command(run_dir), resumable_checkpoint(run_dir)
+            remedy = "lower batch sizes and lengths or make room" if lacks == "memory" else "make room"
+            reason = f"no {lacks} ({first_line(error)[:100]}), kept is {kept or 'no checkpoint'}; {remedy}"
+            _first_to_fail(run_dir, 1, reason)
+            print_error(f"{reason}, and continue with: {words}")
+            return 1
         reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         if "by peer" in reason:  # gloo's words for the death of another rank
             reason = "another process of the job has died, for want of memory perhaps"
         _first_to_fail(run_dir, 1, reason)
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), end="", file=sys.stderr)
         return 1
     finally:
         pid = run_dir / "worker.pid"
         if pid.exists() and pid.read_text() == str(os.getpid()):  # and not that of a run at work here
             pid.unlink()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "annot allocate memory")  # of torch's allocator, of the system
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
 def _first_to_fail(run_dir: Path, status: int, reason: str) -> bool:
@@ -108,6 +121,9 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     if args.world_size > 1:
         broadcast_object_list(shared)
     directory, record = shared[0]
+    if record.finished:  # of a command that is repeated, by a scheduler perhaps
+        report.say(args, f"The run in {directory} has finished; for another one choose another hydra.run.dir")
+        return 0
     if main_process:
         lock = FileLock(run_dir / "run.lock")
         try:

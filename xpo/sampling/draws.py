@@ -101,5 +101,5 @@ class ReferenceDraws:
 
     def _find(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """The tokens of those draws that the store has."""
-        found = {} if self.store is None else self.store.get(keys)
+        found = {} if self.store is None else self.store.get(keys, lambda row: bool(row) and len(row) % 4 == 0)
         return {key: torch.from_numpy(np.frombuffer(row, "<i4").astype(np.int64)) for key, row in found.items()}

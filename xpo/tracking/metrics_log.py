@@ -35,8 +35,8 @@ class MetricsLog:
         content = self.path.read_bytes() if self.path.exists() else b""
         for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(keepends=True), 1):
             try:
-                self.entries.append(json.loads(line))
-            except ValueError:
+                self.entries.append(dict(json.loads(line).items()))
+            except (ValueError, AttributeError):
                 raise ConfigError(f"{self.path}, line {number} is no JSON; mend the line or delete it") from None
             self._ends.append(self._ends[-1] + len(line))
 

@@ -44,6 +44,11 @@ def tracking_uri(uri: str | None) -> str:
     return f"{_SQLITE}{path}{question}{options}"
 
 
+def naming(option: str, uri: str) -> list[str]:
+    """The words that name `uri` on a command line; none where a command goes there by itself."""
+    return [] if uri == tracking_uri(None) else [option, uri]
+
+
 def database(uri: str) -> Path:
     """The file of a database by its URI."""
     return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0])).absolute()

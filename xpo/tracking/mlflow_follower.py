@@ -9,7 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xpo.config.files import write_whole
+from xpo.config.files import read_object, write_whole
 from xpo.tracking.completions import TABLE_NAME
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_client import metric_name, stored_key
@@ -46,8 +46,8 @@ class Followed:
 
     @classmethod
     def read(cls, run_dir: Path) -> "Followed":
-        """What `run_dir` says."""
-        return cls(**json.loads((run_dir / "mlflow.json").read_text()))
+        """What `run_dir` says; ConfigError if it is damaged."""
+        return read_object(run_dir / "mlflow.json", cls)
 
     def write(self, run_dir: Path) -> None:
         """Puts it into `run_dir`, whole or not at all."""
@@ -83,8 +83,16 @@ class Follower:
         self._offset = len(self.log.entries)
 
     def files(self) -> dict[str, str | None]:
-        """The files that MLflow lacks, as they are now, and their folders."""
-        found = [(path, folder) for pattern, folder in ARTIFACTS.items() for path in self.run_dir.glob(pattern)]
+        """The files that MLflow lacks, as they are now, and their folders.
+
+        Files that lie here: a run directory of somebody else's may hold links to whatever this user can read.
+        """
+        found = [
+            (path, folder)
+            for pattern, folder in ARTIFACTS.items()
+            for path in self.run_dir.glob(pattern)
+            if path.is_file() and path.resolve().is_relative_to(self.run_dir.resolve())
+        ]
         names = [(str(path.relative_to(self.run_dir)), folder) for path, folder in sorted(found)]
         return {name: folder for name, folder in names if self.state.files.get(name) != self._signature(name)}
 

@@ -179,7 +179,8 @@ class MLflowRun:
         if follower.log.unsaved or not self._saved:
             logger.warning("xpo: the end of this run is lost (%s): neither MLflow nor a file has taken it", left)
         else:
-            command = shlex.join(["python", "-m", "xpo.track", "replay", str(self._run_dir)])
+            there = mlflow_client.naming("--uri", self.uri)
+            command = shlex.join(["python", "-m", "xpo.track", "replay", str(self._run_dir), *there])
             logger.warning("xpo: MLflow lacks the end of this run (%s); send it with: %s", left, command)
 
     def ui_command(self) -> str:

@@ -16,6 +16,9 @@ import hashlib
 import json
 import shlex
 import shutil
+import sys
+import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -24,8 +27,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from xpo.config.compose import hydra_value
-from xpo.config.errors import ConfigError
-from xpo.config.files import matching_files, write_whole
+from xpo.config.errors import ConfigError, printable
+from xpo.config.files import matching_files, read_object, write_whole
 from xpo.config.schema import identity
 from xpo.tracking.metrics_log import evaluations, read_metrics
 
@@ -47,8 +50,8 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: Path) -> "RunRecord":
-        """The record in `run_dir`."""
-        return cls(**json.loads((run_dir / "run.json").read_text()))
+        """The record in `run_dir`; ConfigError if it is damaged."""
+        return read_object(run_dir / "run.json", cls)
 
     def write(self, run_dir: Path) -> None:
         """Puts the record into `run_dir`, whole or not at all."""
@@ -57,6 +60,18 @@ class RunRecord:
     def command(self, resume: Path | str) -> str:
         """The command line that goes on with the run."""
         return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={hydra_value(str(resume))}"])
+
+
+def all_runs(roots: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
+    """Every run directory below `roots` with its record, the newest first; of a damaged one there is a warning."""
+    files = {file.resolve() for root in roots for file in root.rglob("run.json")}
+    runs = []
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            runs.append((file.parent, RunRecord.read(file.parent)))
+        except ConfigError as error:
+            print(f"xpo: a run is passed over: {error}", file=sys.stderr)
+    return runs
 
 
 def in_use(run_dir: Path) -> bool:
@@ -99,19 +114,70 @@ def last_evaluation(run_dir: Path) -> dict[str, float]:
 
 
 def last_complete_checkpoint(model_dir: Path) -> Path | None:
-    """The newest checkpoint-N that was written to its end: a killed run may leave a half-written one."""
+    """The newest checkpoint-N that is whole: a killed run may leave a half-written one. Others get a warning."""
     named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
     numbered = [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
-    return next((path for _, path in sorted(numbered, reverse=True) if is_complete(path)), None)
+    for _, path in sorted(numbered, reverse=True):
+        what = damage(path)
+        if what is None:
+            return path
+        print(f"xpo: {path} is passed over: {printable(what)}", file=sys.stderr)
+    return None
+
+
+# Of a checkpoint: weights in each form, what else there may be, and what comes with an optimizer's state.
+_WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model.bin", "*/adapter_model.*", "latest")
+_PARTS = ("*.safetensors", "*.index.json", "*.pt", "rng_state*.pth", "xpo_state_*.json", "global_step*/*.pt")
+_WITH_OPTIMIZER = ("rng_state*.pth", "xpo_state_*.json")
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, or what of it was cut off or is no file of its kind; None if it is whole.
+
+    Contents are not read: it takes no time, however large the model is.
+    """
+    state = checkpoint / "trainer_state.json"  # is written last
+    if not state.is_file():
+        return "trainer_state.json is missing"
+    if _is_cut(state) or "global_step" not in json.loads(state.read_text()):
+        return "trainer_state.json is damaged"
+    if not any(True for pattern in _WEIGHTS for _ in checkpoint.glob(pattern)):
+        return "the weights are missing"
+    needed = [name for name in _WITH_OPTIMIZER if has_optimizer(checkpoint)]
+    # The Trainer would go on without the optimizer's state, too, and say nothing.
+    needed += ["scheduler.pt" for name in ("optimizer.pt", "optimizer.bin") if (checkpoint / name).exists()]
+    for pattern in needed:
+        if not any(checkpoint.glob(pattern)):
+            return f"{pattern} is missing"
+    for file in (file for pattern in _PARTS for file in checkpoint.glob(pattern)):
+        if _is_cut(file):
+            return f"{file.name} is damaged"
+    for index in checkpoint.glob("*.index.json"):
+        for name in json.loads(index.read_text())["weight_map"].values():
+            if not (checkpoint / name).exists():
+                return f"{name} is missing"
+    return None
+
+
+def _is_cut(file: Path) -> bool:
+    """Whether a JSON, safetensors or PyTorch file does not reach to its end."""
+    try:
+        if file.suffix == ".json":
+            return not isinstance(json.loads(file.read_text()), dict)
+        if file.suffix != ".safetensors":
+            return not zipfile.is_zipfile(file)  # whose directory is at the end
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            tensors = json.loads(stream.read(min(length, file.stat().st_size)))
+        ends = [tensor["data_offsets"][1] for name, tensor in tensors.items() if name != "__metadata__"]
+        return file.stat().st_size != 8 + length + max(ends, default=0)
+    except (OSError, ValueError):
+        return True
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint has a readable trainer_state.json, which is what is written last."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    """Whether a checkpoint is whole."""
+    return damage(checkpoint) is None
 
 
 def has_optimizer(checkpoint: Path) -> bool:
@@ -147,16 +213,18 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
         roots: directories under which "auto" looks for run directories.
     """
     if resume == "auto":
-        files = [path for root in roots for path in root.rglob("run.json")]
-        newest = sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
-        records = [(path.parent, RunRecord.read(path.parent)) for path in newest]
-        mine = [run_dir for run_dir, record in records if record.job_key == key and not record.finished]
+        mine = [run_dir for run_dir, record in all_runs(roots) if record.job_key == key and not record.finished]
         found = [(run_dir, resumable_checkpoint(run_dir)) for run_dir in mine]
         begun = [(run_dir, checkpoint) for run_dir, checkpoint in found if checkpoint is not None]
         return next(iter(begun + found), None)
     path = Path(resume).expanduser()
     checkpoint = path if is_complete(path) else last_complete_checkpoint(path / "model")
     run_dir = path.parent.parent if checkpoint == path else path
+    written = [one for one in (path, *(path / "model").glob("checkpoint-*")) if (one / "trainer_state.json").exists()]
+    if checkpoint is None and (damaged := [f"{one}: {what}" for one in written if (what := damage(one))]):
+        raise ConfigError(
+            f"training.resume={resume!r} is damaged ({damaged[0]}); give another run or checkpoint, or start a new run"
+        )
     if checkpoint is None and (run_dir / "run.json").is_file() and not RunRecord.read(run_dir).finished:
         return run_dir, None
     if checkpoint is None or not (run_dir / "run.json").is_file():

@@ -14,12 +14,22 @@ from rich.panel import Panel
 from rich.table import Table
 from transformers import TrainingArguments
 
+from xpo.config.errors import printable
 from xpo.tracking.metrics_log import evaluations, measures
+
+
+class _Printable(logging.Formatter):
+    """Warnings may quote what a prompt, a model or a server says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def quiet() -> None:
     """Progress bars and warnings of our own; silence from libraries where nothing is wrong."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
         logging.getLogger(talkative).setLevel(logging.CRITICAL)
     # Under DeepSpeed it compares the accumulation steps with its own, which the Trainer does not use.
@@ -41,11 +51,11 @@ def show_completions(records: list[dict[str, Any]], count: int) -> None:
     console = Console()
     verdicts = {1.0: "policy wins", -1.0: "reference wins", 0.0: "no preference"}
     for record in records[:count]:
-        body = (
-            f"[bold green]policy[/]     {escape(record['completion'].strip())}\n"
-            f"[bold yellow]reference[/]  {escape(record['reference'].strip())}"
+        prompt, policy, reference = (
+            escape(printable(record[name]).strip()) for name in ("prompt", "completion", "reference")
         )
-        title = f"{escape(record['prompt'])}  [dim]({verdicts[record['label']]})[/]"
+        body = f"[bold green]policy[/]     {policy}\n[bold yellow]reference[/]  {reference}"
+        title = f"{prompt}  [dim]({verdicts[record['label']]})[/]"
         console.print(Panel(body, title=title, title_align="left"))
 
 

@@ -4,17 +4,20 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.profiler import profile, supported_activities
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
+from xpo.judges.base import asked_to_stop
 from xpo.tracking.completions import COMPLETION_COLUMNS, TABLE_NAME, completion_rows, write_table
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
@@ -28,14 +31,18 @@ _ECHO_S = 2.0
 class StopOnSignal(TrainerCallback):
     """Ends training after the step in progress, with a checkpoint, when a signal asks for it.
 
-    SIGINT and SIGTERM do, and so does the death of the parent process. A second signal after two
-    seconds, or one outside of training, raises KeyboardInterrupt at once.
+    SIGINT and SIGTERM do, and so does the death of the parent process, or of the command behind a launcher. A second
+    signal after two seconds, or one outside of training, raises KeyboardInterrupt at once.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.in_training = False
+        asked_to_stop.clear()
         self._parent = os.getppid()
+        # The command may have died before this process looks, or a launcher may stand between, on another machine even.
+        pid, _, machine = os.environ.get("XPO_PARENT", "").partition("@")
+        self._command = int(pid) if machine == socket.gethostname() else self._parent
         self._first_at = 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
@@ -45,14 +52,23 @@ class StopOnSignal(TrainerCallback):
         again = self.signal is not None and time.monotonic() - self._first_at > _ECHO_S
         if self.signal is None:
             self.signal, self._first_at = number, time.monotonic()
+            asked_to_stop.append(number)
         if again or not self.in_training:
             raise KeyboardInterrupt
+
+    def _is_orphan(self) -> bool:
+        if os.getppid() != self._parent:
+            return True
+        try:
+            return self._command != self._parent and psutil.Process(self._command).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.signal is None and os.getppid() != self._parent:
+        if self.signal is None and self._is_orphan():
             self.signal = signal.SIGTERM
         if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
             number = torch.tensor(self.signal or 0, device=args.device)
@@ -106,10 +122,13 @@ class KeepCompletions(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows = completion_rows(self.evaluator.records, state.global_step)
-        write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
-        files = sorted(self.directory.glob("step_*.json"), reverse=True)  # the newest first: a table opens at its top
-        every = [row for file in files for row in json.loads(file.read_text())["data"]]
-        write_table(self.directory / TABLE_NAME, every)
+        try:
+            write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
+            files = sorted(self.directory.glob("step_*.json"), reverse=True)  # newest first: a table opens at its top
+            every = [row for file in files for row in json.loads(file.read_text())["data"]]
+            write_table(self.directory / TABLE_NAME, every)
+        except OSError as error:
+            logger.warning("xpo: completions cannot be kept in %s (%s)", self.directory, error.strerror)
 
 
 class LogCompletionsCallback(TrainerCallback):

@@ -19,7 +19,7 @@ from xpo.models.reference import base_model
 from xpo.models.zero import is_divided
 from xpo.tracking.card import model_card
 from xpo.tracking.metrics import Meter
-from xpo.tracking.runs import is_complete, last_complete_checkpoint
+from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training.config import XPOConfig, value_at_epoch
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class ResumableTrainer(Trainer):
                 )
             resume_from_checkpoint = str(newest)
         if isinstance(resume_from_checkpoint, str):
+            if what := damage(Path(resume_from_checkpoint)):
+                raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -60,7 +62,7 @@ class ResumableTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except Exception as error:  # safetensors and torch have errors of their own
-            if self.args.world_size > 1 or not _is_full_disk(error):
+            if self.args.world_size > 1 or not is_full_disk(error):
                 raise
             checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -114,10 +116,13 @@ class ResumableTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        if (state := _read_state(checkpoint, self.args.process_index)) is not None:
+        rank, first = self.args.process_index, _read_state(checkpoint, 0)
+        if (state := _read_state(checkpoint, rank)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)
-        elif (first := _read_state(checkpoint, 0)) is not None:  # more processes than before share what was scored
+        elif first is not None:  # more processes than before share what was scored
+            if rank < first["processes"]:
+                raise ConfigError(f"resume: {checkpoint!r} lacks xpo_state_{rank}.json; give another checkpoint")
             self.labeller.scale.moments = first["scale"]
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,9 +180,14 @@ def _read_state(checkpoint: str | Path, rank: int) -> dict[str, Any] | None:
     return state
 
 
-def _is_full_disk(error: Exception) -> bool:
-    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return no_room or any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed writing"))
+# What torch and safetensors say where the system has no room; the last ones are torch's when its writer is torn down.
+_NO_ROOM = ("No space left", "quota exceeded", "File too large", "PytorchStreamWriter failed writing", "unexpected pos")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that a disk, or what this user may have of it, is full."""
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return no_room or any(words in str(error) for words in _NO_ROOM)
 
 
 def _zero_stage(args: XPOConfig) -> int | None:

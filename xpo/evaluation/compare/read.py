@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
+from yaml import YAMLError
 
 from xpo.config.errors import ConfigError, first_line, nearest
+from xpo.config.files import read_object
 from xpo.config.schema import flatten
 from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.mlflow_client import metric_name, reach, stored_key, tracking_uri
@@ -56,12 +59,12 @@ class Sweep:
 def find_sweep(sweep: str | None, uri: str | None, experiment: str) -> Sweep:
     """The sweep that the command line names: a directory, else a name in MLflow; None is the newest directory."""
     if sweep is None:
-        directories = local_sweeps()
-        if not directories:
-            raise ConfigError(
-                "SWEEP is not given and multirun/ holds no sweep.json; give a directory or a sweep's name"
-            )
-        return from_directory(directories[-1])
+        for directory in reversed(local_sweeps()):
+            try:
+                return from_directory(directory)
+            except ConfigError as error:
+                print(f"xpo: a sweep is passed over: {error}", file=sys.stderr)
+        raise ConfigError("SWEEP is not given and multirun/ holds no sweep.json; give a directory or a sweep's name")
     if Path(sweep).is_dir():
         return from_directory(Path(sweep))
     return from_mlflow(sweep, tracking_uri(uri), experiment)
@@ -74,22 +77,19 @@ def local_sweeps() -> list[Path]:
 
 
 def from_directory(directory: Path) -> Sweep:
-    """The sweep that a sweep.json describes; ConfigError if there is none in the directory."""
+    """The sweep that a sweep.json describes; ConfigError if there is none in the directory, or it is damaged."""
     path = directory / "sweep.json"
     if not path.is_file():
         below = sorted(str(found.parent) for found in directory.rglob("sweep.json"))
         remedy = f"give {below[-1]}" if below else "give multirun/DATE/TIME of a sweep"
         raise ConfigError(f"SWEEP={str(directory)!r} holds no sweep.json; {remedy}")
-    record = json.loads(path.read_text())
-    return Sweep(
-        record["name"],
-        record["command"],
-        record["keys"],
-        [_with_swept(_job(job, directory), record["keys"]) for job in record["jobs"]],
-        record["tracking_uri"],
-        record["experiment"],
-        directory,
-    )
+
+    def build(jobs: list[dict[str, Any]], keys: list[str], **rest: Any) -> Sweep:
+        return Sweep(
+            keys=keys, runs=[_with_swept(_job(job, directory), keys) for job in jobs], directory=directory, **rest
+        )
+
+    return read_object(path, build)
 
 
 def _with_swept(run: Run, keys: Iterable[str]) -> Run:
@@ -112,13 +112,16 @@ def _job(job: dict[str, Any], directory: Path) -> Run:
     run_dir = Path(job["run_dir"])
     if not run_dir.is_dir():
         run_dir = directory / run_dir.name  # the sweep was moved here from elsewhere
-    log = read_metrics(run_dir)
-    if not log:
-        return Run(job["name"], "missing", f"{run_dir} holds no metrics.jsonl")
-    config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
-    flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
-    files = sorted((run_dir / "completions").glob("step_*.json"))
-    rows = _rows(files[-1]) if files else []
+    try:
+        log = read_metrics(run_dir)
+        if not log:
+            return Run(job["name"], "missing", f"{run_dir} holds no metrics.jsonl")
+        config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
+        flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
+        files = sorted((run_dir / "completions").glob("step_*.json"))
+        rows = _rows(files[-1]) if files else []
+    except (OSError, ValueError, TypeError, LookupError, YAMLError) as error:
+        return Run(job["name"], "missing", f"{run_dir} is damaged: {first_line(error)}")
     return Run(job["name"], "finished", None, flat, _history(log), rows)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from xpo.config.errors import first_line
+from xpo.config.errors import first_line, printable
 from xpo.evaluation.compare.plots import Plot, title
 from xpo.evaluation.compare.read import Run, Sweep, connect, experiment_id, tagged
 from xpo.evaluation.compare.statistics import SEED, Comparison, Difference, Estimate, Point, estimate, label, levels
@@ -131,10 +131,10 @@ def show(comparison: Comparison, report: Path) -> None:
     for i, name in enumerate(header):
         table.add_column(escape(name.replace(".", ".\n")), justify="left" if i < keys else "right")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)
     for line in [*map(left_out_words, comparison.left_out), *verdict_words(comparison)]:
-        console.print(escape(line), highlight=False)
+        console.print(escape(printable(line)), highlight=False)
     print(f"Report:  {report}", flush=True)  # a path is not to be wrapped
 
 
@@ -196,14 +196,17 @@ def _score(value: float | None) -> str:
     return "" if value is None else f"score {value:.2f}"
 
 
-def log(sweep: Sweep, paths: Sequence[Path]) -> str | None:
+def log(sweep: Sweep, paths: Sequence[Path], uri: str) -> str | None:
     """Stores files as artifacts of MLflow's run "compare NAME", the same one when repeated.
 
     Returns:
-        Why that could not be done, in one line; None if it was, or if the sweep is not tracked.
+        Why that could not be done, in one line; None if it was, or if the sweep is not tracked. It goes to `uri` only:
+        the directory of a sweep may be somebody else's, and passwords go to the server that it names.
     """
     if sweep.tracking_uri is None:
         return None
+    if sweep.tracking_uri != uri:
+        return f"the sweep's runs are in {sweep.tracking_uri}, not in {uri}; name that place with --tracking-uri"
     try:
         client = connect(sweep.tracking_uri)
         experiment = experiment_id(client, sweep.tracking_uri, sweep.experiment)
