@@ -30,6 +30,7 @@ class TrainSchema:
     data: groups.DataOptions = field(default_factory=groups.DataOptions)
     preference: groups.PreferenceOptions = field(default_factory=groups.PreferenceOptions)
     loss: groups.LossOptions = field(default_factory=groups.LossOptions)
+    sampler: groups.SamplerOptions = field(default_factory=groups.SamplerOptions)
     generation: groups.GenerationOptions = field(default_factory=groups.GenerationOptions)
     evaluation: groups.EvaluationOptions = field(default_factory=groups.EvaluationOptions)
     reference: groups.ReferenceOptions = field(default_factory=groups.ReferenceOptions)

@@ -35,7 +35,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     Args:
         alpha: weight of the exploration bonus; a list gives one value per epoch, the last one for the rest.
         beta: strength of the KL regularisation (for loss_type "ipo": tau); a list as for alpha.
-        loss_type: "sigmoid" (DPO) or "ipo".
+        loss_type: "sigmoid" (DPO), "ipo", "hellinger" or "forward_kl"; see `xpo.objectives.losses`.
+        bonus: "xpo", another one of `xpo.objectives.bonuses`, or "none".
+        bonus_on: the completion that the bonus is on: "first", "second" or "rejected"; None: its paper's.
+        bonus_clip: nats of log pi/pi_ref beyond which the bonus no longer grows; None for no limit.
+        sampler: who draws the second completion: "reference", or "policy", as in online DPO.
         missing_eos_penalty: subtracted from the score of a completion without an EOS token; None for nothing.
         labels: "hard", the likelier winner has won; "soft", the loss weighs both directions by
             sigmoid(margin / label_temperature); "sampled", the winner is drawn with that probability.
@@ -96,6 +100,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     # Of the groups of conf/. list[float] is what HfArgumentParser can read; a single number is welcome too.
     alpha: list[float] = field(default_factory=lambda: [options.LossOptions.alpha])
     beta: list[float] = field(default_factory=lambda: [options.LossOptions.beta])
+    sampler: str = options.SamplerOptions.second
     prompt_overflow: str = options.DataOptions.prompt_overflow
     special_tokens: str = options.DataOptions.special_tokens
     chat_template_kwargs: dict[str, Any] | str | None = None

@@ -35,13 +35,13 @@ class XPOTrainer(ResumableTrainer):
     For each optimizer step::
 
         prompts      B prompts of the whole step, all micro-batches at once    prompt_queue
-        sample       first ~ policy, second ~ reference                        sample_pairs
+        sample       first ~ policy, second ~ reference, or the policy too     sample_pairs
         label        first or second wins, tie, invalid                        labeller
         reference    log pi_ref(first), log pi_ref(second)                     reference
         for each micro-batch:
             forward  log pi(first), log pi(second)                             policy_forward
-            loss     preference_loss(beta * difference of log-ratios)          xpo_loss
-                     + alpha * log pi(second)
+            loss     preference loss of beta * difference of log-ratios        xpo_loss
+                     + bonus, XPO's is alpha * log pi(second)
             backward
         optimizer step, metrics                                                meter
 
@@ -126,8 +126,9 @@ class XPOTrainer(ResumableTrainer):
         self.policy_forward, self.reference_forward = setup.build_forwards(args, self.model, self.reference)
         sampler = setup.build_sampler(args, model, tokenizer)
         self.draws = setup.build_reference_draws(args, self.reference, sampler)
-        self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None)
-        self.sample_pairs = PairSampler(sampler, self.draws, args.seed, args.device, args.ds3_gather_for_generation)
+        self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None and args.sampler == "reference")
+        gather = args.ds3_gather_for_generation
+        self.sample_pairs = PairSampler(sampler, self.draws, args.sampler, args.seed, args.device, gather)
         self.labeller = Labeller(judge, reward_model, args, args.missing_eos_penalty, self.sum_over_ranks)
         self.meter = Meter()
         self.evaluator = Evaluator(
@@ -137,7 +138,7 @@ class XPOTrainer(ResumableTrainer):
             Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold)),
             scorers or {},
             args.eval_greedy,
-            args.ds3_gather_for_generation,
+            gather,
             args.shard_reference,
         )
         setup.check_metric(args, held_out, self.evaluator.measures)
@@ -217,8 +218,8 @@ class XPOTrainer(ResumableTrainer):
         alpha, beta = self.alpha, self.beta
         policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
         labels = Labels(inputs["label"], inputs["win_probability"])
-        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args.loss_type)
-        self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo))
+        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args)
+        self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels, alpha, beta, self.args, dpo, xpo))
         self.meter.last |= {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
         return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch
