@@ -16,10 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.profiler import record_function
 
-from xpo.config.options import LossOptions
 from xpo.judges.labelling import Labelled
-from xpo.objectives.labels import Labels
-from xpo.objectives.losses import gradient_sizes
 from xpo.sampling.completions import PairBatch
 
 
@@ -39,32 +36,21 @@ def mean_of(values: Tensor, where: Tensor | None = None) -> Mean:
 
 
 def pair_metrics(
-    policy_logps: Tensor,
-    reference_logps: Tensor,
-    labels: Labels,
-    alpha: float,
-    beta: float,
-    options: LossOptions,
-    dpo: Tensor,
-    xpo: Tensor,
+    policy_logps: Tensor, reference_logps: Tensor, label: Tensor, beta: float, dpo: Tensor, xpo: Tensor
 ) -> dict[str, Mean]:
     """Metrics of pairs, from log-probabilities summed over completion tokens.
 
     Args:
         policy_logps: log pi(y), log pi(y~), (2, B).
         reference_logps: log pi_ref(y), log pi_ref(y~), (2, B).
-        labels: who won, or how surely, (B,) each.
-        alpha, beta: the weight of the bonus and the KL regularisation strength in force.
-        options: which loss and bonus.
+        label: see above, (B,).
+        beta: the KL regularisation strength in force.
         dpo: preference loss of each pair, (B,).
         xpo: exploration loss of each pair, (B,).
 
     Returns:
         Name to mean. `rewards/*` and `logps/*` are over the pairs with a preference, the rest over all.
-        `exploration/bonus_share`: how strongly the bonus pulls at log pi, over how strongly the preference loss does.
     """
-    label = labels.label
-    preference, bonus = gradient_sizes(policy_logps, reference_logps, labels, alpha, beta, options)
     ratio = policy_logps - reference_logps
     labelled = label != 0
     chosen = (label < 0).long()[None]  # row of the chosen completion
@@ -79,7 +65,6 @@ def pair_metrics(
         "objective/kl_policy": mean_of(ratio[0]),
         "objective/entropy": mean_of(-policy_logps.mean(dim=0)),
         "exploration/ref_ratio": mean_of(ratio[1]),
-        "exploration/bonus_share": Mean(bonus.double().sum().item(), preference.double().sum().item()),
         "rewards/chosen": mean_of(beta * ratio_chosen, labelled),
         "rewards/rejected": mean_of(beta * ratio_rejected, labelled),
         "rewards/margins": mean_of(margin, labelled),
@@ -87,6 +72,11 @@ def pair_metrics(
         "logps/chosen": mean_of(logps_chosen, labelled),
         "logps/rejected": mean_of(logps_rejected, labelled),
     }
+
+
+def bonus_share(preference: Tensor, bonus: Tensor) -> dict[str, Mean]:
+    """How strongly the bonus pulls at log pi, over how strongly the preference loss does; see `gradient_sizes`."""
+    return {"exploration/bonus_share": Mean(bonus.double().sum().item(), preference.double().sum().item())}
 
 
 def preference_metrics(margin: Tensor, label: Tensor, flipped: Tensor) -> dict[str, Mean]:

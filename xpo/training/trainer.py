@@ -17,12 +17,12 @@ from xpo.judges.labelling import Labelled, Labeller
 from xpo.models.forward import eval_mode
 from xpo.models.zero import check_engine, is_divided
 from xpo.objectives.labels import Labels
-from xpo.objectives.losses import xpo_loss
+from xpo.objectives.losses import gradient_sizes, xpo_loss
 from xpo.rewards import RewardModel
 from xpo.sampling.completions import PairBatch, micro_batches, take_pairs, token_batches
 from xpo.sampling.noise import LABEL, sampling_noise
 from xpo.sampling.pairs import PairSampler, StepPrompts
-from xpo.tracking.metrics import Meter, mean_of, pair_metrics, rollout_metrics
+from xpo.tracking.metrics import Meter, bonus_share, mean_of, pair_metrics, rollout_metrics
 from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
@@ -219,7 +219,8 @@ class XPOTrainer(ResumableTrainer):
         policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
         labels = Labels(inputs["label"], inputs["win_probability"])
         dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args)
-        self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels, alpha, beta, self.args, dpo, xpo))
+        self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo))
+        self.meter.add(bonus_share(*gradient_sizes(policy_logps, reference_logps, labels, alpha, beta, self.args)))
         self.meter.last |= {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
         return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch
