@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TrainerFactory, prompts, step_logs
+from conftest import TrainerFactory, prompts, share_of_e, step_logs
 
 from xpo import XPOConfig
 from xpo.config.compose import CONF, checked, compose
 from xpo.config.schema import trainer_arguments
+from xpo.data.pair_file import read_pairs
 from xpo.models.logprobs import completion_logps
 from xpo.tracking.terminal import show_exploration
 
@@ -137,3 +138,28 @@ def test_a_sampler_does_not_rename_earlier_runs(tmp_path: Path) -> None:
     assert name("sampler=policy") != plain
     assert name("loss.bonus=selm") != plain
     assert XPOConfig(output_dir=str(tmp_path), use_cpu=True).sampler == "reference"
+
+
+def test_the_pairs_of_a_run_are_kept(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    """In order, with what the step knew of them; exactly on resume, line by line; and not unless asked for."""
+    path, other = tmp_path / "pairs.jsonl", tmp_path / "resumed.jsonl"
+    options: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
+    whole = make_trainer(pairs_file=str(path), **options)
+    whole.train()
+    rows = list(read_pairs(path))
+    assert [(row["step"], row["row"]) for row in rows] == [(step, row) for step in (1, 2, 3, 4) for row in range(4)]
+    for row in rows:
+        assert row["score"] == pytest.approx(share_of_e([], row["completions"]))
+        assert row["margin"] == pytest.approx(row["score"][0] - row["score"][1])
+        assert row["label"] == (row["margin"] > 0) - (row["margin"] < 0)
+        assert row["by"] == ["policy", "reference"]
+        assert [whole.processing_class.decode(t, skip_special_tokens=True) for t in row["tokens"]] == row["completions"]
+    log = step_logs(whole)
+    assert log[1]["preference/win_rate"] == sum(row["label"] > 0 for row in rows[4:8]) / 4
+
+    lines = path.read_text()
+    other.write_text(lines)  # as a killed run leaves it
+    resumed = make_trainer(pairs_file=str(other), output_dir=str(tmp_path / "again"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert other.read_text() == lines
+    assert sorted(file.name for file in tmp_path.glob("**/*.jsonl")) == ["pairs.jsonl", "resumed.jsonl"]

@@ -41,7 +41,7 @@ class PairSampler:
     def __call__(
         self, policy: PreTrainedModel, engine: nn.Module | None, step: StepPrompts, number: int, epoch: int
     ) -> tuple[PairBatch, Tensor]:
-        """The pairs of a step, and which of the reference's completions this run has computed, bool (B,) or (0,).
+        """The pairs of a step, and which of the reference's completions it computed, (B,) or, without a store, (0,).
 
         Args:
             policy: unwrapped.
@@ -57,9 +57,10 @@ class PairSampler:
             drawn = self.sampler.sample(base_model(policy), ids, noise, self.device, synced=synced)
         if self.second == "reference":
             first = drawn
-            second, fresh = self.draws.draw(
+            second, computed = self.draws.draw(
                 step.ids, self.seed, REFERENCE, epoch, self.device, ahead=step.ahead, occurrences=step.occurrences
             )
+            fresh = computed[:0] if self.draws.store is None else computed
         else:
             first, second = map(self.sampler.completions, drawn.ids.split(len(step.ids)))
             fresh = torch.zeros(0, dtype=torch.bool)

@@ -74,6 +74,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
             from it; False fetches it layer by layer, token after token: slower, in less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
+        pairs_file: keeps every labelled pair of the run, for `xpo.data.pair_file.export`; None keeps none.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
         trust_remote_code: allow models that bring their own code; no field, as TRL's ModelConfig has one of this name.
@@ -115,6 +116,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     shard_reference: bool = options.DeepspeedOptions.shard_reference
 
     # of the library only
+    pairs_file: str | None = None
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: InitVar[bool] = False

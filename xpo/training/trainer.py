@@ -26,6 +26,7 @@ from xpo.tracking.metrics import Meter, bonus_share, mean_of, pair_metrics, roll
 from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
+from xpo.training.keep_pairs import KeepPairs
 from xpo.training.prompt_queue import MicroBatch, PromptQueue
 
 
@@ -65,8 +66,7 @@ class XPOTrainer(ResumableTrainer):
         peft_config: trains adapters instead of the whole model.
         scorers: independent reward models for evaluation, by metric name. Training never sees them.
         callbacks, optimizers: as in `transformers.Trainer`.
-        reward_funcs, reward_processing_classes: TRL's names of `reward_model` and `reward_processing_class`.
-        data_collator, compute_metrics, preprocess_logits_for_metrics: None, as in TRL's scripts.
+        reward_funcs, reward_processing_classes: TRL's names of the above. The last three are None in TRL's scripts.
 
     Raises:
         ConfigError: what a user can mend, in one line.
@@ -107,8 +107,8 @@ class XPOTrainer(ResumableTrainer):
         reader = reward_processing_class or reward_processing_classes
         judge, reward_model = setup.who_judges(judge, reward_model, reader, args, model, processing_class)
         model, ref_model, tokenizer = setup.prepare_models(model, ref_model, processing_class, peft_config, args)
-        readers = [judge, reward_model, *(scorers or {}).values()]
-        self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, readers)
+        self.keep_pairs = KeepPairs(args)
+        self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, [judge, reward_model, *(scorers or {}).values()])
         train, held_out = self.tokenize(train_dataset, "train_dataset"), self.tokenize(eval_dataset, "eval_dataset")
         setup.check_batches(args, train)
         self.reference = setup.build_reference(args, model, ref_model, lambda: self.zero3_engine)
@@ -119,7 +119,7 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self.keep_pairs],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
@@ -161,16 +161,16 @@ class XPOTrainer(ResumableTrainer):
         if self.is_deepspeed_enabled:
             check_engine(self.model_wrapped, self.args.deepspeed_plugin.deepspeed_config, self.args.world_size)
         with self.meter.timed("rollout"), self.accelerator.autocast():
-            number, epoch = self.state.global_step, int(self.state.epoch or 0)
-            pairs, fresh = self.sample_pairs(self.model, self.zero3_engine, step, number, epoch)
+            when = self.state.global_step, int(self.state.epoch or 0)
+            pairs, fresh = self.sample_pairs(self.model, self.zero3_engine, step, *when)
         with self.meter.timed("preference"):
             labelled = self._label(step, pairs)
         with self.meter.timed("reference"):
             reference_logps = self._reference_logps(pairs)
         self.meter.step(tokens=int(pairs.first.mask.sum() + pairs.second.mask.sum()))
-        self.meter.add(rollout_metrics(pairs, labelled, self.accelerator))
-        if self.draws.store is not None:
-            self.meter.add({"perf/reference_hit_rate": mean_of((~fresh).float())})
+        hits = {"perf/reference_hit_rate": mean_of((~fresh).float())}
+        self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
+        self.keep_pairs(step, pairs, labelled, reference_logps, self.state)
         known = {"reference_logps": reference_logps} | labelled.labels._asdict()
         count = self.accelerator.reduce(torch.tensor(sum(step.sizes), device=device), "sum")
         return micro_batches(pairs, known, step.sizes), count
