@@ -10,6 +10,7 @@ from conftest import TrainerFactory, prompts, share_of_e, step_logs
 
 from xpo import XPOConfig
 from xpo.config.compose import CONF, checked, compose
+from xpo.config.errors import ConfigError
 from xpo.config.schema import trainer_arguments
 from xpo.data.pair_file import read_pairs
 from xpo.models.logprobs import completion_logps
@@ -163,3 +164,14 @@ def test_the_pairs_of_a_run_are_kept(make_trainer: TrainerFactory, tmp_path: Pat
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert other.read_text() == lines
     assert sorted(file.name for file in tmp_path.glob("**/*.jsonl")) == ["pairs.jsonl", "resumed.jsonl"]
+
+
+def test_a_weight_without_a_bonus_is_refused(tmp_path: Path) -> None:
+    """A sweep over it would be flat."""
+    with pytest.raises(
+        ConfigError, match=r"alpha=\[0.1\] has no effect with bonus=none; set alpha=0, or choose a bonus"
+    ):
+        XPOConfig(output_dir=str(tmp_path), use_cpu=True, bonus="none", alpha=[0.1])
+    with pytest.raises(ConfigError, match=r"loss.alpha=0.1 has no effect with loss.bonus=none; set loss.alpha=0, or"):
+        checked(compose(["experiment=smoke", "loss=online_dpo", "loss.alpha=0.1"])[0])
+    assert XPOConfig(output_dir=str(tmp_path), use_cpu=True, bonus="none", alpha=[0.0]).bonus == "none"

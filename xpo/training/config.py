@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from xpo.config import options
 from xpo.config.errors import ConfigError
-from xpo.config.schema import GROUPS, as_argument, check_deepspeed, check_lengths
+from xpo.config.schema import GROUPS, as_argument, check_bonus, check_deepspeed, check_lengths
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
 from xpo.sampling.sampler import check_generation_kwargs
@@ -166,6 +166,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                 if key.argument is not None:
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
+        check_bonus(self, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
