@@ -9,15 +9,17 @@ import sys
 from pathlib import Path
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import TrackingOptions
 from xpo.evaluation.compare.plots import plots
 from xpo.evaluation.compare.read import find_sweep
 from xpo.evaluation.compare.report import log, show, write
 from xpo.evaluation.compare.statistics import WIN_RATE, compare
-from xpo.launch.command import exit_status
+from xpo.launch.command import exit_status, speak_to_any_console
 
 
 def main() -> None:
     """The command line. Exit status 2 for bad input."""
+    speak_to_any_console()
     parser = argparse.ArgumentParser(
         prog="python -m xpo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +28,8 @@ def main() -> None:
     parser.add_argument("--metric", default=WIN_RATE, help="what the best is best by, higher is better (%(default)s)")
     parser.add_argument("--out", type=Path, help="directory of the report (SWEEP/compare; from MLflow compare/NAME)")
     parser.add_argument("--tracking-uri", help="MLflow server or database ($MLFLOW_TRACKING_URI, else ./mlflow.db)")
-    parser.add_argument("--experiment", default="xpo", help="MLflow's experiment (%(default)s)")
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", TrackingOptions.experiment)
+    parser.add_argument("--experiment", default=experiment, help="MLflow's experiment (%(default)s)")
     parser.add_argument("--no-log", action="store_true", help="do not log the report to MLflow")
     options = parser.parse_args()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # one for each run

@@ -12,13 +12,13 @@ import torch
 from omegaconf import OmegaConf
 from tqdm.auto import tqdm
 
-from xpo.config.compose import check_keys, choose_preset, compose
+from xpo.config.compose import check_keys, check_words, choose_preset, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
 from xpo.data.store import OFF
 from xpo.launch.build import build_arguments, build_inputs
-from xpo.launch.command import exit_status
+from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.models.batches import batches_by_length
 from xpo.models.loading import load_model, loaded
 from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
@@ -28,6 +28,7 @@ from xpo.training.setup import build_reference, build_reference_draws, build_sam
 
 def main() -> None:
     """The command line. Exit status 2 for bad input."""
+    speak_to_any_console()
     parser = argparse.ArgumentParser(prog="python -m xpo.reference", description=__doc__)
     parser.add_argument("command", choices=["fill"])
     parser.add_argument("--epochs", type=int, default=1, help="draws of each training prompt")
@@ -35,6 +36,7 @@ def main() -> None:
     options, overrides = parser.parse_known_args()
     report.quiet()
     try:
+        check_words(overrides)
         config, _, _ = compose(choose_preset(overrides))
         check_keys(OmegaConf.to_container(config))  # type: ignore[arg-type]
         fill(OmegaConf.to_object(config), options.epochs, options.batch)  # type: ignore[arg-type]

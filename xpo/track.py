@@ -13,7 +13,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from xpo.config.errors import ConfigError, first_line
-from xpo.launch.command import exit_status
+from xpo.config.secrets import no_secret
+from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_client import held_points, reach
 from xpo.tracking.mlflow_follower import Followed, Follower, in_words
@@ -27,6 +28,7 @@ class NotSent(Exception):
 
 def main() -> None:
     """The command line."""
+    speak_to_any_console()
     parser = argparse.ArgumentParser(prog="python -m xpo.track", description=__doc__)
     parser.add_argument("command", choices=["replay"])
     parser.add_argument("run_dirs", nargs="*", type=Path, metavar="RUN_DIR", help="run directories; default: all")
@@ -37,6 +39,7 @@ def main() -> None:
     status = 0
     run_dirs = options.run_dirs or sorted(path.parent for root in ROOTS for path in root.rglob("mlflow.json"))
     try:
+        no_secret("--uri", options.uri)
         run_dirs = [run_dir for run_dir in run_dirs if lacks(run_dir)]
     except ConfigError as error:
         sys.exit(exit_status(error))

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, choose_preset, compose
+from xpo.config.compose import CONF, check_hydra, check_words, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
-from xpo.launch.command import exit_status, print_error
+from xpo.launch.command import exit_status, print_error, speak_to_any_console
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, passing_on_signals, signals
 from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
@@ -24,9 +25,11 @@ from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
 
 def main() -> None:
     """The command line: `python -m xpo.train [-m] [key=value ...]`. Exit status 2 for bad input."""
+    speak_to_any_console()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     sys.argv[1:] = choose_preset(sys.argv[1:])
     try:
+        check_words(sys.argv[1:])
         if "RANK" in os.environ:
             sys.exit(_work_as_rank(sys.argv[1:]))
         _parent()
@@ -53,8 +56,9 @@ def _parent(config: DictConfig) -> float | None:
     again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
     found = (output_dir, resumable_checkpoint(output_dir)) if again else None
     try:
+        check_hydra()
         # Reading the overrides resolves an interpolation in them, which may fail.
-        choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config.overrides)
+        choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config)
         run_dir = prepare(config, output_dir, choices, overrides, found=found)
     except Exception as error:  # Hydra would print a line of its own
         if in_sweep:
@@ -81,16 +85,21 @@ def start_worker(run_dir: Path) -> int:
 
 def _work_as_rank(arguments: list[str]) -> int:
     """This process is one rank of a group that the user's launcher started."""
+    no_sweeps = ConfigError(
+        "--multirun under a launcher is not supported; start the sweep without torchrun or accelerate"
+    )
     if {"-m", "--multirun"} & set(arguments):
-        raise ConfigError(
-            "--multirun under a launcher is not supported; start the sweep without torchrun or accelerate"
-        )
+        raise no_sweeps
     config, run_dir, choices = compose(arguments)
-    if os.environ["RANK"] == "0":
-        run_dir = prepare(config, run_dir, choices, arguments)
-    from xpo.launch import worker
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:  # a file says so
+        raise no_sweeps
+    with env_override(dict(hydra_config.job.env_set)):
+        if os.environ["RANK"] == "0":
+            run_dir = prepare(config, run_dir, choices, repeatable(hydra_config))
+        from xpo.launch import worker
 
-    return worker.run(OmegaConf.to_object(config), run_dir)  # type: ignore[arg-type]
+        return worker.run(OmegaConf.to_object(config), run_dir)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -143,6 +143,14 @@ CASES = [
     case("unknown key behind +", "+loss.alhpa=1", ["'loss.alhpa'", "did you mean 'loss.alpha'", "--cfg job"]),
     case("unknown key, top level", "+alpha=1", ["'alpha'", "--cfg job"]),
     case("unknown key of a judge", "judge=pair_rm judge.batchsize=2", ["'judge.batchsize'", "'judge.batch_size'"]),
+    case("the last word of a key", "seed=1", ["'seed'", "did you mean 'training.seed' or"]),
+    case("a short name", "lr=1e-5", ["'lr'", "did you mean 'training.learning_rate'"]),
+    case("no key of its own", "training.report_to=wandb", ["'training.report_to'", "+training.kwargs.report_to="]),
+    case(
+        "a model as a group", "model=Qwen/Qwen2-0.5B", ["model=Qwen/Qwen2-0.5B", "or give model.name=Qwen/Qwen2-0.5B"]
+    ),
+    case("data as a group", "data=mine.jsonl", ["data=mine.jsonl", "or give data.train=mine.jsonl"]),
+    case("no plugin", "hydra/launcher=submitit_slum", ["hydra/launcher=submitit_slum", "pip install 'xpo[slurm]'"]),
     case("new key without +", "generation.kwargs.penalty=1", ["'penalty'", "add it with +generation.kwargs.penalty="]),
     case("unknown group", "modle=tiny", ["'modle'", "did you mean 'model'"]),
     case("unknown option", "model=tinny", ["model=tinny", "did you mean 'tiny'", "choose one of llama_3_2_1b, "]),
@@ -151,6 +159,10 @@ CASES = [
     case("unreadable override", "data.train=a=b", ["'data.train=a=b'", "'key=\"a=b\"'"]),
     case("sweep without -m", "loss.alpha=1,2", ["loss.alpha=1,2", "-m"]),
     case("interpolation", "loss.alpha=${loss.nope}", ["'loss.nope'", "correct what stands in ${...}"]),
+    case("group removed", "~tracking", ["~tracking would leave it on", "give tracking=none"]),
+    case("no name", "data.train=''", ["data.train=''", "give a name"]),
+    case("no name of a model", "model.name=''", ["model.name=''", "give a name"]),
+    case("key removed", "~data.eval", ["data.eval cannot be removed", "data.eval=null"]),
     # types
     case("text for an integer", "training.max_steps=many", ["training.max_steps=many", "give a value of type int"]),
     case("float for an integer", "training.max_steps=1.5", ["training.max_steps=1.5", "give a value of type int"]),
@@ -208,6 +220,12 @@ CASES = [
     # directories
     case("unwritable", "hydra.run.dir=INPUTS/a_file/run", ["hydra.run.dir='", "a_file/run'", "choose another"]),
     case("nothing to resume", "training.resume=nowhere", ["training.resume='nowhere'", "give a run directory"]),
+    case(
+        "unwritable sweep",
+        "-m hydra.sweep.dir=INPUTS/a_file/x",
+        ["hydra.sweep.dir='", "choose another"],
+    ),
+    case("a sweep in a file", "-m hydra.sweep.dir=INPUTS/a_file", ["hydra.sweep.dir='", "choose another"]),
     # only the worker knows
     case(
         "unknown name in kwargs",
@@ -404,6 +422,78 @@ def test_bad_input(run: Run, command: str, words: Sequence[str], reaches: str, s
     assert result.seconds < SECONDS
     assert MODEL not in result.reached or reaches == MODEL
     assert WORKER not in result.reached or reaches in (WORKER, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("training: {max_steps: 3}", ["puts its keys under experiment", "begin it with # @package _global_"]),
+        ("# @package _global_\ndefaults: [override /jugde: random]", ["mine.yaml", "jugde", "did you mean 'judge'"]),
+        ("# @package _global_\ndefaults: [/judge: random]", ["judge has a value already", "- override /judge: random"]),
+        ("# @package _global_\ndefaults: [override judge: random]", ["mine.yaml", "- override /judge: random"]),
+        ("# @package _global_\ndefaults: {judge: random}", ["mine", "must be a list", "- override /judge: random"]),
+        ("# @package _global_\ndefaults: [override /model: tiny, smoke]", ["mine.yaml", "is defined before", "then"]),
+    ],
+)
+def test_a_file_of_the_user_with_a_mistake(run: Run, tmp_path: Path, text: str, words: Sequence[str]):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    result = run("--config-dir=conf experiment=mine")
+    (line,) = result.stderr
+    for word in words:
+        assert word in line
+    assert result.status == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        ("tracking.uri=http://me:s3cret@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("tracking.uri=postgresql://me:s3cret@host/db", "PGPASSWORD"),
+        ("tracking.uri=http://me:s3=cret@host", "MLFLOW_TRACKING_PASSWORD"),  # which Hydra cannot read, and would quote
+        ("++tracking.uri=http://host?access_token=s3cret", "MLFLOW_TRACKING_PASSWORD"),
+        ("-m loss.alpha=1,2 tracking.uri=http://me:s3cret@host", "MLFLOW_TRACKING_PASSWORD"),
+        ("judge=llm judge.model=m judge.base_url=http://me:s3cret@host/v1", "judge.api_key_env"),
+        ("+judge.api_key=s3cret", "judge.api_key_env"),
+        ("+training.kwargs.hub_token=s3cret", "HF_TOKEN"),
+        ("launch.command='env HF_TOKEN=s3cret torchrun'", "environment variable"),
+        ("+hydra.job.env_set.HF_TOKEN=s3cret", "environment variable"),
+        ("--config-dir=INPUTS experiment=secret", "MLFLOW_TRACKING_PASSWORD"),  # a file
+        ("-m --config-dir=INPUTS experiment=secret loss.alpha=1,2", "MLFLOW_TRACKING_PASSWORD"),
+    ],
+)
+def test_a_secret_stands_nowhere(run: Run, inputs: Path, tmp_path: Path, words: str, remedy: str):
+    """Neither in a file nor on the terminal."""
+    (inputs / "experiment").mkdir(exist_ok=True)
+    text = "# @package _global_\ntracking: {uri: 'http://me:s3cret@host'}\n"
+    (inputs / "experiment" / "secret.yaml").write_text(text)
+    result = run(words)
+    (line,) = result.stderr
+    assert "holds a secret" in line
+    assert remedy in line
+    assert "s3" not in line
+    assert result.status == 2
+    assert not any("s3" in file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_secret_of_the_environment_is_refused_too(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@host")
+    for words in ("experiment=smoke", "-m experiment=smoke loss.alpha=1,2"):
+        (line,) = run(words).stderr
+        assert "MLFLOW_TRACKING_URI holds a secret" in line
+        assert "s3cret" not in line
+
+
+@pytest.mark.parametrize("words", ["", "experiment=smoke model=smollm2_135m tracking=none"])
+def test_nothing_can_be_kept(run: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch, words: str):
+    """A home directory that cannot be written, for data and for models: one line with what to set instead."""
+    if words:
+        monkeypatch.setenv("XPO_CACHE", str(inputs / "a_file" / "cache"))
+    else:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(inputs / "a_file" / "cache"))
+    (line,) = run(words or RUN).stderr
+    assert "a_file/cache cannot be written (Not a directory)" in line
+    assert "set HF_HOME, XPO_CACHE and XPO_STORES" in line
 
 
 def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.MonkeyPatch):

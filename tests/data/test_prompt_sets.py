@@ -1,5 +1,6 @@
 """Prompts: where they come from, their tokens, and what happens to those that are too long."""
 
+import gzip
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from datasets import Dataset, IterableDataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from xpo.config.compose import checked, compose
+from xpo.config.compose import checked, compose, hydra_value
 from xpo.config.errors import ConfigError
+from xpo.config.schema import to_dict
 from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompts_of, tokenize_prompts
 from xpo.data.prompts import PromptEncoder, plain_text, render
 from xpo.launch.build import build_arguments
 from xpo.models.loading import tiny_tokenizer
+from xpo.tracking.runs import job_key
 
 USER = {"role": "user", "content": "Tell me of the sea"}
 STARTED = {"role": "assistant", "content": "The sea is "}
@@ -275,6 +278,42 @@ def test_a_file_gives_its_prompts(write: Callable[..., str], name: str) -> None:
     assert load_prompts("data.train", file, column="topic")[:] == {"prompt": ["x", "y"]}
 
 
+CSV = 'id,prompt\n1,one\n2,"two, or\nmore"\n'
+JSONL = '{"id": 1, "prompt": "one"}\n{"id": 2, "prompt": "two, or\\nmore"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prompts.csv", CSV),
+        ("prompts.tsv", CSV.replace("id,", "id\t").replace("1,", "1\t").replace("2,", "2\t")),
+        ("prompts.csv.gz", CSV),
+        ("prompts.jsonl.gz", JSONL),
+        ("prompts.json", JSONL),
+        ("Prompts.JSONL", JSONL),
+        ("prompts[1]*?.jsonl", JSONL),
+        ("a b/prompts.jsonl", JSONL),
+    ],
+)
+def test_what_a_file_is_its_ending_says(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    data = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert load_prompts("data.train", str(tmp_path / name))["prompt"][:] == ["one", "two, or\nmore"]
+
+
+def test_a_pattern_stands_for_its_files(write: Callable[..., str], tmp_path: Path) -> None:
+    """In the order of their names; what they hold is part of what a run computes."""
+    for number in (2, 1):
+        write(f"part{number}.jsonl", [{"prompt": str(number)}])
+    pattern = str(tmp_path / "part*.jsonl")
+    assert load_prompts("data.train", pattern)["prompt"][:] == ["1", "2"]
+    config = to_dict(checked(compose(["experiment=smoke", f"data.train={hydra_value(pattern)}"])[0]))
+    before = job_key(config)
+    write("part2.jsonl", [{"prompt": "another"}])
+    assert job_key(config) != before
+
+
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet"])
 def test_a_file_may_hold_messages(write: Callable[..., str], name: str) -> None:
     file = write(name, [{"prompt": [USER]}, {"prompt": [USER, STARTED]}])
@@ -306,15 +345,24 @@ def test_errors_of_data_name_the_key_and_the_remedy(write: Callable[..., str], t
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.jsonl").write_text("{ no json")
     (tmp_path / "broken.parquet").write_text("no parquet")
+    (tmp_path / "prompts.txt").write_text("one")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "Größe"}'.encode("latin-1"))
+    (tmp_path / "latin.csv").write_bytes("prompt\nGröße\n".encode("latin-1"))
+    write("loud/train.JSONL", [{"prompt": "learn"}])
     nothing = tmp_path / "nothing.parquet"
     Dataset.from_dict({"prompt": []}).to_parquet(nothing)
     Dataset.from_dict({"prompt": ["x"]}).save_to_disk(tmp_path / "saved")
     for name, split, message in [
-        ("missing.jsonl", "train", "does not exist; point it at a JSONL or Parquet file"),
+        ("missing.jsonl", "train", "does not exist; point it at a JSONL, JSON, CSV"),
         (str(tmp_path / "empty.jsonl"), "train", "is empty; give a file with one row per line"),
         (str(nothing), "train", "cannot be read as parquet: .* no data!; mend the file"),
         (str(tmp_path / "broken.jsonl"), "train", "cannot be read as jsonl: .*; mend the file"),
         (str(tmp_path / "broken.parquet"), "train", "cannot be read as parquet: .*; mend the file"),
+        (str(tmp_path / "latin.jsonl"), "train", "cannot be read as jsonl: .*UTF8.*; mend the file"),
+        (str(tmp_path / "latin.csv"), "train", "cannot be read as csv: .*utf-8.*; mend the file"),
+        (str(tmp_path / "prompts.txt"), "train", "is not of one kind that can be read; give a JSONL, JSON, CSV"),
+        (str(tmp_path / "*.*"), "train", "is not of one kind that can be read; .* or several of one kind"),
+        (str(tmp_path / "loud"), "train", "holds train.JSONL; rename it"),
         (str(tmp_path / "set"), "heldout", "split 'heldout': .*; correct data.eval_split, or give a directory"),
         (str(tmp_path / "empty"), "train", "give a directory of JSONL or Parquet files"),
         (str(tmp_path / "saved"), "train", "give a directory of JSONL or Parquet files"),

@@ -296,6 +296,17 @@ def test_each_step_has_a_line(finished: Ended):
     ]
 
 
+def test_a_console_that_cannot_show_a_character_fails_no_run(tmp_path: Path):
+    """The completions of a random model are full of them."""
+    directory = tmp_path / "straße"
+    directory.mkdir()
+    words = ["experiment=smoke", "training.max_steps=1", "tracking=none", f"hydra.run.dir='{directory}/run'"]
+    ended = end(start(words, directory, PYTHONIOENCODING="ascii"), directory)
+    assert ended.status == 0, ended.stderr
+    assert RunRecord.read(directory / "run").finished
+    assert "stra?e/run/model" in ended.stdout
+
+
 def test_stderr_holds_progress_bars_only(finished: Ended):
     """A warning there would be one that nobody needs."""
     parts = re.split(r"[\r\n]+", finished.stderr.replace("\x1b[A", ""))
@@ -399,7 +410,63 @@ def test_a_process_that_a_launcher_started_is_a_worker_itself(monkeypatch: pytes
         assert config.loss.alpha == 0.5
     assert len(worked) == 2
     assert OmegaConf.load(tmp_path / "run" / "config.yaml").loss.alpha == 0.5
-    assert RunRecord.read(tmp_path / "run").overrides == ["experiment=smoke", "loss.alpha=0.5", "hydra.run.dir=run"]
+    assert RunRecord.read(tmp_path / "run").overrides == ["experiment=smoke", "loss.alpha=0.5"]
+
+
+@pytest.mark.parametrize("arguments", [["-m", "loss.alpha=1,2"], ["experiment=sweep_alpha_beta"]])
+def test_a_process_that_a_launcher_started_runs_no_sweep(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    """Whoever asks for it, the command line or a file: it would train with values that nobody swept."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "0")
+    assert in_one_process(arguments, monkeypatch) == 2
+    assert "--multirun under a launcher is not supported; start the sweep without" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rank", [None, "0"])
+def test_what_a_command_reads_of_hydra_stands_in_the_command_that_goes_on(
+    rank: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Where its configurations lie, the environment; and ${hydra:...} in a value is known, with a launcher or not."""
+    (tmp_path / "my_conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "my_conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndefaults: [smoke]\n")
+    seen: list[str | None] = []
+
+    def work(*arguments: object) -> int:
+        seen.append(os.environ.get("XPO_SEEN"))
+        return 7
+
+    monkeypatch.setattr(worker, "run", work)
+    monkeypatch.setattr(train, "start_worker", work)
+    monkeypatch.chdir(tmp_path)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    name = "tracking.run_name=${hydra:job.name}_${hydra:runtime.choices.model}"
+    words = ["--config-dir", "my_conf", "experiment=mine", "+hydra.job.env_set.XPO_SEEN=5", name, "hydra.run.dir=run"]
+    assert in_one_process(words, monkeypatch) == 7
+    assert seen == ["5"]
+    assert OmegaConf.load("run/config.yaml").tracking.run_name == "train_tiny"
+    assert RunRecord.read(Path("run")).name == "mine"
+    again = shlex.split(RunRecord.read(Path("run")).command("run"))[3:]
+    assert in_one_process(again, monkeypatch) == 7
+    assert seen == ["5", "5"]
+
+
+def test_the_experiment_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As MLflow's client would use it; a key wins."""
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
+    for words, name in (([], "ours"), (["tracking.experiment=mine"], "mine")):
+        run_dir = prepared(["experiment=smoke", *words], tmp_path / name)
+        assert OmegaConf.load(run_dir / "config.yaml").tracking.experiment == name
+
+
+def test_a_job_does_not_move(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """hydra.job.chdir would take mlflow.db into the run directory."""
+    monkeypatch.chdir(tmp_path)
+    assert in_one_process(["experiment=smoke", "hydra.job.chdir=true"], monkeypatch) == 2
+    assert "hydra.job.chdir=True" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -411,6 +478,7 @@ def test_a_process_that_a_launcher_started_is_a_worker_itself(monkeypatch: pytes
         (["loss.alpha=1", "data=local", "data.train=prompts.jsonl"], "none"),
         (["model.name=owner/name"], "none"),
         (["data.train=prompts.jsonl"], "none"),
+        (["++data.train=prompts.jsonl"], "none"),
         (["model=tiny", "experiment=smoke"], "smoke"),
     ],
 )

@@ -57,6 +57,15 @@ def finish(job: Fake) -> Outcome:
     return Outcome("finished", 0)
 
 
+# Another command, whose jobs are fakes too.
+SECOND = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_sweep import Fake, finish, launch, sweep, train
+sweep.JobProcess, Fake.act, Fake.started = Fake, finish, []
+train.main()
+"""
+
 Command = Callable[..., int]
 
 
@@ -175,6 +184,23 @@ def test_a_sweep_goes_on_by_itself(command: Command, capfd: pytest.CaptureFixtur
     """training.resume names one run."""
     assert command("loss.beta=1,2", "training.resume=auto") == 2
     assert "training.resume='auto' names one run, and a sweep goes on by itself; remove it" in capfd.readouterr().err
+
+
+def test_a_job_sees_its_environment_and_its_own_place_in_hydra(command: Command):
+    """As a run that is not part of a sweep does."""
+    seen: list[str | None] = []
+
+    def act(job: Fake) -> Outcome:
+        seen.append(os.environ.get("XPO_SEEN"))
+        return finish(job)
+
+    Fake.act = act
+    name = "tracking.run_name=${hydra:runtime.choices.model}_${hydra:job.num}"
+    assert command("loss.alpha=1,2", "+hydra.job.env_set.XPO_SEEN=5", name) == 0
+    assert seen == ["5", "5"]
+    assert [job.config.tracking.run_name for job in Fake.started] == ["tiny_0", "tiny_1"]
+    assert "XPO_SEEN" not in os.environ
+    assert "+hydra.job.env_set.XPO_SEEN=5" in RunRecord.read(Fake.started[0].run_dir).overrides
 
 
 # ---- several at once ---------------------------------------------------------------------------
@@ -338,6 +364,28 @@ def test_a_job_that_another_command_takes_up_meanwhile_is_left_to_it(command: Co
     third[0].release()
     assert states() == ["finished", "finished", "running elsewhere"]
     assert [job.config.loss.alpha for job in Fake.started] == [1, 2]  # 2 by the other command
+
+
+@pytest.mark.parametrize("place", ["hydra.sweep.dir=multirun/both", "hydra.sweep.dir=multirun/${now:%Y}"])
+def test_two_sweeps_at_once_lose_nothing_of_each_other(command: Command, place: str):
+    """In one directory, or in one that both would have called by the time: that is another one for the second."""
+
+    def act(job: Fake) -> Outcome:
+        if job.config.loss.alpha == 1:
+            Fake.act = finish
+            second = [sys.executable, "-c", SECOND, "-m", "experiment=smoke", "tracking=none", "loss.alpha=3,4", place]
+            done = subprocess.run(second, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        return finish(job)
+
+    Fake.act = act
+    assert command("loss.alpha=1,2", place) == 0
+    found = {}
+    for file in Path("multirun").rglob("sweep.json"):
+        found |= {job["name"]: (job["state"], job["run_dir"]) for job in json.loads(file.read_text())["jobs"]}
+    assert {name: state for name, (state, _) in found.items()} == dict.fromkeys(["a1", "a2", "a3", "a4"], "finished")
+    assert len({run_dir for _, run_dir in found.values()}) == 4
+    assert len(list(Path("multirun").rglob("sweep.json"))) == (1 if "both" in place else 2)
 
 
 def test_where_configurations_lie_is_part_of_the_command(command: Command, tmp_path: Path):

@@ -32,3 +32,14 @@ def test_weights_as_pickles_are_told_as_such(snapshot: Path) -> None:
     with pytest.raises(ConfigError, match=r"model.name='owner/name' has no weights in the form of safetensors; save"):
         local_directory("model.name", "owner/name")
     assert local_directory("model.name", "owner/name", weights=False) == snapshot
+
+
+@pytest.mark.parametrize(("offline", "remedy"), [(True, "or unset HF_HUB_OFFLINE"), (False, "or check the connection")])
+def test_a_hub_out_of_reach_is_told_with_what_would_help(
+    offline: bool, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")
+    with pytest.raises(ConfigError, match=f"model.name='a/b' .* out of reach; .*{remedy}"):
+        local_directory("model.name", "a/b")

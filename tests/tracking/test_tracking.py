@@ -520,6 +520,27 @@ def test_the_database_lies_in_the_working_directory_unless_told_otherwise(
     assert relative.experiment_id == run.experiment_id
 
 
+@pytest.mark.parametrize("name", ["feature%2Fx", "a?b=1", "a#b", "a b é"])
+def test_the_working_directory_may_have_any_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raced_database: tuple[Path, Any]
+) -> None:
+    """Its name becomes part of URIs, which stand for this directory and no other."""
+    there = tmp_path / name
+    (there / "run").mkdir(parents=True)
+    shutil.copy(raced_database[0], there / "mlflow.db")
+    monkeypatch.chdir(there)
+    run = MLflowRun(None, "other", "r", {"a": 1}, {}, MetricsLog(there / "run"))
+    write_table(there / "run" / "completions" / "step_000001.json", [])
+    run.finish()
+    again = MLflowRun(run.uri, "other", "r", {}, {}, MetricsLog(there / "run"), run_id=run.run_id)
+    assert (again.uri, again.run_id) == (run.uri, run.run_id)
+    assert stored(again).data.params == {"a": "1"}
+    assert list(there.glob("mlruns/other/*/artifacts/completions/step_000001.json"))
+    assert all(file.is_relative_to(there) for file in tmp_path.rglob("*") if file.is_file())
+    with sqlite3.connect(there / "mlflow.db") as connection:
+        assert connection.execute("SELECT count(*) FROM experiments WHERE name = 'other'").fetchone() == (1,)
+
+
 def test_artifacts_lie_beside_the_database_wherever_the_process_runs(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,6 +553,34 @@ def test_artifacts_lie_beside_the_database_wherever_the_process_runs(
     assert artifacts.is_relative_to(tmp_path / "mlruns" / "xpo")
     assert json.loads((artifacts / "completions" / "step_000001.json").read_text())["data"] == []
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", ["/Shared/x", "../../x", "..", "a/b", "50%/x"])
+def test_the_name_of_an_experiment_is_no_path(
+    experiment: str, uri: str, tmp_path: Path, new_log: Callable[[], MetricsLog]
+) -> None:
+    run = MLflowRun(uri, experiment, "r", {}, {}, new_log())
+    write_table(run.log.path.parent / "completions" / "step_000001.json", [])
+    run.flush()
+    assert len(list((tmp_path / "mlruns").rglob("step_000001.json"))) == 1
+    assert run.client.get_experiment(run.experiment_id).name == experiment
+
+
+def test_a_deleted_experiment_is_named(start: Start, uri: str) -> None:
+    MlflowClient(uri).delete_experiment(start().experiment_id)
+    with pytest.raises(ConfigError, match=r"tracking.experiment='xpo' was deleted .*; restore it \(mlflow experiments"):
+        start()
+
+
+def test_a_long_reason_keeps_its_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow says last what to do."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise MlflowException("Out-of-date schema. " * 20 + "Run 'mlflow db upgrade'.")
+
+    monkeypatch.setattr(MlflowClient, "create_run", refuse)
+    with pytest.raises(ConfigError, match="Run 'mlflow db upgrade'"):
+        start()
 
 
 @pytest.mark.parametrize("bad", ["bogus://host", "postgresql://nobody@localhost:1/x", "a file", "below a file"])

@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -17,6 +18,9 @@ from xpo.config.schema import TrainSchema, flatten
 
 # Groups whose keys are the arguments of their `_target_`: the schema does not list them, their files do.
 _TARGETS = ("judge", "reward_model")
+_NAMES = {"model": "model.name", "data": "data.train"}  # of groups: the key for what no file of theirs names
+_DEFAULTS = "a file's defaults read - smoke, then - override /judge: random (see conf/experiment)"
+_SHORT = {"lr": "learning_rate"}  # what people write for a key
 
 
 def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), schema: type = TrainSchema) -> str | None:
@@ -42,10 +46,14 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), sch
         return f"a file of the configuration is no YAML ({' '.join(str(error).split())}); mend it"
     if isinstance(error, ValueError) and "Config group override" in str(error):
         return _group_value(arguments, conf)
+    if isinstance(error, ValueError) and re.search("default item|[Dd]efaults list", str(error)):
+        return f"{first_line(error)}; {_DEFAULTS}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     said = first_line(error)
-    if twice := re.match(r"Multiple values for ([\w/]+).*: (\S+)'", said):
+    if twice := re.search(r"Multiple values for ([\w/]+).*: (\S+)'", said):
+        if not any(word.startswith(f"+{twice[1]}=") for word in arguments):
+            return f"{twice[1]} has a value already, where a file gives it {twice[2]}; {_DEFAULTS}"
         return f"{twice[1]} has a value already; choose another with {twice[1]}={twice[2]}, without the +"
     if there := re.match(r"Could not append to config\. An item is already at '([^']+)'", said):
         return f"{there[1]} has a value already; give another with {there[1]}=..., without the +"
@@ -56,6 +64,10 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), sch
             return unknown_key(cause.full_key or str(cause.key), conf, schema)
         if isinstance(cause, OmegaConfBaseException) and cause.full_key:
             return _wrong_type(cause, said, schema)
+    if in_file := re.match(r"In '?([\w/]+)'?: (.*?)\.?$", said):
+        group = re.search(r"Could not override '([^'@]+)", said)
+        hint = nearest(group[1].rpartition("/")[2], [path.name for path in conf.iterdir()]) if group else ""
+        return f"{in_file[1]}.yaml: {in_file[2]}{hint}; {_DEFAULTS}"
     if unknown := re.match(r"Could not override '([^']+)'", said):
         return unknown_key(unknown[1], conf, schema)
     if "Ambiguous value" in said:
@@ -70,7 +82,21 @@ def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
         owner, inner = ".".join(parts[:depth]), ".".join(parts[depth:])
         if get_origin(kind) is dict and owner not in _TARGETS:
             return f"{owner} has no {inner!r} yet; add it with +{key}=..."
-    return f"unknown config key {key!r}{nearest(key, valid_keys(conf, schema))} (--cfg job lists the keys)"
+    if key == "experiment":
+        return "a file of the group 'experiment' puts its keys under experiment; begin it with # @package _global_"
+    return f"unknown config key {key!r}{_hint(key, conf, schema)} (--cfg job lists the keys)"
+
+
+def _hint(key: str, conf: Path, schema: type) -> str:
+    """The keys that end like this one, else the nearest one."""
+    known = valid_keys(conf, schema)
+    group, _, word = key.rpartition(".")
+    same = [repr(one) for one in known if one.rpartition(".")[2] == _SHORT.get(word, word)]
+    if same and not group:
+        return f"; did you mean {' or '.join(same)}?"
+    if group == "training" and not get_close_matches(key, known, n=1, cutoff=0.8):
+        return f"; other names of TrainingArguments are given as +training.kwargs.{word}=..."
+    return nearest(key, known)
 
 
 def valid_keys(conf: Path, schema: type = TrainSchema) -> list[str]:
@@ -87,9 +113,18 @@ def _missing_option(error: MissingConfigException, conf: Path, schema: type) -> 
     options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
     if not group:
         return f"--config-name={option} does not exist; leave it out"
+    if group.startswith("hydra/"):
+        extra = "pip install 'xpo[slurm]'" if option.startswith("submitit") else "install the Hydra plugin that has it"
+        return f"{group}={option} is not installed; {extra}, or leave it out"
+    top, _, name = f"{group}/{option}".partition("/")
+    elsewhere = f", or give {_NAMES[top]}={name}" if top in _NAMES else ""
+    if elsewhere:
+        group, option = top, name
+        options = sorted(path.stem for path in (conf / group).glob("*.yaml"))
     if not options:
         return f"there is no config group {group!r}{nearest(group, valid_keys(conf, schema))}; see --help"
-    return f"{group}={option} does not exist{nearest(option, options)}; choose one of {', '.join(options)}"
+    choose = f"choose one of {', '.join(options)}{elsewhere}"
+    return f"{group}={option} does not exist{nearest(option, options)}; {choose}"
 
 
 def _group_value(arguments: Sequence[str], conf: Path) -> str:
@@ -105,6 +140,8 @@ def _group_value(arguments: Sequence[str], conf: Path) -> str:
 
 def _wrong_type(error: OmegaConfBaseException, said: str, schema: type) -> str:
     key = str(error.full_key)
+    if "does not support deletion" in str(error):
+        return f"{key} cannot be removed; give it another value, or {key}=null where null is one"
     override = re.search(r"Error merging override \+*([^=]+=.*)", said)
     if override is None:
         return f"{key}: {first_line(error)}; correct {key}"

@@ -94,14 +94,19 @@ def keys(group: type[Options]) -> list[Key]:
 # ---- the groups --------------------------------------------------------------------------------
 
 
+def _named(key: str, value: Any) -> None:
+    if not value.strip():
+        raise ConfigError(f"{key}={value!r} names nothing; give a name, or null where there may be none")
+
+
 @dataclass
 class ModelOptions(Options):
-    name: str = MISSING
+    name: Annotated[str, _named] = MISSING
     revision: str | None = None
     dtype: Annotated[str, one_of(*checks.DTYPES)] = "float32"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    reference: str | None = None
+    reference: Annotated[str | None, _named] = None
 
 
 def _modules(key: str, value: Any) -> None:
@@ -120,10 +125,10 @@ class LoraOptions(Options):
 
 @dataclass
 class DataOptions(Options):
-    train: str = MISSING
+    train: Annotated[str, _named] = MISSING
     train_split: str = "train"
     train_limit: Annotated[int | None, at_least_one] = None
-    eval: str | None = None
+    eval: Annotated[str | None, _named] = None
     eval_split: str = "test"
     eval_limit: Annotated[int | None, at_least_one] = None
     prompt_column: str = "prompt"

@@ -1,25 +1,29 @@
 """Prompt data sets: where they come from, and their tokens."""
 
+import glob
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
 from datasets import Dataset, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError, nearest
+from xpo.config.files import matching_files
 from xpo.config.options import DataOptions
 from xpo.data.prompts import Batch, PromptEncoder
-from xpo.models.hub import local_directory
+from xpo.models.hub import local_directory, writable
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = Path(__file__).parent / "assets" / "prompts"
 PromptDataset: TypeAlias = Dataset | IterableDataset
 _OURS = ("prompt", "prompt_ids", "occurrence")
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUILDERS = {"jsonl": "json", "json": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet"}  # of `datasets`
+_READ = "a JSONL, JSON, CSV, TSV or Parquet file, perhaps with .gz behind its name"
 
 
 def load_prompts(key: str, name: str, split: str = "train", column: str = "prompt") -> Dataset:
@@ -55,28 +59,49 @@ def load_rows(key: str, name: str, split: str = "train") -> Dataset:
 
     Args:
         key: the config key that holds `name`, for error messages.
-        name: a JSONL or Parquet file, a local data set directory, or a hub data set.
+        name: a JSONL, CSV, TSV or Parquet file or a pattern for several, a data set directory, or a hub data set.
         split: of a directory or hub data set; for files it is ignored.
 
     Raises:
         ConfigError: no such data, out of reach, or no rows.
     """
-    path = Path(name).expanduser()
-    if path.suffix in _FORMATS:
-        if not path.is_file():
-            raise ConfigError(f"{key}={name!r} does not exist; point it at a JSONL or Parquet file")
-        if path.stat().st_size == 0:
-            raise ConfigError(f"{key}={name!r} is empty; give a file with one row per line")
-        source = {"path": _FORMATS[path.suffix], "data_files": str(path), "split": "train"}
-        failed, remedy = f" cannot be read as {path.suffix[1:]}", "mend the file"
+    files = matching_files(name)
+    if files or _ending(Path(name)) in _BUILDERS:
+        source = _of_files(key, name, files)
+        failed, remedy = f" cannot be read as {_ending(files[0])}", "mend the file"
     else:
-        source = {"path": str(local_directory(key, name, kind="dataset")), "split": split}
+        directory = local_directory(key, name, kind="dataset")
+        for file in directory.iterdir():  # `datasets` would leave it out
+            if file.suffix[1:] not in _BUILDERS and file.suffix[1:].lower() in _BUILDERS:
+                raise ConfigError(f"{key}={name!r} holds {file.name}; rename it: in a directory endings are lower case")
+        source = {"path": str(directory), "split": split}
         failed, remedy = f", split {split!r}", f"correct {key}_split, or give a directory of JSONL or Parquet files"
+    writable(datasets.config.HF_DATASETS_CACHE)
     try:
-        return load_dataset(**source)
+        dataset = load_dataset(**source)
+        dataset.data.validate(full=True)  # that texts are UTF-8
     except Exception as error:  # no such split, no data files, or whatever pyarrow and json raise, wrapped
         reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{key}={name!r}{failed}: {reason}; {remedy}") from error
+    return dataset
+
+
+def _ending(file: Path) -> str:
+    return file.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _of_files(key: str, name: str, files: list[Path]) -> dict[str, Any]:
+    """What load_dataset takes for files of one kind."""
+    if not files:
+        raise ConfigError(f"{key}={name!r} does not exist; point it at {_READ}")
+    ending, *others = {_ending(file) for file in files}
+    if others or ending not in _BUILDERS:
+        raise ConfigError(f"{key}={name!r} is not of one kind that can be read; give {_READ}, or several of one kind")
+    if not any(file.stat().st_size for file in files):
+        raise ConfigError(f"{key}={name!r} is empty; give a file with one row per line")
+    options = {"sep": "\t"} if ending == "tsv" else {}
+    paths = [glob.escape(str(file)) for file in files]
+    return {"path": _BUILDERS[ending], "data_files": paths, "split": "train"} | options
 
 
 def check_prompt(prompt: Any, key: str = "train_dataset") -> None:

@@ -28,7 +28,7 @@ def open_store(key: str, path: Path | str) -> "Store":
     try:
         return Store(path)
     except (OSError, sqlite3.Error) as error:
-        remedy = f"choose another file, or {key}=off"
+        remedy = f"choose another file, {key}=off, or set XPO_STORES"
         raise ConfigError(f"{key}={str(path)!r} cannot be written ({error}); {remedy}") from error
 
 

@@ -9,12 +9,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, check_complete
+from xpo.config.compose import CONF, check_complete, check_words
 from xpo.config.errors import ConfigError
 from xpo.config.schema import InspectSchema, is_group, needs_reward_model
 from xpo.data.pairs import load_pairs
 from xpo.evaluation.inspection import Judged, ask, report, show, write
-from xpo.launch.command import exit_status, print_error
+from xpo.launch.command import exit_status, print_error, speak_to_any_console
 from xpo.launch.groups import build_preference, check_target
 from xpo.launch.processes import exit_statuses
 from xpo.tracking.terminal import quiet
@@ -24,10 +24,12 @@ ConfigStore.instance().store(name="inspect_schema", node=InspectSchema)
 
 def main() -> None:
     """The command line. Exit status 2 for bad input, 1 for a judge that could not go on."""
+    speak_to_any_console()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     quiet()
     exit_statuses.clear()
     try:
+        check_words(sys.argv[1:])
         _composed()
     except Exception as error:
         sys.exit(exit_status(error, InspectSchema))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xpo.config.checks import count, number
 from xpo.config.errors import ConfigError, JudgeStopped
+from xpo.config.secrets import no_secret
 from xpo.data.prompts import Prompt
 from xpo.judges.pairwise import PairwiseJudge
 from xpo.judges.question import TEMPLATE, check_template, question
@@ -97,6 +98,8 @@ class LLMJudge(PairwiseJudge):
             raise ConfigError(f"judge.request={request!r} is not a mapping; give one such as {{top_k: 1}}")
         if ours := sorted(OURS.intersection(request)):
             raise ConfigError(f"judge.request.{ours[0]}={request[ours[0]]!r} is not free to choose; leave it out")
+        if base_url is None:
+            no_secret("OPENAI_BASE_URL", os.environ.get("OPENAI_BASE_URL"))
         if base_url is not None and not _is_http(base_url):
             raise ConfigError(
                 f"judge.base_url={base_url!r} is no address of a server; give one such as http://localhost:8000/v1"

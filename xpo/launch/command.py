@@ -1,11 +1,19 @@
-"""How a command ends that came to nothing: one line, and the exit status. Layer 0: no torch."""
+"""How commands speak, and how one ends that came to nothing: one line, and the exit status. Layer 0: no torch."""
 
+import io
 import sys
 
 from xpo.config.compose import CONF
 from xpo.config.errors import JobFailed
 from xpo.config.explain import explain
 from xpo.config.schema import TrainSchema
+
+
+def speak_to_any_console() -> None:
+    """What the console cannot show is a question mark there: printing never fails a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def exit_status(error: Exception, schema: type = TrainSchema) -> int:

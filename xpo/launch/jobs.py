@@ -8,10 +8,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import checked
+from xpo.config.compose import CONF, checked
 from xpo.config.errors import ConfigError, RunInUse
 from xpo.config.schema import default_of, flatten, may_change, to_dict
 from xpo.tracking.runs import RunRecord, job_key, resolve_resume
+
+_KEPT = ("hydra.searchpath", "hydra.job.env_set")  # of Hydra's own words: what a run reads of them
 
 
 def prepare(
@@ -80,9 +82,15 @@ def prepare(
     return output_dir
 
 
-def repeatable(overrides: Any) -> list[str]:
-    """The overrides that a command needs to compose the same configuration again, of `hydra.overrides`."""
-    return [*overrides.task, *(word for word in overrides.hydra if word.startswith("hydra.searchpath"))]
+def repeatable(hydra_config: Any) -> list[str]:
+    """The words that a command needs to compose the same configuration again."""
+    flags = {"main": "--config-path", "command-line": "--config-dir"}
+    sources = [(flags.get(one.provider), one.path) for one in hydra_config.runtime.config_sources]
+    places = [f"{flag}={path}" for flag, path in sources if flag and path != str(CONF)]
+    if hydra_config.job.config_name != "train":
+        places.append(f"--config-name={hydra_config.job.config_name}")
+    kept = [word for word in hydra_config.overrides.hydra if word.lstrip("+").startswith(_KEPT)]
+    return [*places, *hydra_config.overrides.task, *kept]
 
 
 def compare_with_run(config: dict[str, Any], run_dir: Path) -> bool:
@@ -109,6 +117,6 @@ def run_name(choices: dict[str, str], overrides: list[str]) -> str:
     words = []
     for override in overrides:
         key, equals, value = override.lstrip("+").partition("=")
-        if not key.startswith(("experiment", "tracking", "launch", "hydra", "training.resume")):
+        if not key.startswith(("-", "experiment", "tracking", "launch", "hydra", "training.resume")):
             words.append(key.rpartition(".")[2] + equals + value)
     return " ".join(words) or choices.get("experiment", "run")

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock
 from omegaconf import DictConfig
 
 from xpo.config.compose import checked, without_hydra
@@ -66,7 +67,7 @@ def run(
         run_dir = directory / str(config.hydra.sweep.subdir)
         jobs.append(Job(short_name(point) or "run", point, str(run_dir), job_key(to_dict(schema))))
     sweep = continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
-    Runner(sweep, directory, widest).run(jobs, configs)
+    Runner(sweep, jobs, directory, widest).run(configs)
     return jobs
 
 
@@ -105,8 +106,9 @@ def slots(launch: LaunchOptions) -> list[list[int] | None]:
 class Runner:
     """Runs the jobs of a batch. `config` is that with most processes: the rest of launch, and sweep, are equal."""
 
-    def __init__(self, sweep: Sweep, directory: Path, config: TrainSchema):
+    def __init__(self, sweep: Sweep, jobs: Sequence[Job], directory: Path, config: TrainSchema):
         self.sweep = sweep
+        self.jobs = jobs
         self.directory = directory
         self.launch = config.launch
         self.rerun = config.sweep.rerun
@@ -116,28 +118,31 @@ class Runner:
             self.slots.put(devices)
         self._running: list[JobProcess] = []
         self._writing = threading.Lock()
+        self._lock = FileLock(directory / "sweep.lock")  # against other commands with the same directory
 
-    def run(self, jobs: Sequence[Job], configs: Sequence[DictConfig]) -> None:
+    def run(self, configs: Sequence[DictConfig]) -> None:
         """All jobs that have not finished before, to their end or to a signal."""
-        runs = _runs_by_key([Path("outputs"), Path("multirun"), self.directory])
         to_do: list[tuple[Job, Path]] = []
-        for job, config in zip(jobs, configs, strict=True):
-            try:
-                run_dir = self._prepare(job, config, runs)
-            except RunInUse:
-                job.state, job.reason = ELSEWHERE, f"{job.run_dir} is in use"
-                continue
-            if run_dir is not None:
-                to_do.append((job, run_dir))
-        self.report.announce(jobs, [run_dir for _, run_dir in to_do])
-        self.sweep.write(self.directory)
+        with self._lock:
+            self.sweep.take_in(self.directory, self.jobs)
+            runs = _runs_by_key([Path("outputs"), Path("multirun"), self.directory])
+            for job, config in zip(self.jobs, configs, strict=True):
+                try:
+                    run_dir = self._prepare(job, config, runs)
+                except RunInUse:
+                    job.state, job.reason = ELSEWHERE, f"{job.run_dir} is in use"
+                    continue
+                if run_dir is not None:
+                    to_do.append((job, run_dir))
+            self.sweep.write(self.directory, self.jobs)
+        self.report.announce(self.jobs, [run_dir for _, run_dir in to_do])
         try:
             with passing_on_signals(self._stop), ThreadPoolExecutor(self.launch.jobs) as pool:
                 for future in [pool.submit(self._work, *item, n, len(to_do)) for n, item in enumerate(to_do, start=1)]:
                     future.result()
         finally:
             self._collect()
-        failed = any(job.state not in (DONE, ELSEWHERE) for job in jobs)
+        failed = any(job.state not in (DONE, ELSEWHERE) for job in self.jobs)
         exit_statuses.append(128 + signals[0] if signals else int(failed))
         self.report.summary()
 
@@ -154,7 +159,7 @@ class Runner:
             without_hydra(config),
             run_dir,
             dict(config.hydra.runtime.choices),
-            [*repeatable(config.hydra.overrides), "hydra.mode=RUN"],  # for whoever goes on with this job alone
+            [*repeatable(config.hydra), "hydra.mode=RUN"],  # for whoever goes on with this job alone
             name=job.name,
             tags=self.sweep.tags() | {"mlflow.runColor": COLORS[self.sweep.jobs.index(job) % len(COLORS)]},
             found=(run_dir, resumable_checkpoint(run_dir)) if begun else None,
@@ -188,9 +193,9 @@ class Runner:
         finally:
             self.slots.put(devices)
         job.state, job.reason, job.seconds = outcome.state, outcome.reason, time.monotonic() - started
-        with self._writing:
+        with self._writing, self._lock:
             self.report.say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
-            self.sweep.write(self.directory)
+            self.sweep.write(self.directory, self.jobs)
 
     def _stop(self, number: int) -> None:
         for process in list(self._running):
@@ -198,7 +203,7 @@ class Runner:
 
     def _collect(self) -> None:
         """What the runs left: their metrics and their place in MLflow, where none may seem to run that does not."""
-        for job in self.sweep.jobs:
+        for job in self.jobs:
             run_dir = Path(job.run_dir)
             if not (run_dir / "run.json").exists():
                 continue
@@ -206,10 +211,11 @@ class Runner:
             job.metrics = last_evaluation(run_dir)
             if job.mlflow_run_id and self.sweep.tracking_uri and job.state in ("failed", "killed", "timed out"):
                 mark_ended(self.sweep.tracking_uri, job.mlflow_run_id, "FAILED" if job.state == "failed" else "KILLED")
-        before = [job.mlflow_run_id for job in self.sweep.jobs if job.before and job.mlflow_run_id]
+        before = [job.mlflow_run_id for job in self.jobs if job.before and job.mlflow_run_id]
         if before and self.sweep.tracking_uri:
             set_tags(self.sweep.tracking_uri, before, self.sweep.tags())
-        self.sweep.write(self.directory)
+        with self._lock:
+            self.sweep.write(self.directory, self.jobs)
 
 
 def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:

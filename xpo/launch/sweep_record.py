@@ -56,8 +56,17 @@ class Sweep:
     tracking_uri: str | None
     experiment: str
 
-    def write(self, directory: Path) -> None:
-        """Puts it into `directory`, whole or not at all."""
+    def take_in(self, directory: Path, ours: Sequence[Job]) -> None:
+        """Of all jobs but `ours` an earlier batch, or another command, may have news in the file."""
+        if (directory / "sweep.json").exists():
+            there = json.loads((directory / "sweep.json").read_text())
+            keys = {job.job_key for job in ours}
+            self.jobs = [Job(**job) for job in there["jobs"] if job["job_key"] not in keys] + list(ours)
+            self.keys = list(dict.fromkeys([*there["keys"], *self.keys]))
+
+    def write(self, directory: Path, ours: Sequence[Job]) -> None:
+        """Puts it into `directory`, whole or not at all; the caller holds a lock."""
+        self.take_in(directory, ours)
         write_whole(directory / "sweep.json", json.dumps(asdict(self), indent=1))
 
     def tags(self) -> dict[str, str]:
@@ -79,10 +88,7 @@ def continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSc
     here = directory / "sweep.json"
     ours = {job.job_key for job in jobs}
     if here.exists():  # an earlier batch, or the same command in the same directory
-        before = json.loads(here.read_text())
-        sweep.jobs = [Job(**job) for job in before["jobs"] if job["job_key"] not in ours] + jobs
-        sweep.keys = list(dict.fromkeys([*before["keys"], *keys]))
-        sweep.name = config.sweep.name or before["name"]
+        sweep.name = config.sweep.name or json.loads(here.read_text())["name"]
     elif config.sweep.name is None:
         for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
             before = json.loads(file.read_text())

@@ -23,7 +23,7 @@ from xpo.config.errors import ConfigError, JudgeStopped, RunInUse
 from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.data.pair_file import NAME, export
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
-from xpo.launch.command import print_error
+from xpo.launch.command import print_error, speak_to_any_console
 from xpo.models.devices import keep_freed_memory
 from xpo.tracking import terminal as report
 from xpo.tracking.metrics_log import MetricsLog, evaluations
@@ -36,6 +36,7 @@ from xpo.training.trainer import XPOTrainer
 
 def main() -> None:
     """The command line: `python -m xpo.launch.worker RUN_DIR`."""
+    speak_to_any_console()
     if len(sys.argv) != 2:
         sys.exit("usage: python -m xpo.launch.worker RUN_DIR")
     run_dir = Path(sys.argv[1])

@@ -1,15 +1,30 @@
 """Models and data sets by name: a local directory, or a snapshot of a hub repository. Layer 0."""
 
+import tempfile
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import HfApi, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 
 from xpo.config.errors import ConfigError
 
 # Weights as pickles (*.bin) may run code when they are loaded.
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _TIMEOUT_S = 2  # the hub client asks twice
+
+
+def writable(path: Path | str) -> Path:
+    """Makes a directory for what is kept between runs, if need be; ConfigError if nothing can be written there."""
+    directory = Path(path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be written ({error.strerror}), where data or models are to be kept; "
+            "set HF_HOME, XPO_CACHE and XPO_STORES to directories that can be"
+        ) from error
 
 
 def _hub_answers(name: str, kind: str, revision: str | None) -> bool:
@@ -48,9 +63,14 @@ def local_directory(
     if name and path.is_dir():
         return path
     wanted = _MODEL_FILES + (["*.py"] if with_code else []) if kind == "model" else None
-    remedy = f"point {key} at a local directory, or check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
+    connect = "check the connection (HF_HUB_OFFLINE=1 uses the cache only)"
+    if constants.HF_HUB_OFFLINE:
+        connect = "unset HF_HUB_OFFLINE"
+    remedy = f"point {key} at a local directory, or {connect}"
     try:
         offline = not _hub_answers(name, kind, revision)
+        if not offline:
+            writable(constants.HF_HUB_CACHE)
         path = Path(
             snapshot_download(name, repo_type=kind, revision=revision, allow_patterns=wanted, local_files_only=offline)
         )

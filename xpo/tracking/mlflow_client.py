@@ -11,14 +11,16 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from xpo.config.errors import first_line
+from xpo.config.secrets import no_secret
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+_SQLITE = "sqlite:///"
 _MAX_KEY = 250  # characters of the name of a param or metric
 _REACH_S = 10.0  # how long a server may take to answer for the first time: it may have to wake up
 
@@ -27,14 +29,24 @@ _SHORT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT":
 
 
 def tracking_uri(uri: str | None) -> str:
-    """The tracking server or database: `uri`, $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory."""
+    """The tracking server or database: `uri`, $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db in the working directory.
+
+    ConfigError if it holds a password.
+    """
+    no_secret("tracking.uri" if uri else "MLFLOW_TRACKING_URI", uri or os.environ.get("MLFLOW_TRACKING_URI"))
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    return f"sqlite:///{database(uri)}" if uri.startswith("sqlite:///") else uri
+    if not uri.startswith(_SQLITE):
+        return uri
+    _, question, options = uri.partition("?")
+    path = str(database(uri))
+    for sign in "%?#":  # "%" first; SQLAlchemy decodes them
+        path = path.replace(sign, quote(sign))
+    return f"{_SQLITE}{path}{question}{options}"
 
 
 def database(uri: str) -> Path:
     """The file of a database by its URI."""
-    return Path(uri.removeprefix("sqlite:///")).absolute()
+    return Path(unquote(uri.removeprefix(_SQLITE).partition("?")[0])).absolute()
 
 
 def is_server(uri: str) -> bool:
@@ -60,7 +72,7 @@ def knock(uri: str, seconds: float) -> None:
             pass  # a refusal is an answer
         except MlflowException as error:
             raise ConnectionError(first_line(_first_cause(error))) from error
-    elif uri.startswith("sqlite:///"):
+    elif uri.startswith(_SQLITE):
         file = f"file:{quote(str(database(uri)))}?mode=rw"
         with contextlib.closing(sqlite3.connect(file, timeout=seconds, isolation_level=None, uri=True)) as connection:
             connection.execute("BEGIN IMMEDIATE")

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import shlex
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_PARAM = 6000  # characters of a value that MLflow keeps
+_MAX_REASON = 1000  # characters of what MLflow says; the remedy comes last
 _FLUSH_SECONDS = 2.0
 _KNOCK_S = 3.0  # how long a server or a lock may keep a training step waiting
 _DRAIN_S = 3.0  # how long a training step sends what has piled up
@@ -78,7 +80,7 @@ class MLflowRun:
             self._describe(run, params, tags)
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: the database's driver
             raise ConfigError(
-                f"tracking.uri={self.uri!r} does not answer ({first_line(error)[:200]}); "
+                f"tracking.uri={self.uri!r} does not answer ({first_line(error)[:_MAX_REASON]}); "
                 "correct it, or set tracking=none"
             ) from error
         self.flush()
@@ -90,7 +92,8 @@ class MLflowRun:
             return client, self._experiment(client, experiment, None)
         file = mlflow_client.database(self.uri)
         file.parent.mkdir(parents=True, exist_ok=True)
-        artifacts = file.parent / "mlruns" / experiment
+        # A name such as "/Shared/x" is no path.
+        artifacts = file.parent / "mlruns" / re.sub(r"[^\w .-]", "_", experiment).strip(".")[:100]
         with FileLock(f"{file}.lock"):  # the client itself makes the tables
             client = mlflow_client.make_client(self.uri)
             return client, self._experiment(client, experiment, artifacts.as_uri())
@@ -107,6 +110,11 @@ class MLflowRun:
                 found = client.get_experiment_by_name(name)  # another process was faster
                 if found is None:
                     raise
+        if found.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            raise ConfigError(
+                f"tracking.experiment={name!r} was deleted in MLflow; restore it ({restore}) or give another"
+            )
         return found.experiment_id
 
     def _exists(self, run_id: str) -> bool:
@@ -186,7 +194,7 @@ class MLflowRun:
             failure = self._follower.send(self.client, lambda: mlflow_client.knock(self.uri, _KNOCK_S), seconds)
         if failure is not None:
             if self._reachable:
-                reason = first_line(failure)[:200]
+                reason = first_line(failure)[:_MAX_REASON]
                 logger.warning(
                     "xpo: MLflow does not take what the run logs (%s); it waits in %s", reason, self._run_dir
                 )

@@ -15,7 +15,6 @@ RUN_DIR/
 
 import hashlib
 import json
-import re
 import shlex
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -25,8 +24,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from xpo.config.compose import hydra_value
 from xpo.config.errors import ConfigError
-from xpo.config.files import write_whole
+from xpo.config.files import matching_files, write_whole
 from xpo.config.schema import identity
 from xpo.tracking.metrics_log import evaluations, read_metrics
 
@@ -69,31 +69,21 @@ def in_use(run_dir: Path) -> bool:
         return True
 
 
-def hydra_value(text: str) -> str:
-    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
-    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
-        return text
-    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
-
-
 def job_key(config: dict[str, Any]) -> str:
     """Names what a run computes: a hash of its identity, in which files of prompts count with their content."""
-    contents = (_content(f"data.{part}", config["data"][part]) for part in ("train", "eval"))
-    relevant = identity(config) | {"files": [content for content in contents if content is not None]}
+    data = config["data"]
+    digests = [_digest(f"data.{part}", file) for part in ("train", "eval") for file in matching_files(data[part] or "")]
+    relevant = identity(config) | {"files": digests}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _content(key: str, name: str | None) -> str | None:
-    """A hash of what a file of prompts holds; None for anything else."""
-    file = Path(name or "").expanduser()
-    if not file.is_file():
-        return None
+def _digest(key: str, file: Path) -> str:
+    """A hash of what a file of prompts holds."""
     try:
         stat = file.stat()
         return _file_digest(file, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
-        raise ConfigError(f"{key}={name!r} cannot be read ({error.strerror}); choose another file") from error
+        raise ConfigError(f"{key}={str(file)!r} cannot be read ({error.strerror}); choose another file") from error
 
 
 @cache  # all jobs of a sweep have the same ones
