@@ -59,6 +59,7 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
         deepspeed=deepspeed_config(zero[0]) if zero else None,
         ds3_gather_for_generation="synced" not in words,
         shard_reference="sharded" in words,
+        pairs_file=str(out / "pairs.jsonl"),
     )
     model, lora = tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     if "learned" in words:

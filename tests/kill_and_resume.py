@@ -45,6 +45,7 @@ def trainer(out: Path) -> XPOTrainer:
         save_total_limit=1,
         disable_tqdm=True,
         use_cpu=True,
+        pairs_file=str(out / "pairs.jsonl"),
     )
     return XPOTrainer(
         tiny_model(),

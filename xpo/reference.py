@@ -56,7 +56,8 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
         model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)
     draws = build_reference_draws(args, build_reference(args, model, model), sampler)
     half = torch.bfloat16 if args.bf16 else torch.float16
-    work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(epochs)]
+    rounds = epochs if args.sampler == "reference" else 0
+    work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(rounds)]
     if "eval" in inputs.datasets:
         work.append((EVAL_REFERENCE, 0, collate_prompts(inputs.datasets["eval"])))
     computed, total = 0, sum(len(rows["prompt_ids"]) for _, _, rows in work)

@@ -154,7 +154,7 @@ CASES = [
     case("new key without +", "generation.kwargs.penalty=1", ["'penalty'", "add it with +generation.kwargs.penalty="]),
     case("unknown group", "modle=tiny", ["'modle'", "did you mean 'model'"]),
     case("unknown option", "model=tinny", ["model=tinny", "did you mean 'tiny'", "choose one of llama_3_2_1b, "]),
-    case("no option of a group", "loss=null", ["loss=null", "choose one of ipo, no_exploration, xpo"]),
+    case("no option of a group", "loss=null", ["loss=null", "no_exploration, online_dpo, popo"]),
     case("group twice", "+model=tiny", ["model has a value already", "model=tiny, without the +"]),
     case("unreadable override", "data.train=a=b", ["'data.train=a=b'", "'key=\"a=b\"'"]),
     case("sweep without -m", "loss.alpha=1,2", ["loss.alpha=1,2", "-m"]),

@@ -12,6 +12,8 @@ import torch
 from distributed_run import run
 from safetensors.torch import load_file
 
+from xpo.data.pair_file import read_pairs
+
 HERE = Path(__file__).parents[1]
 
 
@@ -56,6 +58,15 @@ def assert_same_weights(first: Path, second: Path) -> None:
         torch.testing.assert_close(values, two[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def assert_same_pairs(first: Path, second: Path) -> None:
+    """In the same order, whichever process drew them."""
+    one, two = (list(read_pairs(out / "pairs.jsonl")) for out in (first, second))
+    for a, b in zip(one, two, strict=True):
+        assert a["reference_logps"] == pytest.approx(b.pop("reference_logps"), abs=1e-4)
+        assert {name: value for name, value in a.items() if name in b} == b
+    assert len(one) == 64
+
+
 ENGINES = {
     "ddp": ("DistributedDataParallel", "AcceleratedOptimizer"),
     "zero1": ("DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
@@ -82,6 +93,7 @@ def test_two_processes_equal_one(one: tuple[str, Path, dict[str, Any]], tmp_path
     assert (two["engine"], two["optimizer"]) == ENGINES[words.split()[0]]
     assert_same(logs, two)
     assert_same_weights(out, tmp_path / "two")
+    assert_same_pairs(out, tmp_path / "two")
     checkpoint = tmp_path / "two" / "model" / "checkpoint-4"
     assert (checkpoint / "xpo_state_1.json").is_file()
     if words in ("zero2", "zero3"):
@@ -92,3 +104,4 @@ def test_two_processes_equal_one(one: tuple[str, Path, dict[str, Any]], tmp_path
         assert resumed["logs"] == two["logs"]
         assert resumed["evaluation"] == two["evaluation"]
         assert_same_weights(out, tmp_path / "two")
+        assert_same_pairs(out, tmp_path / "two")

@@ -56,6 +56,9 @@ def test_a_killed_run_resumes_to_the_same_end(runs: Path, moment: str):
     whole, resumed = (torch.load(runs / name / "result.pt") for name in ("whole", moment))
     assert whole["logs"] == resumed["logs"]
     assert len(whole["logs"]) == 4
+    pairs = [(runs / name / "pairs.jsonl").read_text() for name in ("whole", moment)]
+    assert pairs[0] == pairs[1]
+    assert pairs[0].count("\n") == 32
     for name, weights in whole["weights"].items():
         assert torch.equal(weights, resumed["weights"][name]), name
 

@@ -137,12 +137,18 @@ class DataOptions(Options):
     chat_template_kwargs: Annotated[dict[str, Any], Argument("chat_template_kwargs")] = field(default_factory=dict)
 
 
+BONUSES = ("none", "xpo", "selm", "popo", "vpo", "geb_p", "geb_inverse", "geb_arctanh")
+
+
 @dataclass
 class LossOptions(Options):
     ARE_ARGUMENTS = True
     alpha: Annotated[Any, partial(checks.per_epoch, minimum=0)] = 1e-5
     beta: Annotated[Any, partial(checks.per_epoch, above=0)] = 0.1
-    loss_type: Annotated[str, one_of("sigmoid", "ipo")] = "sigmoid"
+    loss_type: Annotated[str, one_of("sigmoid", "ipo", "hellinger", "forward_kl")] = "sigmoid"
+    bonus: Annotated[str, one_of(*BONUSES), Role.ADDED] = "xpo"
+    bonus_on: Annotated[str | None, one_of("first", "second", "rejected"), Role.ADDED] = None
+    bonus_clip: Annotated[float | None, positive, Role.ADDED] = None
     missing_eos_penalty: Annotated[float | None, positive] = None
 
 
@@ -166,6 +172,11 @@ class SamplingOptions(Options):
     top_k: Annotated[int, whole] = 0
     min_p: Annotated[float | None, checks.fraction] = None
     repetition_penalty: Annotated[float, positive] = 1.0
+
+
+@dataclass
+class SamplerOptions(Options):
+    second: Annotated[str, one_of("reference", "policy"), Role.ADDED, Argument("sampler")] = "reference"
 
 
 @dataclass

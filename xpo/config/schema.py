@@ -3,7 +3,7 @@
 A value of the wrong type or out of range raises ConfigError before anything is loaded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from omegaconf import MISSING
 from xpo.config import checks
 from xpo.config import options as groups
 from xpo.config.errors import ConfigError
-from xpo.config.options import Options, PreferenceOptions, Role, SamplingOptions, is_group, keys
+from xpo.config.options import LossOptions, Options, PreferenceOptions, Role, SamplingOptions, is_group, keys
 
 REWARD_JUDGE = "xpo.judges.RewardJudge"
 # Arguments of judges that say how they are asked, not what they answer.
@@ -30,6 +30,7 @@ class TrainSchema:
     data: groups.DataOptions = field(default_factory=groups.DataOptions)
     preference: groups.PreferenceOptions = field(default_factory=groups.PreferenceOptions)
     loss: groups.LossOptions = field(default_factory=groups.LossOptions)
+    sampler: groups.SamplerOptions = field(default_factory=groups.SamplerOptions)
     generation: groups.GenerationOptions = field(default_factory=groups.GenerationOptions)
     evaluation: groups.EvaluationOptions = field(default_factory=groups.EvaluationOptions)
     reference: groups.ReferenceOptions = field(default_factory=groups.ReferenceOptions)
@@ -46,6 +47,7 @@ class TrainSchema:
         check_reward_model(self.judge, self.reward_model)
         own_scores = self.judge["_target_"] == REWARD_JUDGE and "reward_model" not in self.judge
         check_scaling(self.preference, own_scores)
+        check_bonus(self.loss)
         check_lengths(self.generation)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
@@ -140,6 +142,15 @@ def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
         raise ConfigError(
             f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
             f"raise {length} or lower {new}"
+        )
+
+
+def check_bonus(options: LossOptions, spelled: Spelling = dotted) -> None:
+    """A weight needs a bonus that it is the weight of."""
+    if options.bonus == "none" and any(options.alpha if isinstance(options.alpha, Sequence) else [options.alpha]):
+        alpha, bonus = spelled("loss.alpha"), spelled("loss.bonus")
+        raise ConfigError(
+            f"{alpha}={options.alpha!r} has no effect with {bonus}=none; set {alpha}=0, or choose a bonus"
         )
 
 

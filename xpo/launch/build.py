@@ -10,6 +10,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.schema import TrainSchema, trainer_arguments
+from xpo.data.pair_file import NAME
 from xpo.data.prompt_sets import load_prompts
 from xpo.launch.groups import build_group, build_preference, check_target
 from xpo.models.checks import HAS_ADAPTERS
@@ -41,6 +42,7 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
     try:
         args = XPOConfig(
             output_dir=str(run_dir / "model"),
+            pairs_file=str(run_dir / NAME),
             **dict(trainer_arguments(config)),
             **{"log_level": "error"} | config.training.kwargs,
         )

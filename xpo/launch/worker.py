@@ -21,6 +21,7 @@ from transformers import ProgressCallback
 
 from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, first_line, printable
 from xpo.config.schema import TrainSchema, flatten, to_dict
+from xpo.data.pair_file import NAME, export
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error, speak_to_any_console
 from xpo.models.devices import keep_freed_memory
@@ -233,6 +234,7 @@ def _finish(
     """Model card, final metrics, and the last lines on the terminal."""
     history, run_dir = trainer.state.log_history, log.path.parent
     trainer.create_model_card()
+    export([run_dir / NAME], run_dir / "pairs.parquet")
     last = evaluations(history)[-1] if evaluations(history) else {}
     final = {name.removeprefix("eval_"): value for name, value in last.items() if name != "step"}
     final |= {name.removeprefix("loss."): value for name, value in _log10(config).items()}
@@ -249,6 +251,7 @@ def _finish(
         drop_training_state(run_dir)
     report.show_completions(trainer.evaluator.records, config.evaluation.show)
     report.show_table(history)
+    report.show_exploration(history, config.loss.alpha)
     report.show_where(run_dir, mlflow_run.ui_command() if mlflow_run else None)
 
 

@@ -74,6 +74,11 @@ def pair_metrics(
     }
 
 
+def bonus_share(preference: Tensor, bonus: Tensor) -> dict[str, Mean]:
+    """How strongly the bonus pulls at log pi, over how strongly the preference loss does; see `gradient_sizes`."""
+    return {"exploration/bonus_share": Mean(bonus.double().sum().item(), preference.double().sum().item())}
+
+
 def preference_metrics(margin: Tensor, label: Tensor, flipped: Tensor) -> dict[str, Mean]:
     """The judge's verdicts on the policy's completions: shares of all pairs, from margins (B,).
 

@@ -21,6 +21,7 @@ POINTS_AT_ONCE = 500  # in a request
 # What of a run directory are artifacts, and in which folder.
 ARTIFACTS = {
     "config.yaml": None,
+    "pairs.parquet": None,
     "completions/step_*.json": "completions",
     f"completions/{TABLE_NAME}": None,
     "profile/*.json.gz": None,

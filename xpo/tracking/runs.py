@@ -7,6 +7,7 @@ RUN_DIR/
   completions/           one file per evaluation
   model/                 the final model with its card, and checkpoint-N/ beside it
   metrics.jsonl          everything that was logged, as it was logged
+  pairs.jsonl            every labelled pair, as it was drawn; at the end pairs.parquet, a preference data set
   output.log             what the job of a sweep printed, if several ran at once
   failure.json           why it failed
   mlflow.json            where MLflow has the run; what it lacks is sent by: python -m xpo.track replay

@@ -3,6 +3,7 @@
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def show_table(history: list[dict[str, Any]]) -> None:
         values = (last.get(f"eval_ref_{name}"), first.get(f"eval_{name}"), last.get(f"eval_{name}"))
         table.add_row(name, *("" if value is None else f"{value:.3f}" for value in values))
     Console().print(table)
+
+
+def show_exploration(history: list[dict[str, Any]], alpha: Any) -> None:
+    """A line on what the bonus did in training, if there is one."""
+    shares = [entry["exploration/bonus_share"] for entry in history if "exploration/bonus_share" in entry]
+    if not shares or not any(alpha if isinstance(alpha, Sequence) else [alpha]):
+        return
+    share = sum(shares) / len(shares)
+    if share == 0:
+        print("The bonus had no gradient at all: what it is a function of underflows, or it is switched off.")
+    else:
+        print(f"The bonus had {100 * share / (1 + share):.2g} % of the gradient (exploration/bonus_share).")
 
 
 def show_where(run_dir: Path, ui: str | None) -> None:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from xpo.config import options
 from xpo.config.errors import ConfigError
-from xpo.config.schema import GROUPS, as_argument, check_deepspeed, check_lengths
+from xpo.config.schema import GROUPS, as_argument, check_bonus, check_deepspeed, check_lengths
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
 from xpo.sampling.sampler import check_generation_kwargs
@@ -35,7 +35,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     Args:
         alpha: weight of the exploration bonus; a list gives one value per epoch, the last one for the rest.
         beta: strength of the KL regularisation (for loss_type "ipo": tau); a list as for alpha.
-        loss_type: "sigmoid" (DPO) or "ipo".
+        loss_type: "sigmoid" (DPO), "ipo", "hellinger" or "forward_kl"; see `xpo.objectives.losses`.
+        bonus: "xpo", another one of `xpo.objectives.bonuses`, or "none".
+        bonus_on: the completion that the bonus is on: "first", "second" or "rejected"; None: its paper's.
+        bonus_clip: nats of log pi/pi_ref beyond which the bonus no longer grows; None for no limit.
+        sampler: who draws the second completion: "reference", or "policy", as in online DPO.
         missing_eos_penalty: subtracted from the score of a completion without an EOS token; None for nothing.
         labels: "hard", the likelier winner has won; "soft", the loss weighs both directions by
             sigmoid(margin / label_temperature); "sampled", the winner is drawn with that probability.
@@ -70,6 +74,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
             from it; False fetches it layer by layer, token after token: slower, in less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
+        pairs_file: keeps every labelled pair of the run, for `xpo.data.pair_file.export`; None keeps none.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
         trust_remote_code: allow models that bring their own code; no field, as TRL's ModelConfig has one of this name.
@@ -96,6 +101,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     # Of the groups of conf/. list[float] is what HfArgumentParser can read; a single number is welcome too.
     alpha: list[float] = field(default_factory=lambda: [options.LossOptions.alpha])
     beta: list[float] = field(default_factory=lambda: [options.LossOptions.beta])
+    sampler: str = options.SamplerOptions.second
     prompt_overflow: str = options.DataOptions.prompt_overflow
     special_tokens: str = options.DataOptions.special_tokens
     chat_template_kwargs: dict[str, Any] | str | None = None
@@ -110,6 +116,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     shard_reference: bool = options.DeepspeedOptions.shard_reference
 
     # of the library only
+    pairs_file: str | None = None
     disable_dropout: bool = True
     model_init_kwargs: dict[str, Any] | str | None = None
     trust_remote_code: InitVar[bool] = False
@@ -159,6 +166,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                 if key.argument is not None:
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
+        check_bonus(self, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.

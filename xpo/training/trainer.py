@@ -17,15 +17,16 @@ from xpo.judges.labelling import Labelled, Labeller
 from xpo.models.forward import eval_mode
 from xpo.models.zero import check_engine, is_divided
 from xpo.objectives.labels import Labels
-from xpo.objectives.losses import xpo_loss
+from xpo.objectives.losses import gradient_sizes, xpo_loss
 from xpo.rewards import RewardModel
 from xpo.sampling.completions import PairBatch, micro_batches, take_pairs, token_batches
 from xpo.sampling.noise import LABEL, sampling_noise
 from xpo.sampling.pairs import PairSampler, StepPrompts
-from xpo.tracking.metrics import Meter, mean_of, pair_metrics, rollout_metrics
+from xpo.tracking.metrics import Meter, bonus_share, mean_of, pair_metrics, rollout_metrics
 from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
+from xpo.training.keep_pairs import KeepPairs
 from xpo.training.prompt_queue import MicroBatch, PromptQueue
 
 
@@ -35,13 +36,13 @@ class XPOTrainer(ResumableTrainer):
     For each optimizer step::
 
         prompts      B prompts of the whole step, all micro-batches at once    prompt_queue
-        sample       first ~ policy, second ~ reference                        sample_pairs
+        sample       first ~ policy, second ~ reference, or the policy too     sample_pairs
         label        first or second wins, tie, invalid                        labeller
         reference    log pi_ref(first), log pi_ref(second)                     reference
         for each micro-batch:
             forward  log pi(first), log pi(second)                             policy_forward
-            loss     preference_loss(beta * difference of log-ratios)          xpo_loss
-                     + alpha * log pi(second)
+            loss     preference loss of beta * difference of log-ratios        xpo_loss
+                     + bonus, XPO's is alpha * log pi(second)
             backward
         optimizer step, metrics                                                meter
 
@@ -65,8 +66,7 @@ class XPOTrainer(ResumableTrainer):
         peft_config: trains adapters instead of the whole model.
         scorers: independent reward models for evaluation, by metric name. Training never sees them.
         callbacks, optimizers: as in `transformers.Trainer`.
-        reward_funcs, reward_processing_classes: TRL's names of `reward_model` and `reward_processing_class`.
-        data_collator, compute_metrics, preprocess_logits_for_metrics: None, as in TRL's scripts.
+        reward_funcs, reward_processing_classes: TRL's names of the above. The last three are None in TRL's scripts.
 
     Raises:
         ConfigError: what a user can mend, in one line.
@@ -107,8 +107,8 @@ class XPOTrainer(ResumableTrainer):
         reader = reward_processing_class or reward_processing_classes
         judge, reward_model = setup.who_judges(judge, reward_model, reader, args, model, processing_class)
         model, ref_model, tokenizer = setup.prepare_models(model, ref_model, processing_class, peft_config, args)
-        readers = [judge, reward_model, *(scorers or {}).values()]
-        self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, readers)
+        self.keep_pairs = KeepPairs(args)
+        self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, [judge, reward_model, *(scorers or {}).values()])
         train, held_out = self.tokenize(train_dataset, "train_dataset"), self.tokenize(eval_dataset, "eval_dataset")
         setup.check_batches(args, train)
         self.reference = setup.build_reference(args, model, ref_model, lambda: self.zero3_engine)
@@ -119,15 +119,16 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self.keep_pairs],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
         self.policy_forward, self.reference_forward = setup.build_forwards(args, self.model, self.reference)
         sampler = setup.build_sampler(args, model, tokenizer)
         self.draws = setup.build_reference_draws(args, self.reference, sampler)
-        self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None)
-        self.sample_pairs = PairSampler(sampler, self.draws, args.seed, args.device, args.ds3_gather_for_generation)
+        self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None and args.sampler == "reference")
+        gather = args.ds3_gather_for_generation
+        self.sample_pairs = PairSampler(sampler, self.draws, args.sampler, args.seed, args.device, gather)
         self.labeller = Labeller(judge, reward_model, args, args.missing_eos_penalty, self.sum_over_ranks)
         self.meter = Meter()
         self.evaluator = Evaluator(
@@ -137,7 +138,7 @@ class XPOTrainer(ResumableTrainer):
             Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold)),
             scorers or {},
             args.eval_greedy,
-            args.ds3_gather_for_generation,
+            gather,
             args.shard_reference,
         )
         setup.check_metric(args, held_out, self.evaluator.measures)
@@ -160,16 +161,16 @@ class XPOTrainer(ResumableTrainer):
         if self.is_deepspeed_enabled:
             check_engine(self.model_wrapped, self.args.deepspeed_plugin.deepspeed_config, self.args.world_size)
         with self.meter.timed("rollout"), self.accelerator.autocast():
-            number, epoch = self.state.global_step, int(self.state.epoch or 0)
-            pairs, fresh = self.sample_pairs(self.model, self.zero3_engine, step, number, epoch)
+            when = self.state.global_step, int(self.state.epoch or 0)
+            pairs, fresh = self.sample_pairs(self.model, self.zero3_engine, step, *when)
         with self.meter.timed("preference"):
             labelled = self._label(step, pairs)
         with self.meter.timed("reference"):
             reference_logps = self._reference_logps(pairs)
         self.meter.step(tokens=int(pairs.first.mask.sum() + pairs.second.mask.sum()))
-        self.meter.add(rollout_metrics(pairs, labelled, self.accelerator))
-        if self.draws.store is not None:
-            self.meter.add({"perf/reference_hit_rate": mean_of((~fresh).float())})
+        hits = {"perf/reference_hit_rate": mean_of((~fresh).float())}
+        self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
+        self.keep_pairs(step, pairs, labelled, reference_logps, self.state)
         known = {"reference_logps": reference_logps} | labelled.labels._asdict()
         count = self.accelerator.reduce(torch.tensor(sum(step.sizes), device=device), "sum")
         return micro_batches(pairs, known, step.sizes), count
@@ -217,8 +218,9 @@ class XPOTrainer(ResumableTrainer):
         alpha, beta = self.alpha, self.beta
         policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
         labels = Labels(inputs["label"], inputs["win_probability"])
-        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args.loss_type)
+        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args)
         self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo))
+        self.meter.add(bonus_share(*gradient_sizes(policy_logps, reference_logps, labels, alpha, beta, self.args)))
         self.meter.last |= {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
         return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch

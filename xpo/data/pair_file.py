@@ -1,0 +1,145 @@
+"""RUN_DIR/pairs.jsonl: every labelled pair of a run, a JSON line each; and the preference data set that they are."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from xpo.config.errors import ConfigError
+from xpo.data.prompts import as_message
+
+logger = logging.getLogger(__name__)
+
+NAME = "pairs.jsonl"
+_STEP = re.compile(rb'\{"step": (\d+),')  # what each line begins with
+_AT_ONCE = 1000  # rows in memory
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_COMPLETION = ("by", "tokens", "score", "reference_logps")  # what is kept of each of the two
+
+
+class PairFile:
+    """Appends pairs to a file. What a full disk refuses waits in memory.
+
+    Args:
+        path: of the file, which may hold the pairs of an earlier process; see `restore`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting: list[bytes] = []
+        self._end = 0  # of the last whole line
+        self._warned = False
+
+    def restore(self, step: int) -> None:
+        """Drops the pairs of later optimizer steps than this one, and what a kill has torn."""
+        self._waiting, self._end = [], 0
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                for line in file:
+                    begins = _STEP.match(line)
+                    if begins is None or int(begins[1]) > step or not line.endswith(b"\n"):
+                        break
+                    self._end += len(line)
+        self.sync()
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Adds pairs, each with its "step" first."""
+        self._waiting += [json.dumps(row).encode() + b"\n" for row in rows]
+        self._write()
+
+    def sync(self) -> None:
+        """Brings the file to the disk."""
+        self._write(durable=True)
+
+    def _write(self, durable: bool = False) -> None:
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(self._end)
+                while self._waiting:
+                    file.write(self._waiting[0])
+                    file.flush()
+                    self._end += len(self._waiting.pop(0))
+                if durable:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            if not self._warned:
+                logger.warning("xpo: %s cannot be written (%s); its pairs wait in memory", self.path, error.strerror)
+            self._warned = True
+
+
+def read_pairs(path: Path) -> Iterator[dict[str, Any]]:
+    """The pairs in a file, in order; a torn last line is left out."""
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def export(files: Sequence[Path], out: Path) -> tuple[int, int]:
+    """Writes the pairs with a winner as a preference data set, in TRL's format: prompt, chosen, rejected.
+
+    Beside these: run (its directory's name), step, epoch, margin, and of both completions who drew them, tokens, score
+    and log pi_ref. If any prompt is conversational, all are lists of messages.
+
+    Args:
+        files: of `PairFile`, in the directories of their runs.
+        out: a Parquet file.
+
+    Returns:
+        How many pairs were written, and how many have no winner.
+    """
+    chat = any(isinstance(row["prompt"], list) for path in files for row in read_pairs(path))
+    text = _MESSAGES if chat else pa.string()
+    fields = [("prompt", text), ("chosen", text), ("rejected", text), ("run", pa.string()), ("step", pa.int64())]
+    fields += [("epoch", pa.int64()), ("margin", pa.float64())]
+    for name in ("chosen", "rejected"):
+        types = (pa.string(), pa.list_(pa.int32()), pa.float64(), pa.float64())
+        fields += [(f"{name}_{part}", kind) for part, kind in zip(_COMPLETION, types, strict=True)]
+    schema, counts = pa.schema(fields), [0, 0]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for path in files:
+            for pair in read_pairs(path):
+                counts[pair["label"] == 0] += 1
+                if pair["label"]:
+                    yield _preference(pair, chat) | {"run": path.absolute().parent.name}
+
+    source = rows()
+    with pq.ParquetWriter(out, schema) as writer:
+        while part := list(islice(source, _AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(part, schema))
+    return counts[0], counts[1]
+
+
+def _preference(pair: dict[str, Any], chat: bool) -> dict[str, Any]:
+    prompt, winner = pair["prompt"], int(pair["label"] < 0)
+    if chat and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    begun = (
+        prompt[:-1] if chat and prompt[-1]["role"] == "assistant" else prompt
+    )  # the answer goes on with that message
+    row = {"prompt": begun} | {name: pair[name] for name in ("step", "epoch")}
+    row["margin"] = abs(pair["margin"])
+    for name, index in (("chosen", winner), ("rejected", 1 - winner)):
+        answer = pair["completions"][index]
+        row[name] = [as_message(prompt, answer)] if chat else answer
+        row |= {f"{name}_{part}": pair[part][index] for part in _COMPLETION}
+    return row
+
+
+def pair_files(names: Sequence[Path]) -> list[Path]:
+    """The files of runs, and of the runs of sweeps; ConfigError where there is none."""
+    found: list[Path] = []
+    for name in names:
+        files = [name / NAME] if (name / NAME).is_file() else sorted(name.glob(f"*/{NAME}"))
+        if not files:
+            raise ConfigError(f"RUN_OR_SWEEP={str(name)!r} holds no {NAME}; give outputs/DATE/TIME, or that of a sweep")
+        found += files
+    return found
