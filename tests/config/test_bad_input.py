@@ -521,7 +521,7 @@ def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.Monk
     assert "model.name='a/b'" in result.stderr[0]
     assert "out of reach" in result.stderr[0]
     assert result.status == 2
-    assert result.seconds < SECONDS
+    assert result.seconds < 2 * SECONDS  # twice two of them are the client's; without our own limit it would be 24
 
 
 def test_a_run_directory_in_which_a_run_is_at_work(run: Run, tmp_path: Path):

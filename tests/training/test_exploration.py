@@ -168,9 +168,7 @@ def test_the_pairs_of_a_run_are_kept(make_trainer: TrainerFactory, tmp_path: Pat
 
 def test_a_weight_without_a_bonus_is_refused(tmp_path: Path) -> None:
     """A sweep over it would be flat."""
-    with pytest.raises(
-        ConfigError, match=r"alpha=\[0.1\] has no effect with bonus=none; set alpha=0, or choose"
-    ):
+    with pytest.raises(ConfigError, match=r"alpha=\[0.1\] has no effect with bonus=none; set alpha=0, or choose"):
         XPOConfig(output_dir=str(tmp_path), use_cpu=True, bonus="none", alpha=[0.1])
     with pytest.raises(ConfigError, match=r"loss.alpha=0.1 has no effect with loss.bonus=none; set loss.alpha=0, or"):
         checked(compose(["experiment=smoke", "loss=online_dpo", "loss.alpha=0.1"])[0])

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
-import pyarrow
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -240,7 +239,7 @@ def prompt_tokenizer(
         if isinstance(dataset, list):
             try:
                 dataset = Dataset.from_list(dataset)
-            except (pyarrow.ArrowException, ValueError, TypeError, AttributeError) as error:  # rows of several kinds
+            except Exception as error:  # whatever pyarrow raises for rows of several kinds
                 raise ConfigError(f"{key} is a list that is no table ({first_line(error)}); give rows alike") from error
         if "prompt_ids" not in (dataset.column_names or ()):  # a mapped stream does not know its columns
             room, template = args.max_length - args.max_new_tokens, dictionary(args.chat_template_kwargs)
