@@ -872,3 +872,21 @@ def test_every_swept_key_is_a_parameter(alpha: str, shown: str, tmp_path: Path):
     params = MlflowClient(run.uri).get_run(run.run_id).data.params
     assert (params["loss.log10_alpha"], params["loss.missing_eos_penalty"]) == (shown, "null")
     assert "model.revision" not in params  # null, and not swept
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_judge_that_exits_ends_the_run_as_an_error_does(status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not as a run that was asked to stop, and not with the status of one that came to its end."""
+    from xpo.launch import worker
+
+    def leave(*_: Any) -> int:
+        sys.exit(status)
+
+    monkeypatch.setattr(worker, "_run", leave)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert worker.run(checked(compose(["experiment=smoke"])[0]), tmp_path) == 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert json.loads((tmp_path / "failure.json").read_text())["reason"] == f"SystemExit: {status}"

@@ -69,7 +69,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
             if isinstance(error, JudgeStopped):
                 print(f"xpo: continue with: {RunRecord.read(run_dir).command(run_dir)}", file=sys.stderr)
         return status
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a judge may call sys.exit
         _failed(tracked, traceback.format_exc())
         lacks = "room on the disk" if is_full_disk(error) else "memory" if _is_out_of_memory(error) else None
         if lacks is not None:
