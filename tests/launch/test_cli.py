@@ -51,6 +51,7 @@ OWN_METRICS = {
     "preference/tie_rate",
     "preference/invalid_rate",
     "exploration/ref_ratio",
+    "exploration/bonus_share",
     "completions/length",
     "completions/distinct_2",
     "perf/rollout_s",
@@ -192,6 +193,8 @@ def test_the_run_directory_says_what_was_done(finished: Ended):
         "run.json",
         "run.lock",
         "metrics.jsonl",
+        "pairs.jsonl",
+        "pairs.parquet",
         "mlflow.json",
         "completions",
         "model",
@@ -249,6 +252,7 @@ def test_mlflow_knows_what_was_run(finished: Ended):
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
     assert stored == {
         "config.yaml",
+        "pairs.parquet",
         "eval_completions.json",
         "completions/step_000000.json",
         f"completions/step_{STEPS:06d}.json",

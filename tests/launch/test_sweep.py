@@ -62,7 +62,7 @@ def finish(job: Fake) -> Outcome:
 # Another command, whose jobs are fakes too.
 SECOND = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(place) for place in Path(__file__).parents[:2]]!r}
 from test_sweep import Fake, finish, launch, sweep, train
 sweep.JobProcess, Fake.act, Fake.started = Fake, finish, []
 train.main()

@@ -696,8 +696,8 @@ def test_mlflow_reads_the_completions_of_all_evaluations_as_one_table(
     trainer.train()
     table = run.client.load_table(run.experiment_id, TABLE_NAME, run_ids=[run.run_id])
     assert list(table.columns) == ["prompt", "completion", "reference", "verdict", "score", "ref_score", "step"]
-    assert table["step"].tolist() == [1, 1, 1, 2, 2, 2]
-    assert table["completion"].tolist()[3:] == [record["completion"] for record in trainer.evaluator.records]
+    assert table["step"].tolist() == [2, 2, 2, 1, 1, 1]
+    assert table["completion"].tolist()[:3] == [record["completion"] for record in trainer.evaluator.records]
     assert set(table["verdict"]) <= {"policy", "reference", "none"}
     assert stored(run).data.tags[TABLE_TAG] == TABLE_TAG_VALUE
     assert json.loads(TABLE_TAG_VALUE) == [{"path": "eval_completions.json", "type": "table"}]

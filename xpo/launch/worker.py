@@ -91,7 +91,7 @@ def run(config: TrainSchema, run_dir: Path) -> int:
             pid.unlink()
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     words = ("can't allocate memory", "annot allocate memory")  # of torch's allocator, of the system
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in words)
 

@@ -184,7 +184,7 @@ def _read_state(checkpoint: str | Path, rank: int) -> dict[str, Any] | None:
 _NO_ROOM = ("No space left", "quota exceeded", "File too large", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
-def is_full_disk(error: Exception) -> bool:
+def is_full_disk(error: BaseException) -> bool:
     """Whether an error says that a disk, or what this user may have of it, is full."""
     no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return no_room or any(words in str(error) for words in _NO_ROOM)
