@@ -173,6 +173,16 @@ def test_one_seed_has_an_interval_for_its_win_rate_only() -> None:
     assert math.isnan(kl.low)
 
 
+def test_an_interval_of_a_share_stays_within_its_ends() -> None:
+    """0.25 and 0.75: s / sqrt(2) = 0.25, times t(0.975, 1) = 12.7 is 3.18; a score may be that far away, a rate not."""
+    names = ("eval/eos_rate", "eval/score")
+    runs = [Run("r", "finished", history={name: [(4, value)] for name in names}) for value in (0.25, 0.75)]
+    rate, score = (estimate(runs, name) for name in names)
+    assert rate == (0.5, 0.0, 1.0, 2, "seeds")
+    assert score is not None
+    assert (score.low, score.high) == (pytest.approx(-2.6766, abs=1e-3), pytest.approx(3.6766, abs=1e-3))
+
+
 def test_effects_of_a_two_by_two() -> None:
     """Cells 1, 2 | 3, 8: means of a are 1.5 and 5.5, of b 2 and 5; t(0.975, 1) = 12.7062, s of 1 and 2 is 0.7071."""
     runs = [run_with(v, a=a, b=b) for (a, b), v in {(0, 0): 1.0, (0, 1): 2.0, (1, 0): 3.0, (1, 1): 8.0}.items()]
@@ -363,12 +373,12 @@ def test_runs_whose_completions_are_lost_do_not_stand_in_the_way(tmp_path: Path)
 
 
 def test_the_table(tracked: tuple[Path, str]) -> None:
-    """Win rates at (1e-5, 0.05) are 7/8 in both seeds, at (0, 0.05) 4/8 and 3/8: +- 12.7062 / 16."""
+    """Win rates at (1e-5, 0.05) are 7/8 in both seeds, at (0, 0.05) 4/8 and 3/8: +- 0.794, all of 0 to 1."""
     comparison = compare(from_directory(tracked[0]))
     header, body = cells(comparison)
     assert header == [*KEYS, "runs", "win rate", "score", "KL (nats)", "EOS rate", "length (tokens)"]
     assert body[0][:5] == ["1e-05", "0.05", "2", "0.875 ± 0.000", "0.450 ± 0.000"]
-    assert body[2][:4] == ["0", "0.05", "2", "0.438 ± 0.794"]
+    assert body[2][:4] == ["0", "0.05", "2", "0.438 ± 0.500"]
     first = as_csv(comparison).splitlines()[1]
     assert first.startswith("1e-05,0.05,2,0.875,0.875,0.875,")
     assert "0.75" in first

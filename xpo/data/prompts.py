@@ -104,8 +104,8 @@ class PromptEncoder:
 
     def has_special(self, prompt: Prompt) -> bool:
         """Whether anything in a prompt reads like a special token."""
-        texts = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
-        return any(self.pattern.search(text) for text in texts)
+        texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+        return any(self.pattern.search(text) for text in texts if isinstance(text, str))
 
     def __call__(self, prompt: Prompt, completion: str | None = None) -> list[int]:
         if isinstance(prompt, str):
@@ -117,16 +117,16 @@ class PromptEncoder:
             )
         hidden: dict[str, str] = {}  # what reads like a special token, by what stands for it in the template
 
-        def hide(text: str) -> str:
+        def hide(text: Any) -> Any:
             def name(found: re.Match[str]) -> str:
                 hidden[sign := f"\ue000{len(hidden)}\ue001"] = found[0]
                 return sign
 
-            return self.pattern.sub(name, text)
+            return self.pattern.sub(name, text) if isinstance(text, str) else text
 
         if self.as_text and (self.has_special(prompt) or self.pattern.search(completion or "")):
-            prompt = [message | {"content": hide(message["content"] or "")} for message in prompt]
-            completion = None if completion is None else hide(completion)
+            prompt = [{key: hide(text) for key, text in message.items()} for message in prompt]
+            completion = hide(completion)
         text = render(self.tokenizer, prompt, completion, **self.template_kwargs)
         parts = re.split(f"({'|'.join(hidden)})", text) if hidden else [text]
         return [token for part in parts for token in self._ids(hidden.get(part, part), part in hidden)]

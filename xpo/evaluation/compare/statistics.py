@@ -155,7 +155,10 @@ def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
     n, value = len(values), fmean(values)
     if n > 1:
         half = student.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-        return Estimate(value, value - half, value + half, n, "seeds")
+        low, high = value - half, value + half
+        if metric.endswith("_rate"):  # Student's t does not know that shares end at 0 and 1
+            low, high = max(low, 0.0), min(high, 1.0)
+        return Estimate(value, low, high, n, "seeds")
     if metric == WIN_RATE and having[0].completions:
         wins = share(torch.tensor([row["verdict"] == "policy" for row in having[0].completions]))
         return Estimate(value, wins.low, wins.high, 1, "prompts")
