@@ -9,6 +9,7 @@ from datasets import load_dataset
 
 from xpo.config.errors import ConfigError
 from xpo.data.pair_file import PairFile, export, pair_files, read_pairs
+from xpo.data.pairs import load_pairs
 
 USER = [{"role": "user", "content": "Why?"}]
 BEGUN = [*USER, {"role": "assistant", "content": "As"}]
@@ -20,11 +21,12 @@ def pair(step: int, prompt: Any = "p", label: int = 1, **more: Any) -> dict[str,
         "epoch": 0,
         "row": 0,
         "prompt": prompt,
-        "completions": ["one", "two"],
+        "first": "one",
+        "second": "two",
         "tokens": [[1, 2], [3]],
         "by": ["policy", "reference"],
         "margin": 0.5 * label,
-        "label": label,
+        "winner": {1: "first", -1: "second", 0: "tie"}[label],
         "win_probability": (label + 1) / 2,
         "score": [1.0, None],
         "reference_logps": [-1.0, -2.0],
@@ -101,7 +103,13 @@ def test_runs_of_sweeps(tmp_path: Path) -> None:
         pair_files([tmp_path / "sweep" / ".." / "nothing"])
 
 
+def test_a_judge_can_be_asked_about_them(tmp_path: Path) -> None:
+    written(tmp_path / "pairs.jsonl", pair(1), pair(2, label=-1), pair(3, label=0, margin=None))
+    pairs = load_pairs(str(tmp_path / "pairs.jsonl"))
+    assert [(one.first, one.second, one.winner) for one in pairs] == [("one", "two", w) for w in (1.0, -1.0, 0.0)]
+
+
 def test_nothing_to_export_is_an_empty_data_set(tmp_path: Path) -> None:
     written(tmp_path / "pairs.jsonl", pair(1, label=0))
     assert export([tmp_path / "pairs.jsonl"], tmp_path / "out.parquet") == (0, 1)
-    assert json.loads((tmp_path / "pairs.jsonl").read_text())["label"] == 0
+    assert json.loads((tmp_path / "pairs.jsonl").read_text())["winner"] == "tie"

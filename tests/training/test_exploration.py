@@ -150,13 +150,14 @@ def test_the_pairs_of_a_run_are_kept(make_trainer: TrainerFactory, tmp_path: Pat
     rows = list(read_pairs(path))
     assert [(row["step"], row["row"]) for row in rows] == [(step, row) for step in (1, 2, 3, 4) for row in range(4)]
     for row in rows:
-        assert row["score"] == pytest.approx(share_of_e([], row["completions"]))
+        completions = [row["first"], row["second"]]
+        assert row["score"] == pytest.approx(share_of_e([], completions))
         assert row["margin"] == pytest.approx(row["score"][0] - row["score"][1])
-        assert row["label"] == (row["margin"] > 0) - (row["margin"] < 0)
+        assert row["winner"] == ("first" if row["margin"] > 0 else "second" if row["margin"] < 0 else "tie")
         assert row["by"] == ["policy", "reference"]
-        assert [whole.processing_class.decode(t, skip_special_tokens=True) for t in row["tokens"]] == row["completions"]
+        assert [whole.processing_class.decode(t, skip_special_tokens=True) for t in row["tokens"]] == completions
     log = step_logs(whole)
-    assert log[1]["preference/win_rate"] == sum(row["label"] > 0 for row in rows[4:8]) / 4
+    assert log[1]["preference/win_rate"] == sum(row["winner"] == "first" for row in rows[4:8]) / 4
 
     lines = path.read_text()
     other.write_text(lines)  # as a killed run leaves it

@@ -1,4 +1,7 @@
-"""RUN_DIR/pairs.jsonl: every labelled pair of a run, a JSON line each; and the preference data set that they are."""
+"""RUN_DIR/pairs.jsonl: every labelled pair of a run, a JSON line each; and the preference data set that they are.
+
+`python -m xpo.judges pairs=RUN_DIR/pairs.jsonl` reads it, too.
+"""
 
 import json
 import logging
@@ -107,8 +110,8 @@ def export(files: Sequence[Path], out: Path) -> tuple[int, int]:
     def rows() -> Iterator[dict[str, Any]]:
         for path in files:
             for pair in read_pairs(path):
-                counts[pair["label"] == 0] += 1
-                if pair["label"]:
+                counts[pair["winner"] == "tie"] += 1
+                if pair["winner"] != "tie":
                     yield _preference(pair, chat) | {"run": path.absolute().parent.name}
 
     source = rows()
@@ -119,7 +122,7 @@ def export(files: Sequence[Path], out: Path) -> tuple[int, int]:
 
 
 def _preference(pair: dict[str, Any], chat: bool) -> dict[str, Any]:
-    prompt, winner = pair["prompt"], int(pair["label"] < 0)
+    prompt, winner = pair["prompt"], int(pair["winner"] == "second")
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     begun = (
@@ -128,7 +131,7 @@ def _preference(pair: dict[str, Any], chat: bool) -> dict[str, Any]:
     row = {"prompt": begun} | {name: pair[name] for name in ("step", "epoch")}
     row["margin"] = abs(pair["margin"])
     for name, index in (("chosen", winner), ("rejected", 1 - winner)):
-        answer = pair["completions"][index]
+        answer = pair[("first", "second")[index]]
         row[name] = [as_message(prompt, answer)] if chat else answer
         row |= {f"{name}_{part}": pair[part][index] for part in _COMPLETION}
     return row

@@ -14,6 +14,8 @@ from xpo.sampling.completions import PairBatch
 from xpo.sampling.pairs import StepPrompts
 from xpo.training.config import XPOConfig
 
+_WINNERS = {1: "first", -1: "second", 0: "tie"}
+
 
 class KeepPairs(TrainerCallback):
     """Writes the pairs of all processes, if `pairs_file` names a file, on the main process."""
@@ -37,11 +39,12 @@ class KeepPairs(TrainerCallback):
                 "epoch": int(state.epoch or 0),
                 "row": step.rows[i],
                 "prompt": prompt,
-                "completions": [one.texts[i] for one in both],
+                "first": pairs.first.texts[i],
+                "second": pairs.second.texts[i],
+                "winner": _WINNERS[int(labelled.labels.label[i])],
                 "tokens": [one.ids[i][one.mask[i]].tolist() for one in both],
                 "by": ["policy", self.args.sampler],
                 "margin": labelled.margin[i].item(),
-                "label": int(labelled.labels.label[i]),
                 "win_probability": labelled.labels.win_probability[i].item(),
                 "score": scores,
                 "reference_logps": reference_logps[:, i].tolist(),
