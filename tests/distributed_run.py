@@ -17,6 +17,7 @@ from conftest import prompts, share_of_e, step_logs
 from peft import LoraConfig, get_peft_model
 
 from xpo import XPOConfig, XPOTrainer
+from xpo.launch.processes import exit_at_once
 from xpo.models.loading import tiny_model, tiny_tokenizer
 
 CONF = Path(__file__).parents[1] / "conf" / "deepspeed"
@@ -98,3 +99,4 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    exit_at_once(0)

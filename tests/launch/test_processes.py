@@ -201,3 +201,9 @@ def test_signals_are_passed_on_and_remembered():
     assert stopped == launch.signals == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) == before
     launch.signals.clear()
+
+
+def test_a_process_that_ends_at_once_says_and_does_what_it_had_to():
+    code = "import atexit; from xpo.launch.processes import exit_at_once; atexit.register(print, 'kept')"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print('said'); exit_at_once(3)"], capture_output=True)
+    assert (done.returncode, done.stdout.split()) == (3, [b"said", b"kept"])

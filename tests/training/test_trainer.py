@@ -24,7 +24,7 @@ from transformers import (
 
 from xpo import ConfigError, XPOConfig, XPOTrainer
 from xpo.models.loading import tiny_model
-from xpo.training.config import value_at_epoch
+from xpo.training.config import value_at
 
 OWN_METRICS = {
     "objective/kl_policy",
@@ -147,9 +147,9 @@ def test_the_policy_learns(make_trainer):
     assert metrics["eval_kl"] > 1
 
 
-def test_value_at_epoch():
-    assert [value_at_epoch([1.0, 2.0], epoch) for epoch in (None, 0.0, 0.99, 1.0, 7.5)] == [1, 1, 1, 2, 2]
-    assert value_at_epoch(3, 5.0) == 3.0
+def test_value_at():
+    assert [value_at([1.0, 2.0], epoch) for epoch in (None, 0.0, 0.99, 1.0, 7.5)] == [1, 1, 1, 2, 2]
+    assert value_at(3, 5.0) == 3.0
 
 
 def test_logs_are_means_over_the_steps_since_the_last_log(make_trainer):
@@ -398,7 +398,7 @@ def test_command_lines_can_be_parsed_into_a_config(tmp_path: Path):
     arguments = ["--output_dir", str(tmp_path), "--alpha", "1e-5", "1e-6", "--beta", "0.2", "--max_new_tokens", "32"]
     (config,) = HfArgumentParser(XPOConfig).parse_args_into_dataclasses(arguments)  # type: ignore[arg-type]
     assert config.alpha == [1e-5, 1e-6]
-    assert value_at_epoch(config.beta, 0) == 0.2
+    assert value_at(config.beta, 0) == 0.2
     assert config.max_new_tokens == 32
 
 

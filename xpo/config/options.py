@@ -176,7 +176,18 @@ class SamplingOptions(Options):
 
 @dataclass
 class SamplerOptions(Options):
-    second: Annotated[str, one_of("reference", "policy"), Role.ADDED, Argument("sampler")] = "reference"
+    second: Annotated[str, one_of("reference", "policy", "past", "best_of_n"), Role.ADDED, Argument("sampler")] = (
+        "reference"
+    )
+    n: Annotated[int, partial(checks.count, minimum=3), Role.ADDED, Argument("sampler_n")] = 8
+
+
+@dataclass
+class ReplayOptions(Options):
+    pairs: Annotated[str, one_of("fresh", "window", "all"), Role.ADDED, Argument("replay")] = "fresh"
+    ratio: Annotated[float, positive, Role.ADDED, Argument("replay_ratio")] = 1.0
+    window: Annotated[int | None, at_least_one, Role.ADDED, Argument("replay_window")] = None
+    updates: Annotated[int, at_least_one, Role.ADDED, Argument("replay_updates")] = 1
 
 
 @dataclass
@@ -208,6 +219,7 @@ class EvaluationOptions(Options):
 
 @dataclass
 class ReferenceOptions(Options):
+    update: Annotated[str, one_of("never", "iteration"), Role.ADDED, Argument("reference_update")] = "never"
     store: Annotated[str | None, Role.OPERATION, Argument("reference_store")] = None
     batch_size: Annotated[int, at_least_one, Role.OPERATION, Argument("reference_batch_size")] = 32
 
@@ -233,6 +245,7 @@ class TrainingOptions(Options):
     ARE_ARGUMENTS = True
     max_steps: Annotated[int, _max_steps, Role.LENGTH] = -1
     num_train_epochs: Annotated[float, positive] = 1.0
+    iterations: Annotated[int, at_least_one, Role.ADDED] = 1
     per_device_train_batch_size: Annotated[int, at_least_one] = 8
     per_device_eval_batch_size: Annotated[int, at_least_one] = 16
     gradient_accumulation_steps: Annotated[int, at_least_one] = 1

@@ -31,6 +31,7 @@ class TrainSchema:
     preference: groups.PreferenceOptions = field(default_factory=groups.PreferenceOptions)
     loss: groups.LossOptions = field(default_factory=groups.LossOptions)
     sampler: groups.SamplerOptions = field(default_factory=groups.SamplerOptions)
+    replay: groups.ReplayOptions = field(default_factory=groups.ReplayOptions)
     generation: groups.GenerationOptions = field(default_factory=groups.GenerationOptions)
     evaluation: groups.EvaluationOptions = field(default_factory=groups.EvaluationOptions)
     reference: groups.ReferenceOptions = field(default_factory=groups.ReferenceOptions)
@@ -49,6 +50,15 @@ class TrainSchema:
         check_scaling(self.preference, own_scores)
         check_bonus(self.loss)
         check_lengths(self.generation)
+        check_replay(self.replay.pairs, self.replay.ratio, self.replay.window)
+        check_iterations(
+            self.sampler.second,
+            self.sampler.n,
+            training.iterations,
+            self.reference.update,
+            training.max_steps,
+            self.replay.updates,
+        )
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
         if never and training.eval_steps is not None:
@@ -131,8 +141,8 @@ dotted: Spelling = str  # as the command line does
 
 
 def as_argument(key: str) -> str:
-    """As XPOConfig calls a key of these rules: by its last word."""
-    return key.rpartition(".")[2]
+    """As XPOConfig calls a key of these rules."""
+    return next(one.argument or one.name for one in _KEYS if f"{one.group}.{one.name}" == key)
 
 
 def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
@@ -152,6 +162,37 @@ def check_bonus(options: LossOptions, spelled: Spelling = dotted) -> None:
         raise ConfigError(
             f"{alpha}={options.alpha!r} has no effect with {bonus}=none; set {alpha}=0, or choose a bonus"
         )
+
+
+def check_replay(pairs: str, ratio: float, window: int | None, spelled: Spelling = dotted) -> None:
+    """What is said of earlier pairs needs some."""
+    mode = f"{spelled('replay.pairs')}={pairs}"
+    if pairs == "fresh" and ratio != groups.ReplayOptions.ratio:
+        key = spelled("replay.ratio")
+        raise ConfigError(f"{key}={ratio} has no effect with {mode}; choose window or all, or leave {key} out")
+    if pairs != "window" and window is not None:
+        key = spelled("replay.window")
+        raise ConfigError(f"{key}={window} has no effect with {mode}; choose window, or leave {key} out")
+
+
+def check_iterations(
+    second: str, n: int, iterations: int, update: str, max_steps: int, updates: int, spelled: Spelling = dotted
+) -> None:
+    """Who draws the second completion, and a reference that moves, need iterations; these need a rollout each."""
+    key = spelled("training.iterations")
+    moving = {spelled("sampler.second"): (second, "past"), spelled("reference.update"): (update, "iteration")}
+    for name, (value, needs_several) in moving.items():
+        if value == needs_several and iterations == 1:
+            raise ConfigError(f"{name}={value} has no effect with {key}=1; set {key}=3, say")
+    if 0 < max_steps < iterations * updates:
+        steps, passes = spelled("training.max_steps"), spelled("replay.updates")
+        raise ConfigError(
+            f"{key}={iterations} is more than {steps}={max_steps} holds at {passes}={updates}; "
+            f"give {steps}={iterations * updates} or more"
+        )
+    if second != "best_of_n" and n != groups.SamplerOptions.n:
+        name = spelled("sampler.n")
+        raise ConfigError(f"{name}={n} has no effect with {spelled('sampler.second')}={second}; choose best_of_n")
 
 
 def check_scaling(options: PreferenceOptions, compares_scores: bool, spelled: Spelling = dotted) -> None:

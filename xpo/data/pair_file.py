@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ _COMPLETION = ("by", "tokens", "score", "reference_logps")  # what is kept of ea
 
 
 class PairFile:
-    """Appends pairs to a file. What a full disk refuses waits in memory.
+    """Appends pairs to a file and reads any of them again. What a full disk refuses waits in memory.
+
+    In memory it needs eight bytes for each pair.
 
     Args:
         path: of the file, which may hold the pairs of an earlier process; see `restore`.
@@ -37,25 +42,58 @@ class PairFile:
     def __init__(self, path: Path):
         self.path = path
         self._waiting: list[bytes] = []
-        self._end = 0  # of the last whole line
+        self._end = 0  # of the last whole line in the file
+        self._begins = array("q")  # where each pair begins, in the file and then in what waits
+        self._steps: list[tuple[int, int]] = []  # optimizer steps that added pairs, and the index of the first one
         self._warned = False
 
     def restore(self, step: int) -> None:
         """Drops the pairs of later optimizer steps than this one, and what a kill has torn."""
-        self._waiting, self._end = [], 0
+        self._waiting, self._end, self._begins, self._steps = [], 0, array("q"), []
         if self.path.exists():
             with self.path.open("rb") as file:
                 for line in file:
                     begins = _STEP.match(line)
                     if begins is None or int(begins[1]) > step or not line.endswith(b"\n"):
                         break
+                    self._note(int(begins[1]), self._end)
                     self._end += len(line)
         self.sync()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Adds pairs, each with its "step" first."""
-        self._waiting += [json.dumps(row).encode() + b"\n" for row in rows]
+        end = self._end + sum(map(len, self._waiting))
+        for row in rows:
+            self._waiting.append(json.dumps(row).encode() + b"\n")
+            self._note(row["step"], end)
+            end += len(self._waiting[-1])
         self._write()
+
+    def _note(self, step: int, begin: int) -> None:
+        if not self._steps or self._steps[-1][0] != step:
+            self._steps.append((step, len(self._begins)))
+        self._begins.append(begin)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def since(self, step: int) -> int:
+        """The index of the first pair of this optimizer step or, if it added none, of the next that did."""
+        at = bisect_left(self._steps, (step, 0))
+        return self._steps[at][1] if at < len(self._steps) else len(self)
+
+    def read(self, indices: Iterable[int]) -> list[dict[str, Any]]:
+        """Some of the pairs, by their place in the order in which they were added."""
+        rows, written = [], len(self) - len(self._waiting)
+        with self.path.open("rb") if written else nullcontext() as file:
+            for index in indices:
+                if file is None or index >= written:
+                    line = self._waiting[index - written]
+                else:
+                    file.seek(self._begins[index])
+                    line = file.readline()
+                rows.append(json.loads(line))
+        return rows
 
     def sync(self) -> None:
         """Brings the file to the disk."""

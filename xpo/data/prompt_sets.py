@@ -3,12 +3,13 @@
 import glob
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 from datasets import Dataset, IterableDataset, load_dataset
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError, nearest
@@ -212,3 +213,33 @@ def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 def prompts_of(columns: dict[str, list[Any]]) -> Batch:
     """The prompts of collated rows, with the columns beside them that are the user's own."""
     return Batch(columns["prompt"], {name: column for name, column in columns.items() if name not in _OURS})
+
+
+class RepeatedSteps(Sampler[int]):
+    """The prompts of each optimizer step several times, as its rollout is trained on several times.
+
+    A last step of an epoch that is not full is left out.
+
+    Args:
+        sampler: an order of prompts, for each epoch.
+        size: prompts of a step, on all processes.
+        times: how often each step comes.
+    """
+
+    def __init__(self, sampler: Any, size: int, times: int):
+        self.sampler, self.size, self.times = sampler, size, times
+
+    def __iter__(self) -> Iterator[int]:
+        step: list[int] = []
+        for index in self.sampler:
+            step.append(index)
+            if len(step) == self.size:
+                yield from step * self.times
+                step = []
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.size * self.size * self.times
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order comes next."""
+        self.sampler.set_epoch(epoch)

@@ -3,6 +3,7 @@
 Notation for shapes: B pairs; of (2, B), index 0 is the first completion, index 1 the second.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from xpo.config.errors import JudgeStopped
 from xpo.config.options import PreferenceOptions
 from xpo.data.prompts import Prompt
 from xpo.judges.base import Judge
+from xpo.judges.reward import RewardJudge
 from xpo.objectives.labels import Labels, missing_eos_cost, preference_labels
 from xpo.rewards.base import RewardModel, one_per_pair
-from xpo.sampling.completions import Completions
+from xpo.sampling.completions import Completions, picked
 
 IN_VAIN = 8  # steps without a verdict, after which no other is expected
 
@@ -78,6 +80,32 @@ class Labeller:
         margin = margin - (cost[0] - cost[1])
         labels = preference_labels(margin, self.options, uniform)
         return Labelled(margin, labels, flipped, None if scores is None else scores - cost, parts)
+
+    def best_and_worst(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Completions]
+    ) -> tuple[Completions, Completions]:
+        """Of n candidates for each of B prompts the best and the worst; of two, these as they are.
+
+        By the score of a reward model that judges, or else by the judge's mean margin against the n - 1 others, less
+        what a missing EOS costs. What could not be judged is neither.
+        """
+        if len(candidates) == 2:
+            return candidates[0], candidates[1]
+        texts, n = [one.texts for one in candidates], len(candidates)
+        if type(self.judge) is RewardJudge:
+            strength = torch.stack([self.judge.reward_model.scores_with_parts(prompts, each).total for each in texts])
+        else:
+            margins = torch.full((n, n, len(prompts)), torch.nan)
+            for one, two in itertools.combinations(range(n), 2):
+                verdict = one_per_pair("judge", self.judge.verdicts(prompts, texts[one], texts[two]).margin, prompts)
+                margins[one, two], margins[two, one] = verdict, -verdict
+            strength = margins.nanmean(dim=1)
+        strength = strength - missing_eos_cost(
+            torch.stack([one.ended for one in candidates]).cpu(), self.missing_eos_penalty
+        )
+        best = strength.nan_to_num(-torch.inf, neginf=-torch.inf).argmax(dim=0)
+        worst = strength.nan_to_num(torch.inf, posinf=torch.inf).argmin(dim=0)
+        return picked(candidates, best), picked(candidates, worst)
 
     def gives_up(self, verdicts: float) -> JudgeStopped | None:
         """After a step with so many verdicts on all processes: the reason to stop, if the bonus alone is trained."""

@@ -1,5 +1,6 @@
 """The processes of one job: how they start, how they are stopped, what became of them. Layer 0: no torch."""
 
+import atexit
 import os
 import shlex
 import signal
@@ -12,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import psutil
 from omegaconf import OmegaConf
@@ -175,3 +176,15 @@ def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: i
     if sharers > 1 and "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // sharers, 1))
     return added
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """Ends this process without the interpreter's own last steps, in which gloo aborts it now and then.
+
+    DistributedDataParallel leaves gloo's threads running. One that still has a tensor to free needs the interpreter,
+    and the process ends with status -6 behind a finished run.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -24,6 +24,7 @@ from xpo.config.schema import TrainSchema, flatten, to_dict
 from xpo.data.pair_file import NAME, export
 from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error, speak_to_any_console
+from xpo.launch.processes import exit_at_once
 from xpo.models.devices import keep_freed_memory
 from xpo.tracking import terminal as report
 from xpo.tracking.metrics_log import MetricsLog, evaluations
@@ -41,7 +42,10 @@ def main() -> None:
         sys.exit("usage: python -m xpo.launch.worker RUN_DIR")
     run_dir = Path(sys.argv[1])
     schema = OmegaConf.merge(OmegaConf.structured(TrainSchema), OmegaConf.load(run_dir / "config.yaml"))
-    sys.exit(run(OmegaConf.to_object(schema), run_dir))  # type: ignore[arg-type]
+    status = run(OmegaConf.to_object(schema), run_dir)  # type: ignore[arg-type]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        exit_at_once(status)
+    sys.exit(status)
 
 
 def run(config: TrainSchema, run_dir: Path) -> int:

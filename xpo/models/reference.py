@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from xpo.models.fingerprints import model_digest
 from xpo.models.forward import eval_mode
-from xpo.models.zero import frozen_copy, gathered
+from xpo.models.zero import frozen_copy, gathered, overwriting
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Reference:
     ):
         self._adapted: Any = policy if ref_model is None and isinstance(policy, PeftModel) else None
         self._policy_engine = policy_engine
-        self._start: dict[str, Tensor] = {}  # the adapters' own parameters as they were, if they do anything
+        self._start: dict[str, Tensor] = {}  # the adapters' own parameters in it, if they do anything
         self.frozen: PreTrainedModel | None = None
         if self._adapted is not None and _has_learned(self._adapted):
             logger.warning("xpo: the reference is the policy as it is now, with its adapters; ref_model is another one")
@@ -55,6 +55,15 @@ class Reference:
             self.frozen = frozen.requires_grad_(False).eval().to(device)
             if dtype is not None:  # a quantised model refuses any word of its dtype
                 self.frozen = self.frozen.to(dtype)
+
+    def become(self, values: dict[str, Tensor]) -> None:
+        """Moves to these values of the policy's trained parameters, see `Iterates`. All processes together."""
+        if self.frozen is None:
+            self._start = values
+            return
+        with overwriting(self.frozen) as parameters, torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
 
     @property
     def fingerprint(self) -> str:

@@ -60,6 +60,11 @@ def is_divided(model: nn.Module) -> bool:
     return any("ds_id" in vars(parameter) for parameter in model.parameters())
 
 
+def shape_of(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a whole parameter, of which this process may hold a part."""
+    return vars(parameter).get("ds_shape", parameter.shape)
+
+
 @contextmanager
 def gathered(model: nn.Module, engine: nn.Module | None = None) -> Iterator[None]:
     """Within, the whole model is on every process and computes without talking to others.
@@ -89,6 +94,19 @@ def gathered(model: nn.Module, engine: nn.Module | None = None) -> Iterator[None
     finally:
         if offload is not None:
             offload.setup_zero_stage3_hooks()
+
+
+@contextmanager
+def overwriting(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """Within, its whole parameters by name, which keep what every process alike writes into them."""
+    parameters = dict(model.named_parameters())
+    if not is_divided(model):
+        yield parameters
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), modifier_rank=0):
+        yield parameters
 
 
 @contextmanager

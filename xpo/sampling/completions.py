@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xpo.data.prompts import Batch
+
 
 @dataclass(frozen=True)
 class Completions:
@@ -45,37 +47,56 @@ class PairBatch:
     first: Completions
     second: Completions
 
-    @property
-    def tokens(self) -> Tensor:
-        """Tokens of each pair: its prompt and both completions, (B,)."""
-        return self.prompt_mask.sum(dim=1) + self.first.mask.sum(dim=1) + self.second.mask.sum(dim=1)
-
-    def rows(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Some rows, without the columns that are padding in all of them.
-
-        Returns:
-            prompt_ids and prompt_mask, (b, P); completion_ids and completion_mask, (2, b, C). Index 0 of
-            the first dimension holds y, index 1 y~.
-        """
-        whole = {
+    def tensors(self) -> dict[str, Tensor]:
+        """prompt_ids and prompt_mask, (B, P); completion_ids and completion_mask, (2, B, C): y at index 0, y~ at 1."""
+        return {
             "prompt_ids": self.prompt_ids,
             "prompt_mask": self.prompt_mask,
             "completion_ids": torch.stack([self.first.ids, self.second.ids]),
             "completion_mask": torch.stack([self.first.mask, self.second.mask]),
         }
-        return take_pairs(whole, rows)
 
 
-def micro_batches(pairs: PairBatch, known: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
-    """The pairs in micro-batches of these sizes; similar lengths go together.
+def tokens_of_pairs(batch: dict[str, Tensor]) -> Tensor:
+    """Tokens of each pair in what `PairBatch.tensors` returns: its prompt and both completions, (B,)."""
+    return batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=(0, 2))
 
-    Each is what `PairBatch.rows` returns with its part of `known`: labels, say, whose last dimension is the pairs'.
+
+def micro_batches(batch: dict[str, Tensor], sizes: Sequence[int]) -> list[dict[str, Tensor]]:
+    """Pairs, and what is known of them, in micro-batches of at least these sizes; similar lengths go together.
+
+    What there is beyond the sum of the sizes is spread over all micro-batches.
     """
-    batches = []
-    for rows in pairs.tokens.cpu().argsort(descending=True, stable=True).split(list(sizes)):
-        part = {name: values[..., rows].to(pairs.prompt_ids.device) for name, values in known.items()}
-        batches.append(pairs.rows(rows.tolist()) | part)
-    return batches
+    more, number = len(batch["prompt_ids"]) - sum(sizes), len(sizes)
+    parts = [size + len(range(i, more, number)) for i, size in enumerate(sizes)]
+    order = tokens_of_pairs(batch).cpu().argsort(descending=True, stable=True)
+    return [take_pairs(batch, rows.tolist()) for rows in order.split(parts)]
+
+
+def joined(batches: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """The pairs of several batches in one, padded to the longest."""
+    prompt, completion = (max(one[name].shape[-1] for one in batches) for name in ("prompt_ids", "completion_ids"))
+    whole: dict[str, Tensor] = {}
+    for name in batches[0]:
+        fill = pad_token_id if name.endswith("_ids") else 0
+        width = {"prompt": prompt, "completion": completion}.get(name.rpartition("_")[0])
+        parts = [one[name] for one in batches]
+        if width is not None:
+            more = [width - part.shape[-1] for part in parts]
+            sides = [(n, 0) if name.startswith("prompt") else (0, n) for n in more]
+            parts = [pad(part, side, value=fill) for part, side in zip(parts, sides, strict=True)]
+        whole[name] = torch.cat(parts, dim=_PAIR_DIMENSION.get(name, 0))
+    return whole
+
+
+def picked(candidates: Sequence[Completions], which: Tensor) -> Completions:
+    """Of each of B prompts one of its candidates, all of one width; by index, (B,)."""
+    rows = list(enumerate(which.tolist()))
+    ids, mask, ended = (
+        torch.stack([getattr(candidates[n], name)[i] for i, n in rows]) for name in ("ids", "mask", "ended")
+    )
+    texts = [candidates[n].texts[i] for i, n in rows]
+    return Completions(ids, mask, ended, Batch(texts, {"completion_ids": [ids[i][mask[i]].tolist() for i, _ in rows]}))
 
 
 # Where the pairs are in what a micro-batch holds: the second dimension of what there is once per completion.

@@ -48,8 +48,14 @@ class ReferenceDraws:
         self.reference = reference
         self.sampler = sampler
         self.store = store
-        self._source = "" if store is None else digest(reference.fingerprint, (*sampler.settings, precision))
+        self._precision = precision
+        self.reference_has_moved()
         self._drawn_ahead: set[str] = set()  # keys of what this run has put into the store and not asked for yet
+
+    def reference_has_moved(self) -> None:
+        """Its draws are other ones from here on."""
+        settings = (*self.sampler.settings, self._precision)
+        self._source = "" if self.store is None else digest(self.reference.fingerprint, settings)
 
     def draw(
         self,

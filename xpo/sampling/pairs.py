@@ -1,18 +1,20 @@
-"""The pairs of an optimizer step: the first completion of each prompt is the policy's, the second the reference's."""
+"""The completions of an optimizer step: the policy's, and beside them another's or more of its own."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from xpo.data.prompts import Prompt
+from xpo.models.iterates import PastPolicies
 from xpo.models.reference import base_model
 from xpo.models.zero import sampling
-from xpo.sampling.completions import PairBatch, same_width
+from xpo.sampling.completions import Completions, PairBatch, same_width
 from xpo.sampling.draws import ReferenceDraws
-from xpo.sampling.noise import POLICY, REFERENCE, SECOND, sampling_noise
+from xpo.sampling.noise import CANDIDATES, ITERATE, POLICY, REFERENCE, SECOND, sampling_noise
 from xpo.sampling.sampler import Sampler
 
 
@@ -29,19 +31,21 @@ class StepPrompts(NamedTuple):
 
 @dataclass
 class PairSampler:
-    """Draws both completions of each prompt: the first from the policy, the second from `second`."""
+    """Draws two completions of each prompt, or the n that two of are chosen from."""
 
     sampler: Sampler  # draws the policy's
     draws: ReferenceDraws  # draws the reference's, or finds them
-    second: str  # "reference"; or "policy", another draw, independent of the first
+    past: PastPolicies | None  # for "past"
+    second: str  # who draws the second completion: SamplerOptions.second
+    n: int  # completions of the policy for "best_of_n"
     seed: int  # of the run
     device: torch.device  # where the models are
     gather: bool  # see `xpo.models.zero.sampling`
 
     def __call__(
         self, policy: PreTrainedModel, engine: nn.Module | None, step: StepPrompts, number: int, epoch: int
-    ) -> tuple[PairBatch, Tensor]:
-        """The pairs of a step, and which of the reference's completions it computed, (B,) or, without a store, (0,).
+    ) -> tuple[list[Completions], Tensor]:
+        """First and second completions, or n; and which of the reference's it computed, (B,) or, without a store, (0,).
 
         Args:
             policy: unwrapped.
@@ -50,19 +54,41 @@ class PairSampler:
             number: of the optimizer step.
             epoch: how often these prompts were drawn before.
         """
-        own = [POLICY] if self.second == "reference" else [POLICY, SECOND]
-        steps, ids = self.sampler.max_new_tokens, step.ids * len(own)
-        noise = torch.cat([sampling_noise((self.seed, number, stream), step.rows, steps) for stream in own])
+        streams: list[tuple[int, ...]] = [(POLICY,)]
+        if self.second == "policy":
+            streams.append((SECOND,))
+        if self.second == "best_of_n":
+            streams = [(CANDIDATES, i) for i in range(self.n)]
+        steps, ids = self.sampler.max_new_tokens, step.ids * len(streams)
+        noise = torch.cat([sampling_noise((self.seed, number, *stream), step.rows, steps) for stream in streams])
         with sampling(policy, engine, self.gather) as synced:
             drawn = self.sampler.sample(base_model(policy), ids, noise, self.device, synced=synced)
         if self.second == "reference":
-            first = drawn
             second, computed = self.draws.draw(
                 step.ids, self.seed, REFERENCE, epoch, self.device, ahead=step.ahead, occurrences=step.occurrences
             )
-            fresh = computed[:0] if self.draws.store is None else computed
-        else:
-            first, second = map(self.sampler.completions, drawn.ids.split(len(step.ids)))
-            fresh = torch.zeros(0, dtype=torch.bool)
+            return [drawn, second], computed[:0] if self.draws.store is None else computed
+        nothing = torch.zeros(0, dtype=torch.bool)
+        if self.past is not None:
+            return [drawn, self._of_the_past(self.past, step, number)], nothing
+        return [self.sampler.completions(part) for part in drawn.ids.split(len(step.ids))], nothing
+
+    def _of_the_past(self, past: PastPolicies, step: StepPrompts, number: int) -> Completions:
+        """Of each prompt a completion by one of the earlier policies, each as likely."""
+        uniform = sampling_noise((self.seed, number, ITERATE), step.rows, 1)[:, 0]
+        chosen = (uniform * len(past.policies)).long()
+        noise = sampling_noise((self.seed, number, SECOND), step.rows, self.sampler.max_new_tokens)
+        tokens: dict[int, Tensor] = {}
+        for at, policy in enumerate(past):
+            rows = (chosen == at).nonzero()[:, 0].tolist()
+            with policy as model:  # even if nothing is drawn here: other processes may need this one
+                if rows:
+                    drawn = self.sampler.sample(model, [step.ids[i] for i in rows], noise[rows], self.device)
+                    tokens |= zip(rows, drawn.ids, strict=True)
+        in_order = [tokens[i] for i in range(len(step.ids))]
+        return self.sampler.completions(pad_sequence(in_order, True, self.sampler.pad_token_id))
+
+    def pairs(self, step: StepPrompts, first: Completions, second: Completions) -> PairBatch:
+        """The prompts of a step and two completions of each."""
         prompt_ids, prompt_mask = self.sampler.pad_prompts(step.ids, self.device)
-        return PairBatch(prompt_ids, prompt_mask, *same_width(first, second, self.sampler.pad_token_id)), fresh
+        return PairBatch(prompt_ids, prompt_mask, *same_width(first, second, self.sampler.pad_token_id))

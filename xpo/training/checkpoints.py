@@ -8,19 +8,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from accelerate.data_loader import get_sampler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 
 from xpo.config.errors import ConfigError
+from xpo.data.prompt_sets import RepeatedSteps
 from xpo.judges.labelling import Labeller
 from xpo.models.reference import base_model
 from xpo.models.zero import is_divided
 from xpo.tracking.card import model_card
 from xpo.tracking.metrics import Meter
 from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
-from xpo.training.config import XPOConfig, value_at_epoch
+from xpo.training import iterations
+from xpo.training.config import XPOConfig, value_at
 
 logger = logging.getLogger(__name__)
 
@@ -147,12 +150,24 @@ class ResumableTrainer(Trainer):
     @property
     def alpha(self) -> float:
         """The weight of the exploration bonus in force."""
-        return value_at_epoch(self.args.alpha, self.state.epoch)
+        return value_at(self.args.alpha, self._part)
 
     @property
     def beta(self) -> float:
         """The strength of the KL regularisation in force."""
-        return value_at_epoch(self.args.beta, self.state.epoch)
+        return value_at(self.args.beta, self._part)
+
+    @property
+    def _part(self) -> float | None:
+        """Of the run, for which `alpha` and `beta` may have a value each."""
+        return self.state.epoch if self.args.iterations == 1 else iterations.number(self.args, self.state)
+
+    def get_train_dataloader(self) -> Any:
+        """As `transformers.Trainer.get_train_dataloader`, with the prompts of a step again for all its updates."""
+        loader, args = super().get_train_dataloader(), self.args
+        if args.replay_updates > 1:
+            loader.set_sampler(RepeatedSteps(get_sampler(loader), args.pairs_of_a_step, args.replay_updates))
+        return loader
 
     @property
     def zero3_engine(self) -> nn.Module | None:

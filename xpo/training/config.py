@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from transformers import TrainingArguments
 
 from xpo.config import options
 from xpo.config.errors import ConfigError
-from xpo.config.schema import GROUPS, as_argument, check_bonus, check_deepspeed, check_lengths
+from xpo.config.schema import (
+    GROUPS,
+    as_argument,
+    check_bonus,
+    check_deepspeed,
+    check_iterations,
+    check_lengths,
+    check_replay,
+)
+from xpo.data.pair_file import NAME as PAIRS
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
 from xpo.sampling.sampler import check_generation_kwargs
@@ -33,13 +43,22 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     remove_unused_columns and logging_nan_inf_filter False.
 
     Args:
-        alpha: weight of the exploration bonus; a list gives one value per epoch, the last one for the rest.
+        alpha: weight of the exploration bonus; a list gives one value per iteration if there are several, or else per
+            epoch, the last one for the rest.
         beta: strength of the KL regularisation (for loss_type "ipo": tau); a list as for alpha.
         loss_type: "sigmoid" (DPO), "ipo", "hellinger" or "forward_kl"; see `xpo.objectives.losses`.
         bonus: "xpo", another one of `xpo.objectives.bonuses`, or "none".
         bonus_on: the completion that the bonus is on: "first", "second" or "rejected"; None: its paper's.
         bonus_clip: nats of log pi/pi_ref beyond which the bonus no longer grows; None for no limit.
-        sampler: who draws the second completion: "reference", or "policy", as in online DPO.
+        sampler: who draws the second completion: "reference"; "policy", as in online DPO; "past", the policy that one
+            of the iterations so far began with; "best_of_n", where both are the best and worst of sampler_n draws.
+        sampler_n: completions of each prompt that "best_of_n" chooses from.
+        replay: earlier pairs to train on beside a step's own: none ("fresh"), those of a "window", or "all".
+        replay_ratio: of these for each fresh one, drawn anew for each step; a large number takes all there are.
+        replay_window: the last so many optimizer steps; None: the current iteration.
+        replay_updates: optimizer steps for each rollout.
+        iterations: equal parts of the run, Algorithm 1's t. The policy that each begins with is kept in output_dir.
+        reference_update: "iteration": the reference becomes the policy that an iteration begins with; or "never".
         missing_eos_penalty: subtracted from the score of a completion without an EOS token; None for nothing.
         labels: "hard", the likelier winner has won; "soft", the loss weighs both directions by
             sigmoid(margin / label_temperature); "sampled", the winner is drawn with that probability.
@@ -74,7 +93,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         ds3_gather_for_generation: under DeepSpeed ZeRO-3, bring the whole policy together on every process to sample
             from it; False fetches it layer by layer, token after token: slower, in less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
-        pairs_file: keeps every labelled pair of the run, for `xpo.data.pair_file.export`; None keeps none.
+        pairs_file: keeps every labelled pair of the run, for `xpo.data.pair_file.export` and replay; None keeps none
+            or, for replay, output_dir/pairs.jsonl.
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
         trust_remote_code: allow models that bring their own code; no field, as TRL's ModelConfig has one of this name.
@@ -102,6 +122,13 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     alpha: list[float] = field(default_factory=lambda: [options.LossOptions.alpha])
     beta: list[float] = field(default_factory=lambda: [options.LossOptions.beta])
     sampler: str = options.SamplerOptions.second
+    sampler_n: int = options.SamplerOptions.n
+    replay: str = options.ReplayOptions.pairs
+    replay_ratio: float = options.ReplayOptions.ratio
+    replay_window: int | None = options.ReplayOptions.window
+    replay_updates: int = options.ReplayOptions.updates
+    iterations: int = options.TrainingOptions.iterations
+    reference_update: str = options.ReferenceOptions.update
     prompt_overflow: str = options.DataOptions.prompt_overflow
     special_tokens: str = options.DataOptions.special_tokens
     chat_template_kwargs: dict[str, Any] | str | None = None
@@ -167,6 +194,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
         check_bonus(self, as_argument)
+        check_replay(self.replay, self.replay_ratio, self.replay_window, as_argument)
+        moving = (self.sampler, self.sampler_n, self.iterations, self.reference_update)
+        check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)
+        if self.replays and self.pairs_file is None:
+            self.pairs_file = str(Path(self.output_dir) / PAIRS)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
@@ -174,6 +206,16 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if self.accelerator_config.dispatch_batches is None:
             # Batches hold texts, which accelerate cannot scatter from rank 0: each rank reads its own share.
             self.accelerator_config.dispatch_batches = False
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps train on pairs that were drawn before."""
+        return self.replay != "fresh" or self.replay_updates > 1
+
+    @property
+    def pairs_of_a_step(self) -> int:
+        """Pairs that all processes draw for an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def tokens_at_once(self) -> int:
@@ -198,8 +240,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         self.generation_kwargs = rest or None
 
 
-def value_at_epoch(values: float | Sequence[float], epoch: float | None) -> float:
-    """The value in force at a (fractional) epoch: one per epoch, the last one for all the rest."""
+def value_at(values: float | Sequence[float], part: float | None) -> float:
+    """The value in force in an iteration or a (fractional) epoch: one for each, the last one for all the rest."""
     if not isinstance(values, Sequence):
         return float(values)
-    return float(values[min(int(epoch or 0), len(values) - 1)])
+    return float(values[min(int(part or 0), len(values) - 1)])

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -28,11 +28,13 @@ from xpo.models.checks import (
 )
 from xpo.models.forward import Forward
 from xpo.models.hub import has_tokenizer, local_directory
+from xpo.models.iterates import PastPolicies
 from xpo.models.loading import end_tokens, from_directory, is_adapter
 from xpo.models.reference import Reference, base_model
-from xpo.models.zero import divide, gathered, loading_whole
+from xpo.models.zero import divide, frozen_copy, gathered, loading_whole, shape_of
 from xpo.rewards import ClassifierReward, FunctionReward, MixReward, RewardModel
 from xpo.sampling.draws import ReferenceDraws
+from xpo.sampling.pairs import PairSampler
 from xpo.sampling.sampler import Sampler
 from xpo.training.config import XPOConfig
 
@@ -169,13 +171,44 @@ def prepare_models(
     return model, ref_model, tokenizer
 
 
+class References(NamedTuple):
+    """The models beside the policy."""
+
+    training: Reference  # pi_ref of the loss, which may move
+    opponent: Reference  # pi_ref of evaluations, which does not
+    past: PastPolicies | None  # for the sampler "past"
+
+
+def build_references(
+    args: XPOConfig,
+    model: Policy,
+    ref_model: PreTrainedModel | None,
+    policy_engine: Callable[[], nn.Module | None] = lambda: None,
+) -> References:
+    """One reference, or two if one of them moves; ConfigError if it cannot."""
+    moves = args.reference_update == "iteration"
+    if moves and ref_model is not None:
+        own = {name: part.shape for name, part in base_model(ref_model).named_parameters()}
+        for name, part in model.named_parameters():
+            if part.requires_grad and shape_of(part) != own.get(name):
+                raise ConfigError(
+                    f"reference_update='iteration': ref_model has no {name} of the policy's shape; leave ref_model "
+                    "(model.reference) out, or set reference_update='never'"
+                )
+    opponent = build_reference(args, model, ref_model, policy_engine)
+    moving = None if ref_model is None else frozen_copy(base_model(ref_model))
+    training = build_reference(args, model, moving, policy_engine) if moves else opponent
+    past = PastPolicies(build_reference(args, model, None, policy_engine)) if args.sampler == "past" else None
+    return References(training, opponent, past)
+
+
 def build_reference(
     args: XPOConfig,
     model: Policy,
     ref_model: PreTrainedModel | None,
     policy_engine: Callable[[], nn.Module | None] = lambda: None,
 ) -> Reference:
-    """The reference, divided among the processes if `shard_reference` says so."""
+    """A frozen model, divided among the processes if `shard_reference` says so."""
     dtype = None  # a second model keeps its own
     if args.deepspeed_plugin is not None:  # which trains the policy in half precision, without autocast
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -256,12 +289,22 @@ def prompt_tokenizer(
 
 
 def check_batches(args: XPOConfig, train: PromptDataset) -> None:
-    """ConfigError for an epoch without a single batch."""
+    """ConfigError for an epoch without a single batch, or for one whose steps cannot be repeated."""
     batch = args.per_device_train_batch_size * args.world_size
     if args.dataloader_drop_last and isinstance(train, Dataset) and len(train) < batch:
         raise ConfigError(
             f"dataloader_drop_last=True leaves no batch of {batch} in the {len(train)} prompts of train_dataset; "
             "set it to False, or lower per_device_train_batch_size"
+        )
+    if args.replay_updates == 1:
+        return
+    given = f"replay_updates={args.replay_updates}"
+    if not isinstance(train, Dataset):
+        raise ConfigError(f"{given} needs a train_dataset of known length; give one, or replay_updates=1")
+    if len(train) < args.pairs_of_a_step:
+        raise ConfigError(
+            f"{given} needs whole steps, of {args.pairs_of_a_step} prompts, and train_dataset has {len(train)}; lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
         )
 
 
@@ -290,6 +333,14 @@ def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizer
     if args.temperature == 0:
         logger.warning("xpo: at temperature=0 policy and reference say the same at first: hardly anything is learned")
     return Sampler(tokenizer, args, ends, args.generation_batch_size, dictionary(args.generation_kwargs))
+
+
+def build_pair_sampler(
+    args: XPOConfig, sampler: Sampler, draws: ReferenceDraws, past: PastPolicies | None
+) -> PairSampler:
+    """Who draws the completions of a step."""
+    gather = args.ds3_gather_for_generation
+    return PairSampler(sampler, draws, past, args.sampler, args.sampler_n, args.seed, args.device, gather)
 
 
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:

@@ -14,19 +14,20 @@ from xpo.config.options import PreferenceOptions
 from xpo.data.prompt_sets import PromptDataset, collate_prompts
 from xpo.evaluation.evaluator import Evaluator
 from xpo.judges.labelling import Labelled, Labeller
-from xpo.models.forward import eval_mode
 from xpo.models.zero import check_engine, is_divided
 from xpo.objectives.labels import Labels
 from xpo.objectives.losses import gradient_sizes, xpo_loss
 from xpo.rewards import RewardModel
-from xpo.sampling.completions import PairBatch, micro_batches, take_pairs, token_batches
+from xpo.sampling.completions import Completions, micro_batches, take_pairs, token_batches, tokens_of_pairs
 from xpo.sampling.noise import LABEL, sampling_noise
-from xpo.sampling.pairs import PairSampler, StepPrompts
+from xpo.sampling.pairs import StepPrompts
+from xpo.sampling.reference_logps import ReferenceLogps
 from xpo.tracking.metrics import Meter, bonus_share, mean_of, pair_metrics, rollout_metrics
 from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
-from xpo.training.keep_pairs import KeepPairs
+from xpo.training.iterations import Iterations
+from xpo.training.pair_memory import PairMemory
 from xpo.training.prompt_queue import MicroBatch, PromptQueue
 
 
@@ -36,9 +37,10 @@ class XPOTrainer(ResumableTrainer):
     For each optimizer step::
 
         prompts      B prompts of the whole step, all micro-batches at once    prompt_queue
-        sample       first ~ policy, second ~ reference, or the policy too     sample_pairs
+        sample       first ~ policy, second ~ reference, or who `sampler` says sample_pairs
         label        first or second wins, tie, invalid                        labeller
         reference    log pi_ref(first), log pi_ref(second)                     reference
+        remember     the pairs of the run so far; recall some of them          memory
         for each micro-batch:
             forward  log pi(first), log pi(second)                             policy_forward
             loss     preference loss of beta * difference of log-ratios        xpo_loss
@@ -48,8 +50,8 @@ class XPOTrainer(ResumableTrainer):
 
     `get_batch_samples` does everything down to the reference, `compute_loss` the rest.
 
-    How it departs from Algorithm 1 of the paper: each optimizer step uses its own pairs only (no
-    accumulated data set), and takes one gradient step instead of solving for the minimiser.
+    Algorithm 1 of the paper accumulates its pairs and solves for the minimiser: `replay="all"`, more `replay_updates`.
+    By default, as in TRL, each optimizer step trains on its own pairs and takes one gradient step.
 
     Args:
         model: the policy, or its name.
@@ -107,11 +109,11 @@ class XPOTrainer(ResumableTrainer):
         reader = reward_processing_class or reward_processing_classes
         judge, reward_model = setup.who_judges(judge, reward_model, reader, args, model, processing_class)
         model, ref_model, tokenizer = setup.prepare_models(model, ref_model, processing_class, peft_config, args)
-        self.keep_pairs = KeepPairs(args)
         self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, [judge, reward_model, *(scorers or {}).values()])
         train, held_out = self.tokenize(train_dataset, "train_dataset"), self.tokenize(eval_dataset, "eval_dataset")
         setup.check_batches(args, train)
-        self.reference = setup.build_reference(args, model, ref_model, lambda: self.zero3_engine)
+        references = setup.build_references(args, model, ref_model, lambda: self.zero3_engine)
+        self.reference = references.training
         super().__init__(
             model=model,
             args=args,
@@ -119,26 +121,30 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), self.keep_pairs],
+            callbacks=callbacks,
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
-        self.policy_forward, self.reference_forward = setup.build_forwards(args, self.model, self.reference)
-        sampler = setup.build_sampler(args, model, tokenizer)
-        self.draws = setup.build_reference_draws(args, self.reference, sampler)
+        self.policy_forward, forward = setup.build_forwards(args, self.model, self.reference)
+        self.reference_logps = ReferenceLogps(self.reference, forward, args.tokens_at_once, self.accelerator.autocast)
+        self.sampler = setup.build_sampler(args, model, tokenizer)
+        self.draws = setup.build_reference_draws(args, self.reference, self.sampler)
         self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None and args.sampler == "reference")
-        gather = args.ds3_gather_for_generation
-        self.sample_pairs = PairSampler(sampler, self.draws, args.sampler, args.seed, args.device, gather)
+        self.sample_pairs = setup.build_pair_sampler(args, self.sampler, self.draws, references.past)
+        self.iterations = Iterations(args, self.reference, self.draws, references.past)
         self.labeller = Labeller(judge, reward_model, args, args.missing_eos_penalty, self.sum_over_ranks)
         self.meter = Meter()
+        self.memory = PairMemory(args, self.sampler.pad_token_id, self.iterations, self.reference_logps, self.meter)
+        self.add_callback(self.memory)
+        opponent = references.opponent
         self.evaluator = Evaluator(
-            sampler,
-            self.draws,
-            (self.policy_forward, self.reference_forward),
+            self.sampler,
+            self.draws if opponent is self.reference else setup.build_reference_draws(args, opponent, self.sampler),
+            setup.build_forwards(args, self.model, opponent),
             Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold)),
             scorers or {},
             args.eval_greedy,
-            gather,
+            args.ds3_gather_for_generation,
             args.shard_reference,
         )
         setup.check_metric(args, held_out, self.evaluator.measures)
@@ -151,7 +157,7 @@ class XPOTrainer(ResumableTrainer):
         """Everything of an optimizer step that needs no gradient: sample, label, reference.
 
         Returns:
-            The micro-batches: what `PairBatch.rows` returns, with reference_logps (2, b), label (b,) and
+            The micro-batches: what `PairBatch.tensors` returns, with reference_logps (2, b), label (b,) and
             win_probability (b,). And the number of pairs on all ranks.
         """
         step = self.prompt_queue.step(epoch_iterator, num_batches, self.state)
@@ -160,46 +166,46 @@ class XPOTrainer(ResumableTrainer):
             return [], None
         if self.is_deepspeed_enabled:
             check_engine(self.model_wrapped, self.args.deepspeed_plugin.deepspeed_config, self.args.world_size)
+        self.iterations.enter(self.model, self.zero3_engine, self.state)
+        drawn = None if self.state.global_step % self.args.replay_updates else self._rollout(step)
+        batch, older = self.memory.recall(step, drawn, self.state)
+        fresh = torch.tensor(sum(step.sizes), device=device)
+        return micro_batches(batch, step.sizes), self.accelerator.reduce(fresh, "sum") + older
+
+    def _rollout(self, step: StepPrompts) -> dict[str, Tensor]:
+        """New pairs: sampled, labelled, with log pi_ref, and kept."""
         with self.meter.timed("rollout"), self.accelerator.autocast():
             when = self.state.global_step, int(self.state.epoch or 0)
-            pairs, fresh = self.sample_pairs(self.model, self.zero3_engine, step, *when)
+            drawn, fresh = self.sample_pairs(self.model, self.zero3_engine, step, *when)
         with self.meter.timed("preference"):
-            labelled = self._label(step, pairs)
+            first, second, labelled = self._label(step, drawn)
+        pairs = self.sample_pairs.pairs(step, first, second)
+        batch = pairs.tensors()
         with self.meter.timed("reference"):
-            reference_logps = self._reference_logps(pairs)
-        self.meter.step(tokens=int(pairs.first.mask.sum() + pairs.second.mask.sum()))
+            reference_logps = self.reference_logps(batch, range(len(step.ids)))
+        self.meter.step(tokens=sum(int(one.mask.sum()) for one in drawn))
         hits = {"perf/reference_hit_rate": mean_of((~fresh).float())}
         self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
-        self.keep_pairs(step, pairs, labelled, reference_logps, self.state)
-        known = {"reference_logps": reference_logps} | labelled.labels._asdict()
-        count = self.accelerator.reduce(torch.tensor(sum(step.sizes), device=device), "sum")
-        return micro_batches(pairs, known, step.sizes), count
+        self.memory.keep(step, pairs, labelled, reference_logps, self.state)
+        known = {name: values.to(self.args.device) for name, values in labelled.labels._asdict().items()}
+        return batch | known | {"reference_logps": reference_logps}
 
-    def _label(self, step: StepPrompts, pairs: PairBatch) -> Labelled:
-        """The labels of the whole step's pairs. All ranks stop if the judge of one cannot go on."""
+    def _label(self, step: StepPrompts, drawn: list[Completions]) -> tuple[Completions, Completions, Labelled]:
+        """The pairs of the whole step and their labels. All ranks stop if the judge of one cannot go on."""
         uniform = sampling_noise((self.args.seed, self.state.global_step, LABEL), step.rows, 1)[:, 0]
         labelled, verdicts = None, 0
         stopped: JudgeStopped | None = None
         try:
-            labelled = self.labeller(step.prompts, pairs.first, pairs.second, uniform)
+            first, second = self.labeller.best_and_worst(step.prompts, drawn)
+            labelled = self.labeller(step.prompts, first, second, uniform)
             verdicts = int(labelled.margin.isfinite().sum())
         except JudgeStopped as error:
             stopped = error
         any_stopped, verdicts = self.sum_over_ranks(torch.tensor([labelled is None, verdicts])).tolist()
         if labelled is not None and not any_stopped and (stopped := self.labeller.gives_up(verdicts)) is None:
-            return labelled
+            return first, second, labelled
         self.keep_checkpoint()
         raise stopped or JudgeStopped("the judge of another process has stopped; its error says why")
-
-    @torch.no_grad()
-    def _reference_logps(self, pairs: PairBatch) -> Tensor:
-        """log pi_ref of both completions, (2, B)."""
-        logps = torch.empty(2, len(pairs.tokens), device=self.args.device)
-        with self.reference.model() as model, eval_mode(model), self.accelerator.autocast():
-            packed = self.reference_forward.way == "packed"
-            for rows in token_batches(pairs.tokens, range(len(pairs.tokens)), self.args.tokens_at_once, packed):
-                logps[:, rows] = self.reference_forward(model, pairs.rows(rows))
-        return logps
 
     def compute_loss(
         self,
@@ -230,7 +236,7 @@ class XPOTrainer(ResumableTrainer):
     ) -> Tensor:
         """Forward and backward of a micro-batch, in parts of `tokens_per_micro_batch`; no step on a loss not finite."""
         with self.meter.timed("update"):
-            lengths = inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=(0, 2))
+            lengths = tokens_of_pairs(inputs)
             # Under DeepSpeed, every process must do equally many passes.
             budget = None if self.is_deepspeed_enabled else self.args.tokens_at_once
             *first, last = token_batches(lengths, range(len(lengths)), budget, self.policy_forward.way == "packed")

@@ -1,0 +1,73 @@
+"""Equal parts of a run, Algorithm 1's t: the policy that each begins with is kept, and may become the reference."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+from transformers import TrainerState
+
+from xpo.config.errors import ConfigError
+from xpo.models.iterates import Iterates, PastPolicies
+from xpo.models.reference import Reference
+from xpo.sampling.draws import ReferenceDraws
+from xpo.training.config import XPOConfig
+
+
+def number(args: XPOConfig, state: TrainerState) -> int:
+    """The iteration, from 0, of the optimizer step that `state` comes before."""
+    rollouts = math.ceil(state.max_steps / args.replay_updates)
+    return state.global_step // args.replay_updates * args.iterations // max(rollouts, 1)
+
+
+class Iterations:
+    """Keeps the policy that each iteration begins with, and moves to it what follows.
+
+    Args:
+        reference, draws: what becomes that policy, with `reference_update`.
+        past: what draws from the policies so far, with the sampler "past".
+    """
+
+    def __init__(
+        self,
+        args: XPOConfig,
+        reference: Reference,
+        draws: ReferenceDraws,
+        past: PastPolicies | None,
+    ):
+        self.args = args
+        self.reference_since = 0  # optimizer steps before the reference moved last
+        self._iterates = Iterates(Path(args.output_dir) / "iterates")
+        self._reference, self._draws, self._past = reference, draws, past
+
+    def enter(self, policy: nn.Module, engine: nn.Module | None, state: TrainerState) -> None:
+        """Before an optimizer step; all processes together.
+
+        Args:
+            policy: unwrapped.
+            engine: the ZeRO-3 engine around it, if there is one.
+        """
+        if self.args.iterations == 1:
+            return
+        if state.max_steps < self.args.iterations * self.args.replay_updates:
+            raise ConfigError(
+                f"iterations={self.args.iterations} is more than the {state.max_steps} steps of the run hold at "
+                f"replay_updates={self.args.replay_updates}; give more prompts or max_steps"
+            )
+        begun = self.begin(state)
+        if begun == state.global_step:
+            self._iterates.keep(policy, engine, begun, self.args.should_save)
+            self.args.distributed_state.wait_for_everyone()
+        if self._past is not None:
+            begins = {self.begin(state, iteration) for iteration in range(number(self.args, state) + 1)}
+            self._past.policies = [partial(self._iterates.values, step) for step in sorted(begins)]
+        if self.args.reference_update == "iteration" and begun != self.reference_since:
+            self._reference.become(self._iterates.values(begun))
+            self._draws.reference_has_moved()
+            self.reference_since = begun
+
+    def begin(self, state: TrainerState, iteration: int | None = None) -> int:
+        """The optimizer steps before an iteration; None: before the current one."""
+        iteration = number(self.args, state) if iteration is None else iteration
+        rollouts = math.ceil(state.max_steps / self.args.replay_updates)
+        return math.ceil(iteration * rollouts / self.args.iterations) * self.args.replay_updates
