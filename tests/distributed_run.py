@@ -3,7 +3,7 @@
 torchrun --standalone --nproc_per_node 2 tests/distributed_run.py OUT PAIRS_PER_PROCESS ACCUMULATION [WORD ...]
 
 Words: lora; learned (adapters that were trained before); zero1, zero2, zero3, zero3_offload; synced (generation);
-sharded (reference); resume (from step 4).
+sharded (reference); resume (from step 4); replay (of all pairs, with a reference that moves), past (the sampler).
 """
 
 import json
@@ -27,6 +27,14 @@ NOTHING_STAYS_WHOLE = {
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
+}
+
+REPLAY: dict[str, Any] = {
+    "replay": "all",
+    "replay_ratio": 0.9,  # 7 for 8 fresh pairs: not as many for each process
+    "replay_updates": 2,
+    "iterations": 2,
+    "reference_update": "iteration",
 }
 
 
@@ -61,6 +69,8 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
         ds3_gather_for_generation="synced" not in words,
         shard_reference="sharded" in words,
         pairs_file=str(out / "pairs.jsonl"),
+        **(REPLAY if "replay" in words else {}),
+        sampler="past" if "past" in words else "reference",
     )
     model, lora = tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     if "learned" in words:

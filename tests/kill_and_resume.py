@@ -1,7 +1,7 @@
 """Trains once without interruption, and once more for each moment of a SIGKILL, then resumes.
 
-python tests/kill_and_resume.py OUT: writes OUT/NAME/result.pt and metrics.jsonl for the names "whole", each of
-MOMENTS, and each of RANDOM, which are killed at a moment that is drawn anew each time.
+python tests/kill_and_resume.py OUT KIND: writes OUT/NAME/result.pt and metrics.jsonl for the names "whole", each of
+MOMENTS, and each of RANDOM, which are killed at a moment that is drawn anew each time. KIND is one of KINDS.
 Each run is a forked child of one process that has imported everything and computed nothing.
 """
 
@@ -27,10 +27,13 @@ from xpo.training.callbacks import KeepMetrics
 
 MOMENTS = ("mid_rollout", "mid_update", "mid_save")
 RANDOM = ("random_1", "random_2", "random_3", "random_4")
+REPLAY = {"replay": "all", "replay_updates": 2, "iterations": 2, "reference_update": "iteration"}
+KINDS: dict[str, dict[str, Any]] = {"fresh": {}, "replay": REPLAY}
+ROLLOUT = {"fresh": 5, "replay": 4}  # the last step before step 6 that has one
 
 
-def trainer(out: Path) -> XPOTrainer:
-    """Eight steps of two micro-batches, five steps an epoch, a checkpoint every three, a log every two."""
+def trainer(out: Path, kind: str) -> XPOTrainer:
+    """Eight steps of two micro-batches, five rollouts an epoch, a checkpoint every three, a log every two."""
     args = XPOConfig(
         output_dir=str(out),
         max_steps=8,
@@ -46,6 +49,7 @@ def trainer(out: Path) -> XPOTrainer:
         disable_tqdm=True,
         use_cpu=True,
         pairs_file=str(out / "pairs.jsonl"),
+        **KINDS[kind],
     )
     return XPOTrainer(
         tiny_model(),
@@ -61,13 +65,13 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(run: XPOTrainer, moment: str) -> None:
+def kill_at(run: XPOTrainer, moment: str, kind: str) -> None:
     """Arranges for SIGKILL in step 6, after checkpoint-3; for mid_save, while checkpoint-6 is written."""
     if moment == "mid_rollout":
         sample = Sampler.sample
 
         def sample_and_die(self: Sampler, model: Any, *rest: Any, **options: Any) -> Any:
-            if run.state.global_step == 5 and model is run.reference.frozen:
+            if run.state.global_step == ROLLOUT[kind] and model is run.reference.frozen:
                 die()
             return sample(self, model, *rest, **options)
 
@@ -95,12 +99,12 @@ def kill_at(run: XPOTrainer, moment: str) -> None:
         TrainerState.save_to_json = save_and_die  # type: ignore[method-assign]
 
 
-def train(out: Path, moment: str | float | None = None) -> None:
+def train(kind: str, out: Path, moment: str | float | None = None) -> None:
     """From the last checkpoint, if there is one; up to a moment of MOMENTS, or for so many seconds."""
     out.mkdir(exist_ok=True)
-    run = trainer(out)
+    run = trainer(out, kind)
     if isinstance(moment, str):
-        kill_at(run, moment)
+        kill_at(run, moment, kind)
     elif moment is not None:
         threading.Timer(moment, die).start()
     checkpoint = last_complete_checkpoint(out)
@@ -119,14 +123,14 @@ def in_child(*arguments: Any) -> int:
 
 
 if __name__ == "__main__":
-    root = Path(sys.argv[1])
+    root, kind = Path(sys.argv[1]), sys.argv[2]
     began = time.monotonic()
-    assert in_child(root / "whole") == 0
+    assert in_child(kind, root / "whole") == 0
     seconds = time.monotonic() - began
     for moment in MOMENTS:
-        assert in_child(root / moment, moment) == -signal.SIGKILL
+        assert in_child(kind, root / moment, moment) == -signal.SIGKILL
         assert last_complete_checkpoint(root / moment) == root / moment / "checkpoint-3"
-        assert in_child(root / moment) == 0
+        assert in_child(kind, root / moment) == 0
     for name in RANDOM:
-        in_child(root / name, random.uniform(0, seconds))
-        assert in_child(root / name) == 0
+        in_child(kind, root / name, random.uniform(0, seconds))
+        assert in_child(kind, root / name) == 0

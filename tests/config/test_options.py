@@ -106,6 +106,12 @@ BAD = {
     "loss.bonus_clip": 0.0,
     "loss.missing_eos_penalty": 0.0,
     "sampler.second": "oracle",
+    "sampler.n": 2,
+    "replay.pairs": "some",
+    "replay.ratio": 0.0,
+    "replay.window": 0,
+    "replay.updates": 0,
+    "reference.update": "always",
     "preference.labels": "firm",
     "preference.label_temperature": 0.0,
     "preference.tie_threshold": -0.5,
@@ -124,6 +130,7 @@ BAD = {
     "training.tokens_per_micro_batch": 0,
     "training.learning_rate": -1e-3,
     "training.max_steps": 0,
+    "training.iterations": 0,
 }
 
 

@@ -120,7 +120,7 @@ def test_the_ranks_share_the_prompts_and_answer_as_one_process_would(make_traine
             tie_threshold=0.0,
             ds3_gather_for_generation=True,
         )
-        forwards = (trainer.policy_forward, trainer.reference_forward)
+        forwards = trainer.evaluator.forwards
         evaluator = Evaluator(trainer.draws.sampler, trainer.draws, forwards, trainer.evaluator.labeller, {})
         evaluator(trainer.model, trainer.eval_dataset, trainer.accelerator, args)  # type: ignore[arg-type]
         assert [r["index"] for r in evaluator.records] == list(range(rank, 5, 2))

@@ -33,11 +33,11 @@ def two_processes(out: Path, *words: str) -> dict[str, Any]:
     return json.loads((out / ("resumed.json" if "resume" in words else "logs.json")).read_text())
 
 
-@pytest.fixture(scope="module", params=["full", "lora", "learned"])
+@pytest.fixture(scope="module", params=["full", "lora", "learned", "replay", "replay past"])
 def one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
     """8 pairs in one process."""
-    out = tmp_path_factory.mktemp(request.param)
-    run(out, 8, 1, [request.param])
+    out = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    run(out, 8, 1, request.param.split())
     return request.param, out, json.loads((out / "logs.json").read_text())
 
 
@@ -58,13 +58,13 @@ def assert_same_weights(first: Path, second: Path) -> None:
         torch.testing.assert_close(values, two[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
-def assert_same_pairs(first: Path, second: Path) -> None:
+def assert_same_pairs(first: Path, second: Path, count: int) -> None:
     """In the same order, whichever process drew them."""
     one, two = (list(read_pairs(out / "pairs.jsonl")) for out in (first, second))
     for a, b in zip(one, two, strict=True):
         assert a["reference_logps"] == pytest.approx(b.pop("reference_logps"), abs=1e-4)
         assert {name: value for name, value in a.items() if name in b} == b
-    assert len(one) == 64
+    assert len(one) == count
 
 
 ENGINES = {
@@ -77,9 +77,12 @@ ENGINES = {
 FULL = ["ddp", "zero1 sharded", "zero2", "zero3"]
 LORA = ["ddp", "zero3_offload"]
 LEARNED = ["ddp", "zero2", "zero3"]
+REPLAY = ["ddp", "zero2", "zero3 sharded"]
+PAST = ["zero3"]
+TRIED = {"full": FULL, "lora": LORA, "learned": LEARNED, "replay": REPLAY, "replay past": PAST}
 
 
-@pytest.mark.parametrize("words", dict.fromkeys(FULL + LORA + LEARNED))
+@pytest.mark.parametrize("words", dict.fromkeys(words for tried in TRIED.values() for words in tried))
 def test_two_processes_equal_one(one: tuple[str, Path, dict[str, Any]], tmp_path: Path, words: str):
     """Logs, evaluation, weights; the engine is the one asked for.
 
@@ -87,21 +90,21 @@ def test_two_processes_equal_one(one: tuple[str, Path, dict[str, Any]], tmp_path
     learned something; "sharded", the reference is in parts.
     """
     kind, out, logs = one
-    if words not in {"full": FULL, "lora": LORA, "learned": LEARNED}[kind]:
+    if words not in TRIED[kind]:
         pytest.skip("not among those tried")
-    two = two_processes(tmp_path / "two", kind, *words.split())
+    two = two_processes(tmp_path / "two", *kind.split(), *words.split())
     assert (two["engine"], two["optimizer"]) == ENGINES[words.split()[0]]
     assert_same(logs, two)
     assert_same_weights(out, tmp_path / "two")
-    assert_same_pairs(out, tmp_path / "two")
+    assert_same_pairs(out, tmp_path / "two", 32 if "replay" in kind else 64)
     checkpoint = tmp_path / "two" / "model" / "checkpoint-4"
     assert (checkpoint / "xpo_state_1.json").is_file()
     if words in ("zero2", "zero3"):
         # Under ZeRO-3 it also samples the other way, which changes no number.
         resumed = two_processes(
-            tmp_path / "two", kind, "resume", *words.split(), *["synced", "sharded"] * (words == "zero3")
+            tmp_path / "two", *kind.split(), "resume", *words.split(), *["synced", "sharded"] * (words == "zero3")
         )
         assert resumed["logs"] == two["logs"]
         assert resumed["evaluation"] == two["evaluation"]
         assert_same_weights(out, tmp_path / "two")
-        assert_same_pairs(out, tmp_path / "two")
+        assert_same_pairs(out, tmp_path / "two", 32 if "replay" in kind else 64)

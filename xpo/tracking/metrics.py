@@ -149,11 +149,6 @@ class Meter:
             total, count = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (total + mean.total, count + mean.count)
 
-    def step(self, tokens: int) -> None:
-        """Counts an optimizer step, in which so many tokens were generated."""
-        self.steps += 1
-        self.tokens += tokens
-
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
         """Adds the time that the block takes to a part of the step; a profiler sees the part by its name."""

@@ -117,10 +117,10 @@ class PairMemory(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.file is not None:
             self.file.restore(state.global_step)
-            begun = state.global_step - state.global_step % self.args.replay_updates
-            if self.args.replays and state.global_step and self.file.since(begun or 1) == len(self.file):
+            last = (state.global_step - 1) // self.args.replay_updates * self.args.replay_updates + 1  # that has drawn
+            if self.args.replays and state.global_step and self.file.since(last) == len(self.file):
                 raise ConfigError(
-                    f"resume: {str(self.file.path)!r} lacks the pairs of step {begun or 1}, which replay needs; put "
+                    f"resume: {str(self.file.path)!r} lacks the pairs of step {last}, which replay needs; put "
                     "the run's own file there, or go on with replay=fresh and replay_updates=1"
                 )
 

@@ -12,10 +12,13 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from xpo.config.errors import ConfigError, first_line
+from xpo.config.options import PreferenceOptions
 from xpo.config.schema import as_argument, check_scaling
 from xpo.data.prompt_sets import PromptDataset, tokenize_prompts
 from xpo.data.store import OFF, open_store
+from xpo.evaluation.evaluator import Evaluator
 from xpo.judges import FunctionJudge, Judge, PairRMJudge, RewardJudge, TRLJudge
+from xpo.judges.labelling import Labeller
 from xpo.judges.trl import HasJudge
 from xpo.models.checks import (
     HAS_ADAPTERS,
@@ -218,15 +221,17 @@ def build_reference(
     return reference
 
 
-def build_forwards(args: XPOConfig, model: Policy, reference: Reference) -> tuple[Forward, Forward]:
-    """How log-probabilities under policy and reference are computed."""
+def build_forwards(args: XPOConfig, model: Policy, references: References) -> tuple[Forward, Forward, Forward]:
+    """How log-probabilities are computed: under the policy, the reference, and the opponent of evaluations."""
 
     def build(model: Policy) -> Forward:
         with gathered(model):
             return Forward(base_model(model), args.pair_forward, args.max_length + args.max_new_tokens, args.device)
 
-    policy_forward = build(model)
-    return policy_forward, policy_forward if reference.frozen is None else build(reference.frozen)
+    policy = build(model)
+    training, opponent = references.training.frozen, references.opponent.frozen
+    forward = policy if training is None else build(training)
+    return policy, forward, forward if opponent is training or opponent is None else build(opponent)
 
 
 def load_by_name(key: str, name: str, args: XPOConfig, peft_config: PeftConfig | None = None) -> Policy:
@@ -341,6 +346,21 @@ def build_pair_sampler(
     """Who draws the completions of a step."""
     gather = args.ds3_gather_for_generation
     return PairSampler(sampler, draws, past, args.sampler, args.sampler_n, args.seed, args.device, gather)
+
+
+def build_evaluator(
+    args: XPOConfig,
+    sampler: Sampler,
+    draws: ReferenceDraws,
+    forwards: tuple[Forward, Forward],
+    judge: Judge,
+    reward_model: RewardModel | None,
+    scorers: dict[str, RewardModel] | None,
+) -> Evaluator:
+    """The comparison with the reference of these draws, whose scores and verdicts are the raw ones."""
+    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold))
+    gather, in_step = args.ds3_gather_for_generation, args.shard_reference
+    return Evaluator(sampler, draws, forwards, labeller, scorers or {}, args.eval_greedy, gather, in_step)
 
 
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:

@@ -10,9 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import has_length
 
 from xpo.config.errors import ConfigError, JudgeStopped
-from xpo.config.options import PreferenceOptions
 from xpo.data.prompt_sets import PromptDataset, collate_prompts
-from xpo.evaluation.evaluator import Evaluator
 from xpo.judges.labelling import Labelled, Labeller
 from xpo.models.zero import check_engine, is_divided
 from xpo.objectives.labels import Labels
@@ -125,7 +123,7 @@ class XPOTrainer(ResumableTrainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
-        self.policy_forward, forward = setup.build_forwards(args, self.model, self.reference)
+        self.policy_forward, forward, opponent_forward = setup.build_forwards(args, self.model, references)
         self.reference_logps = ReferenceLogps(self.reference, forward, args.tokens_at_once, self.accelerator.autocast)
         self.sampler = setup.build_sampler(args, model, tokenizer)
         self.draws = setup.build_reference_draws(args, self.reference, self.sampler)
@@ -136,17 +134,10 @@ class XPOTrainer(ResumableTrainer):
         self.meter = Meter()
         self.memory = PairMemory(args, self.sampler.pad_token_id, self.iterations, self.reference_logps, self.meter)
         self.add_callback(self.memory)
-        opponent = references.opponent
-        self.evaluator = Evaluator(
-            self.sampler,
-            self.draws if opponent is self.reference else setup.build_reference_draws(args, opponent, self.sampler),
-            setup.build_forwards(args, self.model, opponent),
-            Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold)),
-            scorers or {},
-            args.eval_greedy,
-            args.ds3_gather_for_generation,
-            args.shard_reference,
-        )
+        moves = references.opponent is not self.reference
+        draws = setup.build_reference_draws(args, references.opponent, self.sampler) if moves else self.draws
+        forwards = self.policy_forward, opponent_forward
+        self.evaluator = setup.build_evaluator(args, self.sampler, draws, forwards, judge, reward_model, scorers)
         setup.check_metric(args, held_out, self.evaluator.measures)
 
     # ---- one optimizer step ------------------------------------------------------------------
@@ -169,6 +160,7 @@ class XPOTrainer(ResumableTrainer):
         self.iterations.enter(self.model, self.zero3_engine, self.state)
         drawn = None if self.state.global_step % self.args.replay_updates else self._rollout(step)
         batch, older = self.memory.recall(step, drawn, self.state)
+        self.meter.steps += 1
         fresh = torch.tensor(sum(step.sizes), device=device)
         return micro_batches(batch, step.sizes), self.accelerator.reduce(fresh, "sum") + older
 
@@ -183,7 +175,7 @@ class XPOTrainer(ResumableTrainer):
         batch = pairs.tensors()
         with self.meter.timed("reference"):
             reference_logps = self.reference_logps(batch, range(len(step.ids)))
-        self.meter.step(tokens=sum(int(one.mask.sum()) for one in drawn))
+        self.meter.tokens += sum(int(one.mask.sum()) for one in drawn)
         hits = {"perf/reference_hit_rate": mean_of((~fresh).float())}
         self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
         self.memory.keep(step, pairs, labelled, reference_logps, self.state)
