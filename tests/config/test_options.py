@@ -106,7 +106,7 @@ BAD = {
     "loss.bonus_clip": 0.0,
     "loss.missing_eos_penalty": 0.0,
     "sampler.second": "oracle",
-    "sampler.n": 2,
+    "sampler.candidates": 2,
     "replay.pairs": "some",
     "replay.ratio": 0.0,
     "replay.window": 0,

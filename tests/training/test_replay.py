@@ -184,6 +184,9 @@ def test_a_window_ends_where_it_says(make_trainer: TrainerFactory) -> None:
     by_steps = make_trainer(replay="window", replay_window=1, replay_ratio=100.0, max_steps=4)
     by_steps.train()
     assert [log["replay/share"] for log in step_logs(by_steps)] == [0, 0.5, 0.5, 0.5]
+    shorter_than_a_rollout = make_trainer(replay="window", replay_window=1, replay_updates=3, max_steps=6)
+    shorter_than_a_rollout.train()
+    assert [log["replay/age"] for log in step_logs(shorter_than_a_rollout)] == [0, 1, 2] * 2
     by_iterations = make_trainer(replay="window", replay_ratio=100.0, max_steps=5, iterations=2)
     by_iterations.train()
     shares = [0, 1 / 2, 2 / 3, 0, 1 / 2]  # the second iteration begins with the fourth step
@@ -317,6 +320,20 @@ def test_a_policy_of_the_past_draws_the_second_completion(make_trainer: TrainerF
         assert of_the_start == 8 if step < 2 else 0 < of_the_start < 8
 
 
+def test_the_policy_that_the_iteration_began_with_draws(make_trainer: TrainerFactory) -> None:
+    """In its first step that is the policy itself, with the noise of sampler=policy."""
+    options: dict[str, Any] = {"iterations": 2, "max_steps": 4, "optim": "sgd", "learning_rate": 50.0}
+    trainer = make_trainer(sampler="iterate", **options)
+    batches = Batches(trainer).seen
+    trainer.train()
+    of_the_policy = make_trainer(sampler="policy", **options)
+    expected = Batches(of_the_policy).seen
+    of_the_policy.train()
+    assert completions(batches[0]) == completions(expected[0])
+    assert {pair[1] for pair in completions(batches[1])} != {pair[1] for pair in completions(expected[1])}
+    assert [policy.args for policy in trainer.sample_pairs.past.policies] == [(2,)]
+
+
 def test_the_best_and_the_worst_of_n(make_trainer: TrainerFactory) -> None:
     """By the score; the best comes first, and no other of the prompt's candidates is better or worse."""
     asked: list[tuple[str, ...]] = []
@@ -325,7 +342,7 @@ def test_the_best_and_the_worst_of_n(make_trainer: TrainerFactory) -> None:
         asked.append(tuple(completions))
         return share_of_e(prompts, completions)
 
-    trainer = make_trainer(sampler="best_of_n", sampler_n=4, reward_model=reward, max_steps=1)
+    trainer = make_trainer(sampler="best_of_n", sampler_candidates=4, reward_model=reward, max_steps=1)
     trainer.train()
     candidates = list(zip(*asked[:4], strict=True))
     pairs = list(read_pairs(Path(trainer.args.pairs_file))) if trainer.args.pairs_file else []
@@ -345,7 +362,7 @@ def test_a_judge_chooses_by_its_mean_margin(make_trainer: TrainerFactory) -> Non
         pairs = zip(first, second, strict=True)
         return [None if "q" in one + two else float(len(one) - len(two)) for one, two in pairs]
 
-    trainer = make_trainer(sampler="best_of_n", sampler_n=3, judge=judge, max_steps=1)
+    trainer = make_trainer(sampler="best_of_n", sampler_candidates=3, judge=judge, max_steps=1)
     labeller = trainer.labeller
 
     def candidates(*texts: str) -> Any:
@@ -370,11 +387,12 @@ def test_a_judge_chooses_by_its_mean_margin(make_trainer: TrainerFactory) -> Non
     [
         ({"replay_ratio": 2.0}, "replay_ratio=2.0 has no effect with replay=fresh"),
         ({"replay": "all", "replay_window": 2}, "replay_window=2 has no effect with replay=all"),
+        ({"sampler": "iterate"}, "sampler=iterate has no effect with iterations=1"),
         ({"sampler": "past"}, "sampler=past has no effect with iterations=1; set iterations=3"),
         ({"reference_update": "iteration"}, "reference_update=iteration has no effect with iterations=1"),
         ({"iterations": 3, "max_steps": 2}, "iterations=3 is more than max_steps=2 holds at replay_updates=1"),
         ({"iterations": 2, "max_steps": 3, "replay_updates": 2}, "give max_steps=4 or more"),
-        ({"sampler_n": 4}, "sampler_n=4 has no effect with sampler=reference; choose best_of_n"),
+        ({"sampler_candidates": 4}, "sampler_candidates=4 has no effect with sampler=reference; choose best_of_n"),
         ({"replay_updates": 2, "per_device_train_batch_size": 20}, "needs whole steps, of 20 prompts, and .* has 16"),
     ],
 )

@@ -174,12 +174,13 @@ class SamplingOptions(Options):
     repetition_penalty: Annotated[float, positive] = 1.0
 
 
+SAMPLERS = ("reference", "policy", "iterate", "past", "best_of_n")
+
+
 @dataclass
 class SamplerOptions(Options):
-    second: Annotated[str, one_of("reference", "policy", "past", "best_of_n"), Role.ADDED, Argument("sampler")] = (
-        "reference"
-    )
-    n: Annotated[int, partial(checks.count, minimum=3), Role.ADDED, Argument("sampler_n")] = 8
+    second: Annotated[str, one_of(*SAMPLERS), Role.ADDED, Argument("sampler")] = "reference"
+    candidates: Annotated[int, partial(checks.count, minimum=3), Role.ADDED, Argument("sampler_candidates")] = 8
 
 
 @dataclass

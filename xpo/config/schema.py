@@ -53,7 +53,7 @@ class TrainSchema:
         check_replay(self.replay.pairs, self.replay.ratio, self.replay.window)
         check_iterations(
             self.sampler.second,
-            self.sampler.n,
+            self.sampler.candidates,
             training.iterations,
             self.reference.update,
             training.max_steps,
@@ -180,9 +180,8 @@ def check_iterations(
 ) -> None:
     """Who draws the second completion, and a reference that moves, need iterations; these need a rollout each."""
     key = spelled("training.iterations")
-    moving = {spelled("sampler.second"): (second, "past"), spelled("reference.update"): (update, "iteration")}
-    for name, (value, needs_several) in moving.items():
-        if value == needs_several and iterations == 1:
+    for name, value in ((spelled("sampler.second"), second), (spelled("reference.update"), update)):
+        if value in ("iterate", "past", "iteration") and iterations == 1:
             raise ConfigError(f"{name}={value} has no effect with {key}=1; set {key}=3, say")
     if 0 < max_steps < iterations * updates:
         steps, passes = spelled("training.max_steps"), spelled("replay.updates")
@@ -190,8 +189,8 @@ def check_iterations(
             f"{key}={iterations} is more than {steps}={max_steps} holds at {passes}={updates}; "
             f"give {steps}={iterations * updates} or more"
         )
-    if second != "best_of_n" and n != groups.SamplerOptions.n:
-        name = spelled("sampler.n")
+    if second != "best_of_n" and n != groups.SamplerOptions.candidates:
+        name = spelled("sampler.candidates")
         raise ConfigError(f"{name}={n} has no effect with {spelled('sampler.second')}={second}; choose best_of_n")
 
 

@@ -35,7 +35,7 @@ class PairSampler:
 
     sampler: Sampler  # draws the policy's
     draws: ReferenceDraws  # draws the reference's, or finds them
-    past: PastPolicies | None  # for "past"
+    past: PastPolicies | None  # for "past" and "iterate"
     second: str  # who draws the second completion: SamplerOptions.second
     n: int  # completions of the policy for "best_of_n"
     seed: int  # of the run

@@ -50,9 +50,10 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         bonus: "xpo", another one of `xpo.objectives.bonuses`, or "none".
         bonus_on: the completion that the bonus is on: "first", "second" or "rejected"; None: its paper's.
         bonus_clip: nats of log pi/pi_ref beyond which the bonus no longer grows; None for no limit.
-        sampler: who draws the second completion: "reference"; "policy", as in online DPO; "past", the policy that one
-            of the iterations so far began with; "best_of_n", where both are the best and worst of sampler_n draws.
-        sampler_n: completions of each prompt that "best_of_n" chooses from.
+        sampler: who draws the second completion: "reference"; "policy", as in online DPO; "iterate", the policy that
+            the iteration began with; "past", that of one of the iterations so far, each as likely; "best_of_n", where
+            both are the policy's, the best and the worst of sampler_candidates.
+        sampler_candidates: completions of each prompt that "best_of_n" chooses from.
         replay: earlier pairs to train on beside a step's own: none ("fresh"), those of a "window", or "all".
         replay_ratio: of these for each fresh one, drawn anew for each step; a large number takes all there are.
         replay_window: the last so many optimizer steps; None: the current iteration.
@@ -122,7 +123,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     alpha: list[float] = field(default_factory=lambda: [options.LossOptions.alpha])
     beta: list[float] = field(default_factory=lambda: [options.LossOptions.beta])
     sampler: str = options.SamplerOptions.second
-    sampler_n: int = options.SamplerOptions.n
+    sampler_candidates: int = options.SamplerOptions.candidates
     replay: str = options.ReplayOptions.pairs
     replay_ratio: float = options.ReplayOptions.ratio
     replay_window: int | None = options.ReplayOptions.window
@@ -195,7 +196,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         check_lengths(self, as_argument)
         check_bonus(self, as_argument)
         check_replay(self.replay, self.replay_ratio, self.replay_window, as_argument)
-        moving = (self.sampler, self.sampler_n, self.iterations, self.reference_update)
+        moving = (self.sampler, self.sampler_candidates, self.iterations, self.reference_update)
         check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)
         if self.replays and self.pairs_file is None:
             self.pairs_file = str(Path(self.output_dir) / PAIRS)

@@ -25,7 +25,7 @@ class Iterations:
 
     Args:
         reference, draws: what becomes that policy, with `reference_update`.
-        past: what draws from the policies so far, with the sampler "past".
+        past: what draws from the policies so far, with the samplers "past" and "iterate".
     """
 
     def __init__(
@@ -59,8 +59,10 @@ class Iterations:
             self._iterates.keep(policy, engine, begun, self.args.should_save)
             self.args.distributed_state.wait_for_everyone()
         if self._past is not None:
-            begins = {self.begin(state, iteration) for iteration in range(number(self.args, state) + 1)}
-            self._past.policies = [partial(self._iterates.values, step) for step in sorted(begins)]
+            now = number(self.args, state)
+            first = now if self.args.sampler == "iterate" else 0
+            begins = [self.begin(state, iteration) for iteration in range(first, now + 1)]
+            self._past.policies = [partial(self._iterates.values, step) for step in begins]
         if self.args.reference_update == "iteration" and begun != self.reference_since:
             self._reference.become(self._iterates.values(begun))
             self._draws.reference_has_moved()

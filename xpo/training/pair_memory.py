@@ -109,9 +109,10 @@ class PairMemory(TrainerCallback):
         begin = 0 if args.replay == "all" else self._iterations.begin(state)
         if args.replay_window is not None:
             begin = now - args.replay_window
-        first, end = file.since(begin + 1), file.since(now - now % args.replay_updates + 1)
+        end = file.since(now - now % args.replay_updates + 1)
+        first = min(file.since(begin + 1), end)
         count = 0 if args.replay == "fresh" else min(round(args.replay_ratio * (len(file) - end)), end - first)
-        chosen = np.random.default_rng((args.seed, now, REPLAY)).choice(max(end - first, 0), count, replace=False)
+        chosen = np.random.default_rng((args.seed, now, REPLAY)).choice(end - first, count, replace=False)
         return file.read(range(end, len(file))), file.read(sorted((chosen + first).tolist()))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -179,7 +179,7 @@ class References(NamedTuple):
 
     training: Reference  # pi_ref of the loss, which may move
     opponent: Reference  # pi_ref of evaluations, which does not
-    past: PastPolicies | None  # for the sampler "past"
+    past: PastPolicies | None  # for the samplers "past" and "iterate"
 
 
 def build_references(
@@ -201,7 +201,8 @@ def build_references(
     opponent = build_reference(args, model, ref_model, policy_engine)
     moving = None if ref_model is None else frozen_copy(base_model(ref_model))
     training = build_reference(args, model, moving, policy_engine) if moves else opponent
-    past = PastPolicies(build_reference(args, model, None, policy_engine)) if args.sampler == "past" else None
+    draws = args.sampler in ("iterate", "past")
+    past = PastPolicies(build_reference(args, model, None, policy_engine)) if draws else None
     return References(training, opponent, past)
 
 
@@ -345,7 +346,7 @@ def build_pair_sampler(
 ) -> PairSampler:
     """Who draws the completions of a step."""
     gather = args.ds3_gather_for_generation
-    return PairSampler(sampler, draws, past, args.sampler, args.sampler_n, args.seed, args.device, gather)
+    return PairSampler(sampler, draws, past, args.sampler, args.sampler_candidates, args.seed, args.device, gather)
 
 
 def build_evaluator(
