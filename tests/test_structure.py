@@ -1,6 +1,7 @@
 """The architecture, checked: imports go one way, every document tells the truth."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -63,13 +64,21 @@ def test_imports_go_one_way(path: Path):
 
 
 def test_what_the_parent_needs_imports_no_torch():
-    """`--cfg job` answers at once; the parent of a sweep holds no memory."""
+    """`--cfg job` and a wrong word for `xpo.judges` are answered at once; the parent of a sweep holds no memory."""
     code = (
-        "import sys, xpo.train, xpo.launch.sweep, hydra_plugins.xpo_launcher;"
+        "import sys, xpo.train, xpo.launch.sweep, xpo.judges.__main__, hydra_plugins.xpo_launcher;"
         "print(*{'torch', 'transformers', 'datasets', 'mlflow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", ["xpo", "xpo.judges"])
+def test_public_names_are_there_at_first_use(package: str):
+    module = importlib.import_module(package)
+    assert [getattr(module, name).__name__ for name in module.__all__] == module.__all__
+    with pytest.raises(AttributeError, match=rf"module '{package}' has no attribute 'Juge'"):
+        _ = module.Juge
 
 
 def test_no_file_holds_a_path_of_one_machine():

@@ -3,8 +3,9 @@
 Names are imported at first use: `python -m xpo.train --cfg job` must not wait for torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from xpo.config.lazy import at_first_use
 
 if TYPE_CHECKING:
     from xpo.config.errors import ConfigError
@@ -27,18 +28,14 @@ __all__ = [
     "XPOTrainer",
 ]
 
-_HOMES = {
-    "xpo.config.errors": ("ConfigError",),
-    "xpo.judges": ("Judge", "PairRMJudge", "RewardJudge"),
-    "xpo.rewards": ("ClassifierReward", "EmbeddedReward", "RewardModel"),
-    "xpo.training.callbacks": ("LogCompletionsCallback",),
-    "xpo.training.config": ("XPOConfig",),
-    "xpo.training.trainer": ("XPOTrainer",),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module 'xpo' has no attribute {name!r}")
+__getattr__ = at_first_use(
+    "xpo",
+    {
+        "xpo.config.errors": ("ConfigError",),
+        "xpo.judges": ("Judge", "PairRMJudge", "RewardJudge"),
+        "xpo.rewards": ("ClassifierReward", "EmbeddedReward", "RewardModel"),
+        "xpo.training.callbacks": ("LogCompletionsCallback",),
+        "xpo.training.config": ("XPOConfig",),
+        "xpo.training.trainer": ("XPOTrainer",),
+    },
+)

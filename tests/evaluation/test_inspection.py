@@ -106,6 +106,7 @@ def root_logger() -> Iterator[None]:
     ("arguments", "message"),
     [
         (["judge=lexicon"], "pairs has no value; give one with pairs=..."),
+        (["judge=lexicon", "pairs="], "pairs='' names no data; give a file, a directory or a hub data set"),
         (["judge=lexikon", "pairs=x.jsonl"], "judge=lexikon does not exist; did you mean 'lexicon'?"),
         (["pair=x.jsonl"], "unknown config key 'pair'; did you mean 'pairs'?"),
         (["pairs=x.jsonl"], "pairs='x.jsonl' does not exist"),

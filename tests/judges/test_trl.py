@@ -13,7 +13,7 @@ from datasets import Dataset
 from xpo import PairRMJudge, RewardJudge
 from xpo.config.errors import ConfigError
 from xpo.judges import FunctionJudge, TRLJudge
-from xpo.training.setup import as_judge
+from xpo.training.judging import as_judge
 
 NAN = math.nan
 PROMPTS = ["a prompt", [{"role": "user", "content": "another"}], "third", "fourth"]

@@ -31,7 +31,7 @@ from xpo.data.prompts import Prompt
 from xpo.judges import FunctionJudge, RewardJudge
 from xpo.models.loading import tiny_model, tiny_tokenizer
 from xpo.rewards import ClassifierReward, FunctionReward, MixReward, VaderReward
-from xpo.training.setup import as_reward_model
+from xpo.training.judging import as_reward_model
 
 WORDS = "user assistant system . : sea is blue deep loud grey the a tell me of more and wide cold salty"
 SPECIAL = ["<end>", "[CLS]", "[SEP]", "[UNK]"]

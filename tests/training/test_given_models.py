@@ -160,6 +160,28 @@ def test_learned_adapters_under_autocast(make_trainer: TrainerFactory) -> None:
     assert abs(logs[-1]["objective/kl"]) > 5e-3
 
 
+def test_policy_and_reference_in_one_autocast_block_have_their_own_adapters() -> None:
+    """As when a step is drawn: autocast keeps casts of weights, by parameter, for as long as the block lasts."""
+    model, tokens = learned(), torch.arange(8)[None]
+    reference = Reference(model, None, torch.device("cpu"))
+
+    def half() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    with torch.no_grad(), half():
+        at_the_start = model(tokens).logits
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.neg_()
+    with torch.no_grad(), half():
+        trained = model(tokens).logits
+        with reference.model() as frozen:
+            assert torch.equal(frozen(tokens).logits, at_the_start)
+        assert torch.equal(model(tokens).logits, trained)
+    assert not torch.equal(trained, at_the_start)
+
+
 # ---- adapters in checkpoints --------------------------------------------------------------------------------
 
 

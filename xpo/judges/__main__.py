@@ -12,12 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from xpo.config.compose import CONF, check_complete, check_words
 from xpo.config.errors import ConfigError
 from xpo.config.schema import InspectSchema, is_group, needs_reward_model
-from xpo.data.pairs import load_pairs
-from xpo.evaluation.inspection import Judged, ask, report, show, write
 from xpo.launch.command import exit_status, print_error, speak_to_any_console
-from xpo.launch.groups import build_preference, check_target
 from xpo.launch.processes import exit_statuses
-from xpo.tracking.terminal import quiet
 
 ConfigStore.instance().store(name="inspect_schema", node=InspectSchema)
 
@@ -26,7 +22,6 @@ def main() -> None:
     """The command line. Exit status 2 for bad input, 1 for a judge that could not go on."""
     speak_to_any_console()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
-    quiet()
     exit_statuses.clear()
     try:
         check_words(sys.argv[1:])
@@ -50,6 +45,15 @@ def inspect(config: DictConfig) -> int:
     schema: InspectSchema = OmegaConf.to_object(config)  # type: ignore[assignment]
     if not is_group(schema.judge):
         raise ConfigError("judge has no _target_; choose one with judge=pair_rm, say")
+    if not schema.pairs:
+        raise ConfigError("pairs='' names no data; give a file, a directory or a hub data set with pairs=...")
+    # What needs torch, after what can be known without it.
+    from xpo.data.pairs import load_pairs
+    from xpo.evaluation.inspection import Judged, ask, report, show, write
+    from xpo.launch.groups import build_preference, check_target
+    from xpo.tracking.terminal import quiet
+
+    quiet()
     groups = {"judge": schema.judge} | ({"other": schema.other} if is_group(schema.other) else {})
     for key, group in groups.items():
         check_target(key, group)

@@ -22,11 +22,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
 )
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.options import LoraOptions, ModelOptions
 from xpo.models.hub import local_directory, writable
+from xpo.models.reference import base_model
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -90,6 +92,13 @@ def load_tokenizer(directory: str, config: ModelOptions) -> PreTrainedTokenizerB
     if directory == f"embedded:{TINY}":
         return tiny_tokenizer()
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=config.trust_remote_code)
+
+
+def tokenizer_of(model: PreTrainedModel | PeftModel | str, given: Any) -> PreTrainedTokenizerBase:
+    """The policy's tokenizer: as given, in a processor perhaps, or the one that belongs to the model."""
+    name = model if isinstance(model, str) else base_model(model).config.name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name) if given is None else given
+    return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
 def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:

@@ -25,6 +25,7 @@ from xpo.training import setup
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
 from xpo.training.iterations import Iterations
+from xpo.training.judging import who_judges
 from xpo.training.pair_memory import PairMemory
 from xpo.training.prompt_queue import MicroBatch, PromptQueue
 
@@ -105,7 +106,7 @@ class XPOTrainer(ResumableTrainer):
             raise ConfigError("train_dataset=None; pass a data set with a column 'prompt'")
         reward_model = reward_model or reward_funcs or args.reward_model_path
         reader = reward_processing_class or reward_processing_classes
-        judge, reward_model = setup.who_judges(judge, reward_model, reader, args, model, processing_class)
+        judge, reward_model = who_judges(judge, reward_model, reader, args, model, processing_class)
         model, ref_model, tokenizer = setup.prepare_models(model, ref_model, processing_class, peft_config, args)
         self.tokenize = setup.prompt_tokenizer(args, tokenizer, model, [judge, reward_model, *(scorers or {}).values()])
         train, held_out = self.tokenize(train_dataset, "train_dataset"), self.tokenize(eval_dataset, "eval_dataset")
