@@ -1,6 +1,7 @@
 """What is logged of a step, against numbers derived by hand, and the pooling over steps and ranks."""
 
 import json
+import math
 from collections.abc import Callable
 
 import pytest
@@ -177,6 +178,21 @@ def test_a_log_starts_afresh() -> None:
     meter.pop(one_rank)
     meter.add({"x": Mean(5.0, 1)})
     assert meter.pop(one_rank) == {"x": 5.0}
+
+
+def test_queries_are_counted_over_all_logs_and_in_a_checkpoint() -> None:
+    meter = Meter()
+    for _ in range(3):
+        meter.step(tokens=10, pairs=4)
+    assert meter.pop(one_rank)["preference/queries"] == 12
+    meter.step(tokens=10, pairs=2)
+    resumed, older = Meter(), Meter()
+    resumed.load_state(json.loads(json.dumps(meter.state())))
+    resumed.step(tokens=10, pairs=4)
+    assert resumed.pop(one_rank)["preference/queries"] == 18
+    older.load_state({name: value for name, value in meter.state().items() if name != "queries"})
+    older.step(tokens=10, pairs=4)
+    assert math.isnan(older.pop(one_rank)["preference/queries"])  # nobody knows how many there were
 
 
 def test_a_meter_goes_on_from_its_state_in_a_checkpoint() -> None:

@@ -5,6 +5,7 @@ the reference's. `label` is +1 where the first won, -1 where the second did, 0 w
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
+        self.queries = 0.0  # pairs labelled by all processes since the run began; NaN: not known
         self._clear()
 
     def _clear(self) -> None:
@@ -149,10 +151,15 @@ class Meter:
             total, count = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (total + mean.total, count + mean.count)
 
-    def step(self, tokens: int) -> None:
-        """Counts an optimizer step, in which so many tokens were generated."""
+    def step(self, tokens: int, pairs: int) -> None:
+        """Counts an optimizer step: tokens that this process generated, pairs that all of them labelled.
+
+        A pair is one preference query, asked in one order or two, or remembered; with a verdict, a tie or none.
+        """
         self.steps += 1
         self.tokens += tokens
+        self.queries += pairs
+        self.last["preference/queries"] = self.queries
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -195,3 +202,4 @@ class Meter:
         self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
         self.seconds, self.steps, self.tokens = state["seconds"], state["steps"], state["tokens"]
         self.last = state["last"]
+        self.queries = state.get("queries", math.nan)  # checkpoints of earlier versions lack it

@@ -167,12 +167,12 @@ class XPOTrainer(ResumableTrainer):
             labelled = self._label(step, pairs)
         with self.meter.timed("reference"):
             reference_logps = self._reference_logps(pairs)
-        self.meter.step(tokens=int(pairs.first.mask.sum() + pairs.second.mask.sum()))
+        count = self.accelerator.reduce(torch.tensor(sum(step.sizes), device=device), "sum")
+        self.meter.step(tokens=int(pairs.first.mask.sum() + pairs.second.mask.sum()), pairs=int(count))
         hits = {"perf/reference_hit_rate": mean_of((~fresh).float())}
         self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
         self.keep_pairs(step, pairs, labelled, reference_logps, self.state)
         known = {"reference_logps": reference_logps} | labelled.labels._asdict()
-        count = self.accelerator.reduce(torch.tensor(sum(step.sizes), device=device), "sum")
         return micro_batches(pairs, known, step.sizes), count
 
     def _label(self, step: StepPrompts, pairs: PairBatch) -> Labelled:
