@@ -60,6 +60,8 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
         ds3_gather_for_generation="synced" not in words,
         shard_reference="sharded" in words,
         pairs_file=str(out / "pairs.jsonl"),
+        probe_prompts=3,
+        probe_samples=3,
     )
     model, lora = tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     if "learned" in words:

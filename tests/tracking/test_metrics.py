@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from xpo.tracking.metrics import Mean, Meter, distinct_bigrams, mean_of, pair_metrics, preference_metrics
+from xpo.tracking.metrics import (
+    Mean,
+    Meter,
+    distinct_bigrams,
+    mean_of,
+    ngrams,
+    novel_ngrams,
+    pair_metrics,
+    preference_metrics,
+)
 
 
 def one_rank(sums: Tensor) -> Tensor:
@@ -115,6 +124,13 @@ def test_verdicts_are_shares_of_all_pairs() -> None:
 )
 def test_distinct_bigrams_are_counted_over_all_completions(completions: list[list[int]], distinct: Mean) -> None:
     assert distinct_bigrams(completions) == distinct
+
+
+def test_novel_ngrams_are_counted_once_each() -> None:
+    """1234 2345 | 1234 | - : two different ones, of which one is known; none across completions."""
+    assert ngrams([[1, 2, 3, 4, 5], [1, 2, 3, 4], [6, 7, 8]]) == [(1, 2, 3, 4), (2, 3, 4, 5), (1, 2, 3, 4)]
+    assert novel_ngrams([[1, 2, 3, 4, 5], [1, 2, 3, 4], [6, 7, 8]], {(1, 2, 3, 4), (9, 9, 9, 9)}) == Mean(1, 2)
+    assert novel_ngrams([[1, 2, 3]], set()) == Mean(0, 0)
 
 
 # ---- pooling -----------------------------------------------------------------------------------

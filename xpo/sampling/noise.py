@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-# The random streams: y, y~ and sampled labels never share their noise, nor training and evaluation.
-POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL, SECOND = range(6)
+# The random streams: y, y~ and sampled labels never share their noise, nor training, evaluation and its probe.
+POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL, SECOND, PROBE_POLICY, PROBE_REFERENCE = range(8)
 
 
 def sampling_noise(key: Sequence[int], rows: Sequence[int], steps: int) -> Tensor:

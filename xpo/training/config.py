@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from xpo.config import options
 from xpo.config.errors import ConfigError
-from xpo.config.schema import GROUPS, as_argument, check_bonus, check_deepspeed, check_lengths
+from xpo.config.schema import GROUPS, as_argument, check_bonus, check_deepspeed, check_lengths, check_probe
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
 from xpo.sampling.sampler import check_generation_kwargs
@@ -61,6 +61,9 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
         generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
+        probe_prompts: the first so many held-out prompts show how much the policy explores; 0 for none. See
+            `xpo.evaluation.probe`.
+        probe_samples: completions of each, by policy and reference.
         pair_forward: "packed", one row [prompt | y | y~ | next prompt | ...] without padding; "shared", one row
             [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first that the
             architecture allows, packed on CPUs only (on a GPU it compiles FlexAttention). The results are equal up to
@@ -108,6 +111,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     generation_kwargs: dict[str, Any] | str | None = None
     generation_batch_size: int | None = options.GenerationOptions.batch_size
     eval_greedy: bool = options.EvaluationOptions.greedy
+    probe_prompts: int = options.EvaluationOptions.probe_prompts
+    probe_samples: int = options.EvaluationOptions.probe_samples
     pair_forward: str = options.TrainingOptions.pair_forward
     tokens_per_micro_batch: int | None = options.TrainingOptions.tokens_per_micro_batch
     reference_store: str | None = options.ReferenceOptions.store
@@ -167,6 +172,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
         check_bonus(self, as_argument)
+        check_probe(self.probe_prompts, self.temperature, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.

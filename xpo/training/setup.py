@@ -12,10 +12,14 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from xpo.config.errors import ConfigError, first_line
+from xpo.config.options import PreferenceOptions
 from xpo.config.schema import as_argument, check_scaling
 from xpo.data.prompt_sets import PromptDataset, tokenize_prompts
 from xpo.data.store import OFF, open_store
+from xpo.evaluation.evaluator import Evaluator
+from xpo.evaluation.probe import Probe
 from xpo.judges import FunctionJudge, Judge, PairRMJudge, RewardJudge, TRLJudge
+from xpo.judges.labelling import Labeller
 from xpo.judges.trl import HasJudge
 from xpo.models.checks import (
     HAS_ADAPTERS,
@@ -297,6 +301,21 @@ def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sample
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
     store = None if args.reference_store in OFF else open_store("reference_store", args.reference_store)
     return ReferenceDraws(reference, sampler, store, precision)
+
+
+def build_evaluator(
+    args: XPOConfig,
+    judge: Judge,
+    reward_model: RewardModel | None,
+    scorers: dict[str, RewardModel],
+    draws: ReferenceDraws,
+    forwards: tuple[Forward, Forward],
+) -> Evaluator:
+    """The evaluator of these arguments: its labels are hard, without the missing-EOS penalty, on raw scores."""
+    gather, sampler = args.ds3_gather_for_generation, draws.sampler
+    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold))
+    probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples, gather) if args.probe_prompts else None
+    return Evaluator(sampler, draws, forwards, labeller, scorers, args.eval_greedy, gather, args.shard_reference, probe)
 
 
 def dictionary(options: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -10,9 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_utils import has_length
 
 from xpo.config.errors import ConfigError, JudgeStopped
-from xpo.config.options import PreferenceOptions
 from xpo.data.prompt_sets import PromptDataset, collate_prompts
-from xpo.evaluation.evaluator import Evaluator
 from xpo.judges.labelling import Labelled, Labeller
 from xpo.models.forward import eval_mode
 from xpo.models.zero import check_engine, is_divided
@@ -131,16 +129,8 @@ class XPOTrainer(ResumableTrainer):
         self.sample_pairs = PairSampler(sampler, self.draws, args.sampler, args.seed, args.device, gather)
         self.labeller = Labeller(judge, reward_model, args, args.missing_eos_penalty, self.sum_over_ranks)
         self.meter = Meter()
-        self.evaluator = Evaluator(
-            sampler,
-            self.draws,
-            (self.policy_forward, self.reference_forward),
-            Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold)),
-            scorers or {},
-            args.eval_greedy,
-            gather,
-            args.shard_reference,
-        )
+        forwards = self.policy_forward, self.reference_forward
+        self.evaluator = setup.build_evaluator(args, judge, reward_model, scorers or {}, self.draws, forwards)
         setup.check_metric(args, held_out, self.evaluator.measures)
 
     # ---- one optimizer step ------------------------------------------------------------------
@@ -257,7 +247,7 @@ class XPOTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Win rate against the reference, scores, KL and more on held-out prompts; see `Evaluator`."""
+        """Win rate against the reference, scores, KL and more on held-out prompts; see `xpo.evaluation.evaluator`."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
