@@ -22,6 +22,7 @@ from xpo.sampling.noise import LABEL, sampling_noise
 from xpo.sampling.pairs import PairSampler, StepPrompts
 from xpo.tracking.metrics import Meter, bonus_share, mean_of, pair_metrics, rollout_metrics
 from xpo.training import setup
+from xpo.training.callbacks import WatchBonus
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
 from xpo.training.keep_pairs import KeepPairs
@@ -117,7 +118,7 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), self.keep_pairs],
+            callbacks=[*(callbacks or []), self.keep_pairs, WatchBonus()],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
