@@ -71,6 +71,8 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
         pairs_file=str(out / "pairs.jsonl"),
         **(REPLAY if "replay" in words else {}),
         sampler="past" if "past" in words else "reference",
+        probe_prompts=3,
+        probe_samples=3,
     )
     model, lora = tiny_model(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     if "learned" in words:

@@ -1,12 +1,14 @@
 """`python -m xpo.reference fill [--epochs N] [--batch N] key=value ...`: the reference's answers, computed ahead.
 
 Takes the same overrides as `python -m xpo.train`, and fills the store that those runs will read: every training
-prompt once per epoch, every held-out prompt once, in large batches of similar length.
+prompt once per epoch, every held-out prompt once and what the probe of evaluations needs, in large batches of similar
+length.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -17,11 +19,12 @@ from xpo.config.errors import ConfigError
 from xpo.config.schema import TrainSchema
 from xpo.data.prompt_sets import collate_prompts
 from xpo.data.store import OFF
+from xpo.evaluation.probe import Probe
 from xpo.launch.build import build_arguments, build_inputs
 from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.models.batches import batches_by_length
 from xpo.models.loading import load_model, loaded
-from xpo.sampling.noise import EVAL_REFERENCE, REFERENCE
+from xpo.sampling.noise import EVAL_REFERENCE, PROBE_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
 from xpo.training.setup import build_reference, build_reference_draws, build_sampler
 
@@ -60,6 +63,11 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(rounds)]
     if "eval" in inputs.datasets:
         work.append((EVAL_REFERENCE, 0, collate_prompts(inputs.datasets["eval"])))
+        if args.probe_prompts:
+            probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples)
+            wanted = probe.wanted(inputs.datasets["eval"])
+            drawn: list[dict[str, Any]] = [{"prompt_ids": draw.ids, "occurrence": draw.number} for draw in wanted]
+            work.append((PROBE_REFERENCE, 0, collate_prompts(drawn)))
     computed, total = 0, sum(len(rows["prompt_ids"]) for _, _, rows in work)
     with tqdm(total=total, desc="Filling", disable=args.disable_tqdm) as bar:
         for stream, number, rows in work:

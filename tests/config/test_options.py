@@ -125,6 +125,8 @@ BAD = {
     "generation.batch_size": 0,
     "data.prompt_overflow": "cut",
     "data.special_tokens": "both",
+    "evaluation.probe_prompts": -1,
+    "evaluation.probe_samples": 1,
     "reference.batch_size": 0,
     "training.pair_forward": "both",
     "training.tokens_per_micro_batch": 0,

@@ -50,6 +50,7 @@ OWN_METRICS = {
     "preference/win_rate",
     "preference/tie_rate",
     "preference/invalid_rate",
+    "preference/queries",
     "exploration/ref_ratio",
     "exploration/bonus_share",
     "completions/length",

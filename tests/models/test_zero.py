@@ -12,7 +12,7 @@ from torch import nn
 
 from xpo import XPOConfig
 from xpo.config.errors import ConfigError
-from xpo.evaluation.evaluator import shares
+from xpo.models.batches import shares
 from xpo.models.zero import check_engine, gathered, is_divided
 from xpo.training.checkpoints import check_same_zero
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from xpo.config.errors import ConfigError
 from xpo.config.options import GenerationOptions
 from xpo.data.store import Store
+from xpo.evaluation.probe import MEASURES
 from xpo.models.loading import tiny_model
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
@@ -286,14 +287,16 @@ def hit_rates(run_dir: Path) -> list[float]:
 
 
 def test_fill_computes_what_a_run_will_need(tmp_path: Path) -> None:
-    """Filled ahead, a run of the same command finds every answer, in training and in evaluation."""
-    filled = run(tmp_path, "xpo.reference", "fill", "--epochs", "2")
-    assert "24 of 24 draws computed, 0 were there" in filled  # 2 x 8 + 8 held out
-    filled = run(tmp_path, "xpo.reference", "fill", "--epochs", "3", "--batch", "3")
-    assert "8 of 32 draws computed, 24 were there" in filled
-    run(tmp_path, "xpo.train", "hydra.run.dir=run")
+    """Filled ahead, a run of the same command finds every answer, in training, in evaluation and for its probe."""
+    probe = ["evaluation.probe_prompts=2", "evaluation.probe_samples=3"]
+    filled = run(tmp_path, "xpo.reference", "fill", "--epochs", "2", *probe)
+    assert "30 of 30 draws computed, 0 were there" in filled  # 2 x 8, 8 held out, 2 x 3
+    filled = run(tmp_path, "xpo.reference", "fill", "--epochs", "3", "--batch", "3", *probe)
+    assert "8 of 38 draws computed, 30 were there" in filled
+    run(tmp_path, "xpo.train", "hydra.run.dir=run", *probe)
     assert hit_rates(tmp_path / "run") == [1, 1, 1]
-    assert len(Store(tmp_path / "store.sqlite")) == 32
+    assert {f"eval_{name}" for name in MEASURES} <= read_metrics(tmp_path / "run")[0].keys()
+    assert len(Store(tmp_path / "store.sqlite")) == 38
 
 
 def test_fill_ends_completions_where_the_policy_does(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,13 +1,23 @@
 """What is logged of a step, against numbers derived by hand, and the pooling over steps and ranks."""
 
 import json
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from xpo.tracking.metrics import Mean, Meter, distinct_bigrams, mean_of, pair_metrics, preference_metrics
+from xpo.tracking.metrics import (
+    Mean,
+    Meter,
+    distinct_bigrams,
+    mean_of,
+    ngrams,
+    novel_ngrams,
+    pair_metrics,
+    preference_metrics,
+)
 
 
 def one_rank(sums: Tensor) -> Tensor:
@@ -116,6 +126,13 @@ def test_distinct_bigrams_are_counted_over_all_completions(completions: list[lis
     assert distinct_bigrams(completions) == distinct
 
 
+def test_novel_ngrams_are_counted_once_each() -> None:
+    """1234 2345 | 1234 | - : two different ones, of which one is known; none across completions."""
+    assert ngrams([[1, 2, 3, 4, 5], [1, 2, 3, 4], [6, 7, 8]]) == [(1, 2, 3, 4), (2, 3, 4, 5), (1, 2, 3, 4)]
+    assert novel_ngrams([[1, 2, 3, 4, 5], [1, 2, 3, 4], [6, 7, 8]], {(1, 2, 3, 4), (9, 9, 9, 9)}) == Mean(1, 2)
+    assert novel_ngrams([[1, 2, 3]], set()) == Mean(0, 0)
+
+
 # ---- pooling -----------------------------------------------------------------------------------
 
 
@@ -177,6 +194,21 @@ def test_a_log_starts_afresh() -> None:
     meter.pop(one_rank)
     meter.add({"x": Mean(5.0, 1)})
     assert meter.pop(one_rank) == {"x": 5.0}
+
+
+def test_queries_are_counted_over_all_logs_and_in_a_checkpoint() -> None:
+    meter = Meter()
+    for _ in range(3):
+        meter.step(tokens=10, pairs=4)
+    assert meter.pop(one_rank)["preference/queries"] == 12
+    meter.step(tokens=10, pairs=2)
+    resumed, older = Meter(), Meter()
+    resumed.load_state(json.loads(json.dumps(meter.state())))
+    resumed.step(tokens=10, pairs=4)
+    assert resumed.pop(one_rank)["preference/queries"] == 18
+    older.load_state({name: value for name, value in meter.state().items() if name != "queries"})
+    older.step(tokens=10, pairs=4)
+    assert math.isnan(older.pop(one_rank)["preference/queries"])  # nobody knows how many there were
 
 
 def test_a_meter_goes_on_from_its_state_in_a_checkpoint() -> None:

@@ -126,6 +126,20 @@ def test_the_bonus_in_words(capsys: pytest.CaptureFixture[str]) -> None:
         assert not capsys.readouterr().out
 
 
+def test_a_bonus_without_gradient_is_told_at_the_first_log(
+    make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """GEB's, on completions whose pi underflows; once, and not where there is a gradient or alpha is 0."""
+    told = "the bonus has no gradient so far"
+    long = {"bonus": "geb_p", "max_new_tokens": 60, "max_steps": 2}
+    make_trainer(alpha=1.0, **long).train()
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    make_trainer(alpha=[0.0], **long).train()
+    make_trainer(alpha=1.0, bonus="popo").train()
+    assert told not in caplog.text
+
+
 def test_a_sampler_does_not_rename_earlier_runs(tmp_path: Path) -> None:
     """Keys that came later are left out of a run's name at their default."""
     from xpo.config.schema import identity, to_dict

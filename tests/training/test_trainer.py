@@ -32,6 +32,7 @@ OWN_METRICS = {
     "preference/win_rate",
     "preference/tie_rate",
     "preference/invalid_rate",
+    "preference/queries",
     "completions/length",
     "completions/distinct_2",
     "perf/rollout_s",
@@ -74,6 +75,22 @@ def test_every_metric_is_logged_at_every_step(make_trainer):
     for entry in logs:
         assert entry.keys() >= TRL_METRICS | OWN_METRICS
         assert all(math.isfinite(value) for value in entry.values())
+
+
+def test_preference_queries_are_the_pairs_labelled_so_far(make_trainer, tmp_path: Path):
+    """5 prompts in steps of 2: 2, 4, 5, and the next epoch; verdicts that failed and ties are pairs like the others."""
+
+    def judge(prompts, first, second):
+        return [None, 0.0][: len(prompts)]
+
+    options = {"judge": judge, "train_dataset": prompts(5), "per_device_train_batch_size": 2, "max_steps": 5}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(**options)
+    whole.train()
+    assert [log["preference/queries"] for log in step_logs(whole)] == [2, 4, 5, 7, 9]
+    resumed = make_trainer(output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert [log["preference/queries"] for log in step_logs(resumed)] == [2, 4, 5, 7, 9]
 
 
 def test_the_first_step_starts_from_log_2(make_trainer):

@@ -215,6 +215,8 @@ class EvaluationOptions(Options):
     after: bool = True
     greedy: Annotated[bool, Argument("eval_greedy")] = False
     show: Annotated[int, whole, Role.OPERATION] = 3
+    probe_prompts: Annotated[int, whole, Role.ADDED, Argument("probe_prompts")] = 0
+    probe_samples: Annotated[int, partial(checks.count, minimum=2), Role.ADDED, Argument("probe_samples")] = 8
     scorers: Annotated[dict[str, Any], _scorers] = field(default_factory=dict)
 
 

@@ -59,6 +59,7 @@ class TrainSchema:
             training.max_steps,
             self.replay.updates,
         )
+        check_probe(self.evaluation.probe_prompts, self.generation.temperature)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
         if never and training.eval_steps is not None:
@@ -68,6 +69,9 @@ class TrainSchema:
             raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")
         if never and training.load_best_model_at_end:
             raise ConfigError(f"training.load_best_model_at_end=True needs evaluations; {remedy}")
+        if self.evaluation.probe_prompts and self.data.eval is None:
+            given = f"evaluation.probe_prompts={self.evaluation.probe_prompts}"
+            raise ConfigError(f"{given} needs held-out prompts and data.eval=None; set data.eval")
         if not never and self.data.eval is None:
             raise ConfigError(
                 f"training.eval_strategy={training.eval_strategy!r} needs held-out prompts and data.eval=None; "
@@ -152,6 +156,15 @@ def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
         raise ConfigError(
             f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
             f"raise {length} or lower {new}"
+        )
+
+
+def check_probe(prompts: int, temperature: float, spelled: Spelling = dotted) -> None:
+    """Several completions of a prompt are worth drawing only if they differ."""
+    if prompts and temperature == 0:
+        probe, heat = spelled("evaluation.probe_prompts"), spelled("generation.temperature")
+        raise ConfigError(
+            f"{probe}={prompts} draws the same completion each time with {heat}=0; set {probe}=0, or raise {heat}"
         )
 
 

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel, TrainingArguments
 from xpo.config.errors import JudgeStopped
 from xpo.data.prompt_sets import collate_prompts, prompts_of
 from xpo.data.prompts import plain_text
+from xpo.evaluation.probe import MEASURES, Probe
 from xpo.judges import RewardJudge
 from xpo.judges.labelling import Labeller
+from xpo.models.batches import shares
 from xpo.models.forward import Forward, eval_mode
 from xpo.models.reference import base_model
 from xpo.models.zero import is_divided, sampling
@@ -53,6 +55,7 @@ class Evaluator:
     greedy: bool = False  # take the likeliest tokens instead of drawing some
     gather: bool = True  # see `xpo.models.zero.sampling`
     in_step: bool = False  # whether the reference's processes compute together, so that none may end early
+    probe: Probe | None = None  # measures exploration
     records: list[Record] = field(default_factory=list, init=False)  # of the latest evaluation, on every rank
     # The reference's completions of a data set by its prefix, and what they are the answer to.
     _answers: dict[str, tuple[Any, list[Completions]]] = field(default_factory=dict, init=False)
@@ -73,7 +76,7 @@ class Evaluator:
         ref_score, score_margin: mean rewards. kl: mean of log pi(y) - log pi_ref(y) over the policy's
         completions, the unbiased estimate of KL(pi || pi_ref) when sampling at temperature 1, in nats.
         eos_rate, length (tokens), distinct_2: of the policy's completions; ref_* of the reference's.
-        One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models.
+        One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models. Those of `Probe`.
 
         Args:
             policy, dataset: unwrapped; tokenized prompts.
@@ -130,7 +133,10 @@ class Evaluator:
         if reasons:
             raise JudgeStopped(reasons[0])
         self.records = sorted(gather_object(records), key=lambda record: record["index"])
-        metrics = summarize(self.records, list(self.scorers)) | {"runtime": time.perf_counter() - started}
+        metrics = summarize(self.records, list(self.scorers))
+        if self.probe is not None:
+            metrics |= self.probe(policy, rows, accelerator, args, prefix, engine)
+        metrics["runtime"] = time.perf_counter() - started
         return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     @property
@@ -139,7 +145,8 @@ class Evaluator:
         scored = self.labeller.reward_model is not None or isinstance(self.labeller.judge, RewardJudge)
         scores = (["score"] if scored else []) + list(self.scorers)
         margin = ["flip_rate"] + (["score_margin"] if scored else [])
-        return [*summarize([]), *margin, *scores, *(f"ref_{name}" for name in scores)]
+        probed = () if self.probe is None else MEASURES
+        return [*summarize([]), *margin, *scores, *(f"ref_{name}" for name in scores), *probed]
 
     def _compare(
         self, rows: list[Record], indices: Sequence[int], completions: Completions, answers: Completions, ratio: Tensor
@@ -171,16 +178,6 @@ class Evaluator:
                 record |= {name: own[i].item(), f"ref_{name}": reference[i].item()}
             records.append(record)
         return records
-
-
-def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence[int]], int]:
-    """The rows of a data set that a rank answers, in equally many batches on every rank; and how many are its own.
-
-    Ranks with fewer rows end with the first row of the data set, for company: under ZeRO-3 no rank can work alone.
-    """
-    mine = range(rank, count, world)
-    of_rank_0 = math.ceil(count / world)
-    return [mine[i : i + batch] or [0] for i in range(0, of_rank_0, batch)], math.ceil(len(mine) / batch)
 
 
 def summarize(records: Sequence[Record], scorers: Sequence[str] = ()) -> dict[str, float]:

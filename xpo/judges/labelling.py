@@ -107,6 +107,15 @@ class Labeller:
         worst = strength.nan_to_num(torch.inf, posinf=torch.inf).argmin(dim=0)
         return picked(candidates, best), picked(candidates, worst)
 
+    def queries(self, n: int) -> float:
+        """What a prompt with n completions costs, in preference queries: pairs that are compared, in one order or two.
+
+        Remembered verdicts count, and those that say nothing. Two completions that are scored are a query.
+        """
+        if type(self.judge) is RewardJudge or n == 2:
+            return n / 2
+        return n * (n - 1) / 2
+
     def gives_up(self, verdicts: float) -> JudgeStopped | None:
         """After a step with so many verdicts on all processes: the reason to stop, if the bonus alone is trained."""
         self.in_vain = 0 if verdicts else self.in_vain + 1

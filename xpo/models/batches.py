@@ -1,5 +1,6 @@
-"""Rows of similar length in batches, padded. Shapes: N rows, L tokens of the longest."""
+"""Rows in batches: of similar length, padded, shared out. Shapes: N rows, L tokens of the longest."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,16 @@ def batches_by_length(lengths: Sequence[Any], size: int, longest_first: bool = F
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=longest_first)
     for start in range(0, len(order), size):
         yield order[start : start + size]
+
+
+def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence[int]], int]:
+    """The rows of a data set that a rank answers, in equally many batches on every rank; and how many are its own.
+
+    Ranks with fewer rows end with the first row of the data set, for company: under ZeRO-3 no rank can work alone.
+    """
+    mine = range(rank, count, world)
+    of_rank_0 = math.ceil(count / world)
+    return [mine[i : i + batch] or [0] for i in range(0, of_rank_0, batch)], math.ceil(len(mine) / batch)
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:

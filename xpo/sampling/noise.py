@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-# The random streams: y, y~, sampled labels and the rest never share their noise, nor training and evaluation.
-POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL, SECOND, ITERATE, CANDIDATES, REPLAY = range(9)
+# The random streams: y, y~, sampled labels and the rest never share their noise, nor training, evaluation and probe.
+POLICY, REFERENCE, EVAL_POLICY, EVAL_REFERENCE, LABEL, SECOND, PROBE_POLICY, PROBE_REFERENCE = range(8)
+ITERATE, CANDIDATES, REPLAY = range(8, 11)
 
 
 def sampling_noise(key: Sequence[int], rows: Sequence[int], steps: int) -> Tensor:

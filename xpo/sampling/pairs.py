@@ -42,6 +42,11 @@ class PairSampler:
     device: torch.device  # where the models are
     gather: bool  # see `xpo.models.zero.sampling`
 
+    @property
+    def number(self) -> int:
+        """Completions that it draws of each prompt."""
+        return self.n if self.second == "best_of_n" else 2
+
     def __call__(
         self, policy: PreTrainedModel, engine: nn.Module | None, step: StepPrompts, number: int, epoch: int
     ) -> tuple[list[Completions], Tensor]:

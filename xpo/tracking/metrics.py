@@ -4,9 +4,9 @@ Notation for shapes: B pairs. Index 0 of a (2, B) tensor is the first completion
 the reference's. `label` is +1 where the first won, -1 where the second did, 0 where there is no preference.
 """
 
-import itertools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from torch.profiler import record_function
 
 from xpo.judges.labelling import Labelled
 from xpo.sampling.completions import PairBatch
+
+NGRAM = 4  # tokens whose sequence is new or not, in `novel_ngrams`
 
 
 @dataclass(frozen=True)
@@ -94,10 +96,21 @@ def preference_metrics(margin: Tensor, label: Tensor, flipped: Tensor) -> dict[s
     }
 
 
-def distinct_bigrams(completions: Iterable[list[int]]) -> Mean:
+def ngrams(completions: Iterable[Sequence[int]], n: int = NGRAM) -> list[tuple[int, ...]]:
+    """The n-grams of completions, those that repeat too."""
+    return [gram for tokens in completions for gram in zip(*(tokens[i:] for i in range(n)), strict=False)]
+
+
+def distinct_bigrams(completions: Iterable[Sequence[int]]) -> Mean:
     """distinct-2 of a set of completions: different bigrams over all bigrams (Li et al., 1510.03055)."""
-    bigrams = [pair for tokens in completions for pair in itertools.pairwise(tokens)]
+    bigrams = ngrams(completions, 2)
     return Mean(len(set(bigrams)), len(bigrams))
+
+
+def novel_ngrams(completions: Iterable[Sequence[int]], known: set[tuple[int, ...]]) -> Mean:
+    """Of the different n-grams of a set of completions, how many are not among the known ones."""
+    different = set(ngrams(completions))
+    return Mean(len(different - known), len(different))
 
 
 def rollout_metrics(pairs: PairBatch, labelled: Labelled, accelerator: Accelerator) -> dict[str, Mean]:
@@ -134,6 +147,7 @@ class Meter:
     """
 
     def __init__(self) -> None:
+        self.queries = 0.0  # pairs labelled by all processes since the run began; NaN: not known
         self._clear()
 
     def _clear(self) -> None:
@@ -148,6 +162,12 @@ class Meter:
         for name, mean in metrics.items():
             total, count = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (total + mean.total, count + mean.count)
+
+    def step(self, queries: float) -> None:
+        """Counts an optimizer step, and what all processes asked the judge for it; see `Labeller.queries`."""
+        self.steps += 1
+        self.queries += queries
+        self.last["preference/queries"] = self.queries
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -190,3 +210,4 @@ class Meter:
         self.sums = {name: (total, count) for name, (total, count) in state["sums"].items()}
         self.seconds, self.steps, self.tokens = state["seconds"], state["steps"], state["tokens"]
         self.last = state["last"]
+        self.queries = state.get("queries", math.nan)  # checkpoints of earlier versions lack it

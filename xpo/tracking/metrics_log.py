@@ -12,7 +12,10 @@ from xpo.config.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
-_SHOWN = ("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2")
+_SHOWN = (
+    *("win_rate", "tie_rate", "lose_rate", "score", "kl", "eos_rate", "length", "distinct_2"),
+    *("exploration/unique", "exploration/novel_ngrams"),
+)
 
 
 class MetricsLog:

@@ -18,6 +18,13 @@ from transformers import TrainingArguments
 from xpo.config.errors import printable
 from xpo.tracking.metrics_log import evaluations, measures
 
+logger = logging.getLogger(__name__)
+
+_NO_BONUS = (
+    "pi of whole completions underflows (lower max_new_tokens, or choose another bonus), "
+    "all are beyond bonus_clip, or no pair has a rejected one"
+)
+
 
 class _Printable(logging.Formatter):
     """Warnings may quote what a prompt, a model or a server says."""
@@ -76,6 +83,15 @@ def show_table(history: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def warn_of_no_bonus(log: dict[str, float]) -> bool:
+    """A warning if the bonus had no gradient in the steps of a log; whether the log could tell."""
+    if "exploration/bonus_share" not in log:
+        return False
+    if log["alpha"] and log["exploration/bonus_share"] == 0:
+        logger.warning("xpo: the bonus has no gradient so far (exploration/bonus_share is 0): %s", _NO_BONUS)
+    return True
+
+
 def show_exploration(history: list[dict[str, Any]], alpha: Any) -> None:
     """A line on what the bonus did in training, if there is one."""
     shares = [entry["exploration/bonus_share"] for entry in history if "exploration/bonus_share" in entry]
@@ -83,7 +99,7 @@ def show_exploration(history: list[dict[str, Any]], alpha: Any) -> None:
         return
     share = sum(shares) / len(shares)
     if share == 0:
-        print("The bonus had no gradient at all: what it is a function of underflows, or it is switched off.")
+        print(f"The bonus had no gradient at all: {_NO_BONUS}")
     else:
         print(f"The bonus had {100 * share / (1 + share):.2g} % of the gradient (exploration/bonus_share).")
 

@@ -21,7 +21,7 @@ from xpo.judges.base import asked_to_stop
 from xpo.tracking.completions import COMPLETION_COLUMNS, TABLE_NAME, completion_rows, write_table
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
-from xpo.tracking.terminal import show_completions
+from xpo.tracking.terminal import show_completions, warn_of_no_bonus
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,19 @@ class KeepMetrics(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.log.sync()
+
+
+class WatchBonus(TrainerCallback):
+    """A warning at the first log that can tell, if the exploration bonus has no gradient."""
+
+    def __init__(self) -> None:
+        self._told = False
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if state.is_world_process_zero and not self._told:
+            self._told = warn_of_no_bonus(logs)
 
 
 class KeepCompletions(TrainerCallback):

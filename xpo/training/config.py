@@ -18,6 +18,7 @@ from xpo.config.schema import (
     check_deepspeed,
     check_iterations,
     check_lengths,
+    check_probe,
     check_replay,
 )
 from xpo.data.pair_file import NAME as PAIRS
@@ -81,6 +82,9 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         generation_kwargs: further options of transformers' GenerationConfig; they win over the ones above.
         generation_batch_size: prompts in one generate call, to bound memory; None: the whole optimizer step.
         eval_greedy: decode greedily in evaluation instead of sampling with a fixed seed.
+        probe_prompts: the first so many held-out prompts show how much the policy explores; 0 for none. See
+            `xpo.evaluation.probe`.
+        probe_samples: completions of each, by policy and reference.
         pair_forward: "packed", one row [prompt | y | y~ | next prompt | ...] without padding; "shared", one row
             [prompt | y | y~] for each pair; "separate", one for each completion; "auto", the first that the
             architecture allows, packed on CPUs only (on a GPU it compiles FlexAttention). The results are equal up to
@@ -136,6 +140,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     generation_kwargs: dict[str, Any] | str | None = None
     generation_batch_size: int | None = options.GenerationOptions.batch_size
     eval_greedy: bool = options.EvaluationOptions.greedy
+    probe_prompts: int = options.EvaluationOptions.probe_prompts
+    probe_samples: int = options.EvaluationOptions.probe_samples
     pair_forward: str = options.TrainingOptions.pair_forward
     tokens_per_micro_batch: int | None = options.TrainingOptions.tokens_per_micro_batch
     reference_store: str | None = options.ReferenceOptions.store
@@ -200,6 +206,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)
         if self.replays and self.pairs_file is None:
             self.pairs_file = str(Path(self.output_dir) / PAIRS)
+        check_probe(self.probe_prompts, self.temperature, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.

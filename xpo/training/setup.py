@@ -15,6 +15,7 @@ from xpo.config.options import PreferenceOptions
 from xpo.data.prompt_sets import PromptDataset, tokenize_prompts
 from xpo.data.store import OFF, open_store
 from xpo.evaluation.evaluator import Evaluator
+from xpo.evaluation.probe import Probe
 from xpo.judges import Judge
 from xpo.judges.labelling import Labeller
 from xpo.models.checks import (
@@ -255,26 +256,26 @@ def build_pair_sampler(
     return PairSampler(sampler, draws, past, args.sampler, args.sampler_candidates, args.seed, args.device, gather)
 
 
-def build_evaluator(
-    args: XPOConfig,
-    sampler: Sampler,
-    draws: ReferenceDraws,
-    forwards: tuple[Forward, Forward],
-    judge: Judge,
-    reward_model: RewardModel | None,
-    scorers: dict[str, RewardModel] | None,
-) -> Evaluator:
-    """The comparison with the reference of these draws, whose scores and verdicts are the raw ones."""
-    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold))
-    gather, in_step = args.ds3_gather_for_generation, args.shard_reference
-    return Evaluator(sampler, draws, forwards, labeller, scorers or {}, args.eval_greedy, gather, in_step)
-
-
 def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
     """The reference's draws, with the store that these arguments name."""
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
     store = None if args.reference_store in OFF else open_store("reference_store", args.reference_store)
     return ReferenceDraws(reference, sampler, store, precision)
+
+
+def build_evaluator(
+    args: XPOConfig,
+    judge: Judge,
+    reward_model: RewardModel | None,
+    scorers: dict[str, RewardModel],
+    draws: ReferenceDraws,
+    forwards: tuple[Forward, Forward],
+) -> Evaluator:
+    """The evaluator of these arguments: its labels are hard, without the missing-EOS penalty, on raw scores."""
+    gather, sampler = args.ds3_gather_for_generation, draws.sampler
+    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold))
+    probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples, gather) if args.probe_prompts else None
+    return Evaluator(sampler, draws, forwards, labeller, scorers, args.eval_greedy, gather, args.shard_reference, probe)
 
 
 def dictionary(options: dict[str, Any] | str | None) -> dict[str, Any]:

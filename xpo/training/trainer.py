@@ -22,6 +22,7 @@ from xpo.sampling.pairs import StepPrompts
 from xpo.sampling.reference_logps import ReferenceLogps
 from xpo.tracking.metrics import Meter, bonus_share, mean_of, pair_metrics, rollout_metrics
 from xpo.training import setup
+from xpo.training.callbacks import WatchBonus
 from xpo.training.checkpoints import ResumableTrainer
 from xpo.training.config import XPOConfig
 from xpo.training.iterations import Iterations
@@ -120,7 +121,7 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), WatchBonus()],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
@@ -138,7 +139,7 @@ class XPOTrainer(ResumableTrainer):
         moves = references.opponent is not self.reference
         draws = setup.build_reference_draws(args, references.opponent, self.sampler) if moves else self.draws
         forwards = self.policy_forward, opponent_forward
-        self.evaluator = setup.build_evaluator(args, self.sampler, draws, forwards, judge, reward_model, scorers)
+        self.evaluator = setup.build_evaluator(args, judge, reward_model, scorers or {}, draws, forwards)
         setup.check_metric(args, held_out, self.evaluator.measures)
 
     # ---- one optimizer step ------------------------------------------------------------------
@@ -161,9 +162,9 @@ class XPOTrainer(ResumableTrainer):
         self.iterations.enter(self.model, self.zero3_engine, self.state)
         drawn = None if self.state.global_step % self.args.replay_updates else self._rollout(step)
         batch, older = self.memory.recall(step, drawn, self.state)
-        self.meter.steps += 1
-        fresh = torch.tensor(sum(step.sizes), device=device)
-        return micro_batches(batch, step.sizes), self.accelerator.reduce(fresh, "sum") + older
+        fresh = self.accelerator.reduce(torch.tensor(sum(step.sizes), device=device), "sum")
+        self.meter.step(queries=0 if drawn is None else int(fresh) * self.labeller.queries(self.sample_pairs.number))
+        return micro_batches(batch, step.sizes), fresh + older
 
     def _rollout(self, step: StepPrompts) -> dict[str, Tensor]:
         """New pairs: sampled, labelled, with log pi_ref, and kept."""
@@ -256,7 +257,7 @@ class XPOTrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Win rate against the reference, scores, KL and more on held-out prompts; see `Evaluator`."""
+        """Win rate against the reference, scores, KL and more on held-out prompts; see `xpo.evaluation.evaluator`."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if isinstance(dataset, dict):
             parts = [self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in dataset.items()]
