@@ -76,7 +76,7 @@ class Conversation:
         ConfigError if the conversation has become too long.
         """
         prompt = self._prompt(message)
-        tokens, limit = self.encode(prompt), self.tokenizer.model_max_length
+        tokens, limit = self.encode(prompt), min(self.tokenizer.model_max_length, self.options.max_length)
         if len(tokens) + self.options.max_new_tokens > limit:
             raise ConfigError(
                 f"the conversation has {len(tokens)} tokens, and with generation.max_new_tokens="

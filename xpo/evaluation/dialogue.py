@@ -10,7 +10,7 @@ from rich.text import Text
 
 from xpo.config.errors import ConfigError, JudgeStopped, nearest, printable
 from xpo.evaluation.conversation import Conversation, Turn, Verdict
-from xpo.tracking.terminal_chat import Answers, show_speakers, show_verdict
+from xpo.tracking.terminal_chat import Answers, show_help, show_speakers, show_verdict
 
 HELP = {
     "/reset": "begin anew: forget all messages but the system's",
@@ -115,8 +115,7 @@ class Dialogue:
             case "/save":
                 self._save(Path(value).expanduser() if value else self.save_to)
             case "/help":
-                for usage, meaning in HELP.items():
-                    self.console.print(Text.assemble((f"{usage:<16}", "bold"), meaning))
+                show_help(self.console, HELP)
             case "/exit":
                 return False
             case _:

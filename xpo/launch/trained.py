@@ -15,6 +15,7 @@ from xpo.tracking.runs import RunRecord, last_complete_checkpoint
 
 NAME = "RUN_OR_MODEL"  # what the command line calls it
 _NEW_TOKENS = 256  # of an answer, where no run says what the policy has learned to say
+_ANY_LENGTH = 2**31 - 1  # a conversation may outgrow the prompts of training: the model sets the limit
 _GROUPS = ("judge", "reward_model")  # those of which an option may be chosen anew
 
 
@@ -50,6 +51,7 @@ def find_trained(name: str, words: Sequence[str] = (), judge: str | None = None)
         record = RunRecord.read(run_dir)
         config, choices = _written(run_dir), record.choices
         policy = str(_last_model(run_dir, record) if path == run_dir else path)
+    OmegaConf.update(config, "generation.max_length", _ANY_LENGTH)
     config, chosen = _with_words(config, words)
     check_complete(config)
     check_secrets(config)
@@ -71,26 +73,28 @@ def _written(run_dir: Path) -> DictConfig:
     try:
         content = OmegaConf.load(file)
     except (OSError, ValueError, YAMLError) as error:
-        raise ConfigError(f"{file} cannot be read ({first_line(error)}); give the model in {run_dir}/model") from error
+        raise ConfigError(
+            f"{file} cannot be read ({first_line(error)}); mend it, or give a copy of its model"
+        ) from error
     return OmegaConf.merge(OmegaConf.structured(TrainSchema), content)  # type: ignore[return-value]
 
 
 def _with_words(config: DictConfig, words: Sequence[str]) -> tuple[DictConfig, dict[str, str]]:
     """The configuration with the words of a command line; and the options of groups that they choose."""
     chosen: dict[str, str] = {}
-    rest = [word.lstrip("+") for word in words if not word.startswith("hydra.")]
+    hydra = [word for word in words if word.startswith("hydra.")]
+    plain = [word for word in words if word not in hydra]
     for group in _GROUPS:
-        own = [word for word in words if re.match(rf"\+*{group}[=@.]", word)]
-        options = [word for word in own if re.match(rf"{group}[=@]", word)]
-        if options:  # Hydra knows what an option stands for
-            composed, _, choices = compose(["experiment=none", *own, *(set(words) - set(rest) - set(own))])
+        own = [word for word in plain if re.match(rf"\+*{group}[=@.]", word)]
+        if any(re.match(rf"{group}[=@]", word) for word in own):  # Hydra knows what an option stands for
+            composed, _, choices = compose(["experiment=none", *own, *hydra])
             OmegaConf.update(config, group, composed[group], merge=False)
             chosen[group] = choices[group]
-            rest = [word for word in rest if word not in {one.lstrip("+") for one in own}]
-    for word in rest:
-        if not re.match(r"[\w.]+=", word):
-            raise ConfigError(f"{word!r} is no override; write key=value, such as generation.temperature=0.7")
-    return OmegaConf.merge(config, OmegaConf.from_dotlist(rest)), chosen  # type: ignore[return-value]
+            plain = [word for word in plain if word not in own]
+    for word in plain:
+        if not re.match(r"\+*\w+\.[\w.]+=", word):
+            raise ConfigError(f"{word!r} is no key with a value; write such as generation.temperature=0.7")
+    return OmegaConf.merge(config, OmegaConf.from_dotlist([word.lstrip("+") for word in plain])), chosen  # type: ignore[return-value]
 
 
 def _judge_name(config: TrainSchema, choices: dict[str, Any]) -> str:

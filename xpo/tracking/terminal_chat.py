@@ -40,7 +40,7 @@ class Answers:
     def __exit__(self, *_: object) -> None:
         if self.live is not None:
             self.live.stop()
-            self.console.print(self._columns(None))
+            self.console.print(self.columns(None))
         elif self.speaking is not None:
             self.console.print()
 
@@ -51,7 +51,7 @@ class Answers:
             text = text.lstrip()
         self.texts[name] += text
         if self.live is not None:
-            self.live.update(self._columns(self.console.height - 4), refresh=True)
+            self.live.update(self.columns(self.console.height - 4), refresh=True)
             return
         if name != self.speaking:
             if self.speaking is not None:
@@ -61,10 +61,10 @@ class Answers:
                 self.console.print(Text(name, _STYLES[name]))
         self.console.out(text, end="", highlight=False)
 
-    def _columns(self, height: int | None) -> Table:
-        """Both answers; of longer ones than `height` lines their ends."""
-        table = Table(box=None, expand=True, pad_edge=False, padding=(0, 3, 0, 0), show_header=True)
-        width = (self.console.width - 6) // 2
+    def columns(self, height: int | None) -> Table:
+        """All answers; of longer ones than `height` lines their ends."""
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        width = self.console.width // 2 - 5  # with room behind for the ^C that a terminal shows
         cells = []
         for name, text in self.texts.items():
             table.add_column(Text(name, _STYLES[name]), width=width)
@@ -84,6 +84,14 @@ def show_verdict(console: Console, judge: str, winner: str | None, margin: float
     inside = ", ".join([*([how] if how else []), *both])
     text = Text.assemble((judge, _STYLES["judge"]), ": ", _WORDS[winner], f" ({inside})" if inside else "")
     console.print(text, soft_wrap=True)
+
+
+def show_help(console: Console, commands: Mapping[str, str]) -> None:
+    """What each command does."""
+    table = Table.grid(padding=(0, 2))
+    for usage, meaning in commands.items():
+        table.add_row(Text(usage, "bold"), meaning)
+    console.print(table)
 
 
 def show_speakers(console: Console, speakers: Mapping[str, str], settings: str) -> None:
