@@ -18,7 +18,9 @@ import pytest
 from trained_run import finished_run
 
 from xpo.chat import main
+from xpo.config.errors import JudgeStopped
 from xpo.data.pairs import load_pairs
+from xpo.evaluation.conversation import Conversation, Turn
 
 VERDICT = r"lexicon: (policy wins|reference wins|tie) \("
 
@@ -147,6 +149,27 @@ def test_what_is_wrong_is_one_line(run: Path, call, capsys, arguments: list[str]
     assert stderr.startswith("xpo: error: ")
     assert message in stderr
     assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "stderr"),
+    [
+        (JudgeStopped("judge.max_requests=1 is used up"), 1, "xpo: error: judge.max_requests=1 is used up\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+    ids=["judge", "Ctrl-C"],
+)
+def test_a_script_ends_with_its_judge_and_at_ctrl_c(
+    run: Path, call, monkeypatch: pytest.MonkeyPatch, capsys, error: BaseException, status: int, stderr: str
+) -> None:
+    def judge(this: Conversation, turn: Turn) -> None:
+        raise error
+
+    monkeypatch.setattr(Conversation, "judge", judge)
+    assert call(str(run), "--prompt", "Hello", "--prompt", "And you?") == status
+    captured = capsys.readouterr()
+    assert captured.err == stderr
+    assert "And you?" not in captured.out
 
 
 def test_a_wrong_name_is_refused_before_torch_is_imported(tmp_path: Path) -> None:
