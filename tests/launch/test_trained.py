@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,20 @@ def test_policy_and_reference_of_a_run(run: Path) -> None:
     assert conversation.labeller is not None
     assert isinstance(conversation.labeller.judge, RewardJudge)
     assert isinstance(conversation.labeller.judge.reward_model, VaderReward)
+
+
+def test_a_reward_model_that_the_judge_does_not_need_is_not_loaded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's is the embedded one, which would only add scores."""
+    asked = []
+
+    def build(judge: dict[str, Any], reward_model: dict[str, Any]) -> tuple[None, RewardJudge]:
+        asked.append(reward_model)
+        return None, RewardJudge(VaderReward())
+
+    monkeypatch.setattr("xpo.launch.conversation.build_preference", build)
+    build_conversation(find_trained(str(run)))
+    build_conversation(find_trained(str(run), judge="reward"))
+    assert asked == [{}, {"_target_": "xpo.rewards.EmbeddedReward"}]
 
 
 def test_the_policy_alone_loads_nothing_else(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ class Verdict(NamedTuple):
 
     winner: str | None  # "first", "second" or "tie"; None: the judge could not tell
     margin: float  # see `Judge.margins`
-    scores: list[float] | None  # of both, if a reward model is there
+    scores: list[float] | None  # of both, if the judge compares them
 
 
 @dataclass

@@ -101,10 +101,10 @@ def _without_adapters(policy: PeftModel) -> Iterator[PreTrainedModel]:
 
 
 def _labeller(config: TrainSchema) -> Labeller:
-    """The judge as evaluations ask it; a reward model beside it only scores."""
-    scorer, judge = build_preference(config.judge, config.reward_model)
-    beside = None if needs_reward_model(config.judge) else scorer
-    return Labeller(judge, beside, PreferenceOptions(tie_threshold=config.preference.tie_threshold))
+    """The judge as evaluations ask it; a reward model only where the judge compares its scores."""
+    scorer = config.reward_model if needs_reward_model(config.judge) else {}
+    _, judge = build_preference(config.judge, scorer)
+    return Labeller(judge, None, PreferenceOptions(tie_threshold=config.preference.tie_threshold))
 
 
 def _reads_plain_text(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> bool:
