@@ -10,8 +10,8 @@ from xpo.config.schema import TrainSchema
 
 
 def speak_to_any_console() -> None:
-    """What the console cannot show is a question mark there: printing never fails a command."""
-    for stream in (sys.stdout, sys.stderr):
+    """What the console cannot show is a question mark there, what cannot be read a sign: neither fails a command."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 

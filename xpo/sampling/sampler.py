@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    BaseStreamer,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from xpo.config.errors import ConfigError, nearest
 from xpo.config.options import SamplingOptions
@@ -119,6 +125,7 @@ class Sampler:
         device: torch.device,
         greedy: bool = False,
         synced: bool = False,
+        streamer: BaseStreamer | None = None,
     ) -> Completions:
         """Completions of prompts, with the model in eval mode and its KV cache on.
 
@@ -132,6 +139,7 @@ class Sampler:
             greedy: take the likeliest token instead of drawing one.
             synced: the model's parameters are divided among processes (ZeRO-3), which all sample equally many
                 prompts and go on until the last of them is done.
+            streamer: gets the tokens of a single prompt as they come.
 
         Returns:
             B completions of at most `max_new_tokens` tokens.
@@ -140,13 +148,20 @@ class Sampler:
         chunk = self.batch_size or len(prompts)
         for part in batches_by_length([len(ids) for ids in prompts], chunk, longest_first=True):
             ids, mask = self.pad_prompts([prompts[i] for i in part], device)
-            generated = self._generate(model, ids, mask, noise[part].to(device), greedy, synced)
+            generated = self._generate(model, ids, mask, noise[part].to(device), greedy, synced, streamer)
             rows |= zip(part, generated, strict=True)
         in_order = [rows[i] for i in range(len(prompts))]
         return self.completions(pad_sequence(in_order, batch_first=True, padding_value=self.pad_token_id))
 
     def _generate(
-        self, model: PreTrainedModel, ids: Tensor, mask: Tensor, noise: Tensor, greedy: bool, synced: bool
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        mask: Tensor,
+        noise: Tensor,
+        greedy: bool,
+        synced: bool,
+        streamer: BaseStreamer | None,
     ) -> Tensor:
         processors = LogitsProcessorList()
         if not greedy and self.options.temperature > 0:
@@ -162,6 +177,7 @@ class Sampler:
                 generation_config=self.config,
                 logits_processor=processors,
                 synced_gpus=synced,
+                streamer=streamer,
             )
         return sequences[:, ids.shape[1] :]
 
