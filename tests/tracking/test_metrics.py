@@ -199,15 +199,15 @@ def test_a_log_starts_afresh() -> None:
 def test_queries_are_counted_over_all_logs_and_in_a_checkpoint() -> None:
     meter = Meter()
     for _ in range(3):
-        meter.step(tokens=10, pairs=4)
+        meter.step(queries=4)
     assert meter.pop(one_rank)["preference/queries"] == 12
-    meter.step(tokens=10, pairs=2)
+    meter.step(queries=2)
     resumed, older = Meter(), Meter()
     resumed.load_state(json.loads(json.dumps(meter.state())))
-    resumed.step(tokens=10, pairs=4)
+    resumed.step(queries=4)
     assert resumed.pop(one_rank)["preference/queries"] == 18
     older.load_state({name: value for name, value in meter.state().items() if name != "queries"})
-    older.step(tokens=10, pairs=4)
+    older.step(queries=4)
     assert math.isnan(older.pop(one_rank)["preference/queries"])  # nobody knows how many there were
 
 
