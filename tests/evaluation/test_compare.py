@@ -28,11 +28,13 @@ from xpo.evaluation.compare.statistics import (
     compare,
     difference,
     estimate,
+    final_queries,
     group,
     is_balanced,
     label,
     levels,
     main_effect,
+    queries_at,
     resampled_means,
 )
 from xpo.tracking.completions import write_table
@@ -55,8 +57,8 @@ def rows(wins: str, scores: list[float] | None = None, step: int = 4) -> list[li
     ]
 
 
-def made_log(table: list[list[Any]], evaluations: int = 3, kl: float = 3.0) -> Log:
-    """A log_history whose last evaluation is that of the rows."""
+def made_log(table: list[list[Any]], evaluations: int = 3, kl: float = 3.0, pairs: int | None = None) -> Log:
+    """A log_history whose last evaluation is that of the rows, and of so many pairs a step, if they were counted."""
     final = {"eval_win_rate": float(np.mean([row[3] == "policy" for row in table])), "eval_eos_rate": 0.75}
     if table[0][4] is not None:
         final["eval_score"] = float(np.mean([row[4] for row in table]))
@@ -64,6 +66,8 @@ def made_log(table: list[list[Any]], evaluations: int = 3, kl: float = 3.0) -> L
     for i in range(evaluations):
         part = (i + 1) / evaluations
         entries.append({"loss": 0.7 - 0.1 * part, "objective/kl": kl * part, "epoch": part, "step": 2 * i + 1})
+        if pairs is not None:
+            entries[-1]["preference/queries"] = float(pairs * (2 * i + 1))
         grown = {name: value * part for name, value in final.items()}
         entries.append({**grown, "eval_kl": kl * part, "eval_length": 20.5, "eval_runtime": 1.0, "step": 2 * i + 2})
     return [*entries, {"train_runtime": 9.0, "train_loss": 0.6, "total_flos": 0.0, "step": 2 * evaluations}]
@@ -72,11 +76,18 @@ def made_log(table: list[list[Any]], evaluations: int = 3, kl: float = 3.0) -> L
 Job = tuple[dict[str, Any], list[list[Any]], Log]
 
 
-def job(wins: str, scores: list[float] | None = None, evaluations: int = 3, kl: float = 3.0, **config: Any) -> Job:
+def job(
+    wins: str,
+    scores: list[float] | None = None,
+    evaluations: int = 3,
+    kl: float = 3.0,
+    pairs: int | None = None,
+    **config: Any,
+) -> Job:
     """A finished job; keys of `config` are `loss__alpha` for loss.alpha."""
     table = rows(wins, scores, step=2 * evaluations)
     flat = {key.replace("__", "."): value for key, value in config.items()}
-    return {"training.seed": 42} | flat, table, made_log(table, evaluations, kl)
+    return {"training.seed": 42} | flat, table, made_log(table, evaluations, kl, pairs)
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
@@ -466,9 +477,10 @@ def test_odd_sweeps_have_a_report(tmp_path: Path, name: str) -> None:
     expected |= {f"interaction_{keys[0]}_{keys[1]}.png"} if len(keys) == 2 else set()
     if name == "one evaluation":
         expected -= {"learning_curves.png"}
-    assert {path.name for path in paths[2:]} == expected
-    assert all(path.stat().st_size > 5000 for path in paths[2:])
+    assert {path.name for path in paths[3:]} == expected
+    assert all(path.stat().st_size > 5000 for path in paths[3:])
     assert page.count("data:image/png;base64,") == len(expected)
+    assert '<input type="radio"' not in page  # these runs are older than preference/queries
     if name == "no score":
         assert "score" not in cells(comparison)[0]
     if name == "one point":
@@ -483,6 +495,61 @@ def test_a_run_without_evaluation_is_left_out(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path / "s", ["loss.alpha"], [job("ww", loss__alpha=0.0), (config, table, without)])
     comparison = compare(from_directory(sweep))
     assert [(run.state, run.reason) for run in comparison.left_out] == [("finished", "without eval/win_rate")]
+
+
+# ---- preference queries --------------------------------------------------------------------------
+
+
+def with_queries(*points: tuple[int, float]) -> Run:
+    return Run("r", "finished", None, {}, {"preference/queries": list(points), "m": [(0, 0.0), (10, 1.0)]})
+
+
+def test_pairs_labelled_at_the_steps_of_evaluations() -> None:
+    """Logged at 4 and 8: 8 pairs a step to step 4, then 4, and so on; the mean of two runs; unknown if one's is."""
+    run, other = with_queries((4, 32.0), (8, 48.0)), with_queries((1, 16.0))
+    steps = [0, 2, 4, 6, 10]
+    assert np.array_equal(queries_at([run], steps), [0, 16, 32, 40, 56])
+    assert np.array_equal(queries_at([run, other], steps), [0, 24, 48, 68, 108])
+    assert queries_at([run, run_with(1.0)], steps) is None
+    assert final_queries(Point({}, [run, other]), "m") == 108
+    assert final_queries(Point({}, [run, run_with(1.0)]), "m") is None
+
+
+def test_methods_that_label_differently_compare_by_pairs(tmp_path: Path) -> None:
+    """Evaluated at steps 2, 4 and 6, with 4 pairs a step or 16; a third one is of an older version."""
+    jobs = [job("wwwl", pairs=4, loss__bonus="xpo"), job("wwll", pairs=16, loss__bonus="selm")]
+    sweep = make_sweep(tmp_path / "s", ["loss.bonus"], [*jobs, job("wlll", loss__bonus="popo")])
+    comparison = compare(from_directory(sweep))
+    drawn = {plot.name: plot for plot in plots(comparison)}
+    by_step, by_queries = drawn["learning_curves"], drawn["learning_curves_queries"]
+    lines = [[list(line.get_xdata()) for line in plot.figure.axes[0].lines[:-1]] for plot in (by_step, by_queries)]
+    assert lines == [[[2, 4, 6]] * 3, [[8, 16, 24], [32, 64, 96]]]  # the last line is that of parity
+    assert "1 of the settings did not count them" in by_queries.caption
+    header, body = cells(comparison)
+    assert header[:4] == ["loss.bonus", "runs", "preference queries", "win rate"]
+    assert [row[:3] for row in body] == [["xpo", "1", "24"], ["selm", "1", "96"], ["popo", "1", ""]]
+    assert as_csv(comparison).splitlines()[2].startswith("selm,1,96,0.5,")
+    paths = write(comparison, list(drawn.values()), tmp_path / "out")
+    page, curves = paths[0].read_text(), (tmp_path / "out" / "learning_curves.csv").read_text().splitlines()
+    assert re.findall(r'<label for="view-2-\d">(.*)</label>', page) == ["by step", "by preference queries"]
+    assert page.count(" checked>") == 1
+    assert curves[0] == "loss.bonus,metric,step,preference/queries,mean,low,high"
+    assert "selm,eval/win_rate,4,64,0.333333,0.333333,0.333333" in curves
+    assert "popo,eval/win_rate,6,,0.25,0.25,0.25" in curves
+
+
+def test_exploration_is_compared(tmp_path: Path) -> None:
+    jobs = [job("wl", loss__alpha=alpha) for alpha in (0.0, 1.0)]
+    for _, _, history in jobs:
+        for entry in history:
+            if "eval_runtime" in entry:
+                entry |= {"eval_exploration/unique": 0.5, "eval_exploration/novel_ngrams": 0.25}
+    comparison = compare(from_directory(make_sweep(tmp_path / "s", ["loss.alpha"], jobs)))
+    header, body = cells(comparison)
+    assert header[-2:] == ["unique completions", "novel 4-grams"]
+    assert body[0][-2:] == ["0.500", "0.250"]
+    curves = next(plot.figure for plot in plots(comparison) if plot.name == "learning_curves")
+    assert {"unique completions", "novel 4-grams"} <= {axis.get_ylabel() for axis in curves.axes}
 
 
 # ---- the report ------------------------------------------------------------------------------------
@@ -549,7 +616,7 @@ def test_the_command_shows_writes_and_logs_once(
         assert words in printed.out
     out = directory / "compare"
     assert {path.name for path in out.iterdir()} == {
-        "report.html", "table.csv", "frontier.png", "learning_curves.png", "main_effects.png",
+        "report.html", "table.csv", "learning_curves.csv", "frontier.png", "learning_curves.png", "main_effects.png",
         "interaction_loss.alpha_loss.beta.png",
     }  # fmt: skip
     client = MlflowClient(uri)

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from xpo.evaluation.compare.statistics import (
+    QUERIES,
     Array,
     Comparison,
     Estimate,
@@ -23,6 +24,7 @@ from xpo.evaluation.compare.statistics import (
     label,
     levels,
     main_effect,
+    queries_at,
     rank,
     runs_at,
 )
@@ -31,6 +33,10 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#
 _STYLES = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (9, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _MOST_CURVES = 8
+_CURVES = (
+    *("eval/win_rate", "eval/score", "eval/kl", "eval/length", "eval/eos_rate"),
+    *("eval/exploration/unique", "eval/exploration/novel_ngrams", "loss"),
+)
 _COLUMNS = 3  # of panels
 
 TITLES = {
@@ -39,8 +45,11 @@ TITLES = {
     "eval/kl": "KL (nats)",
     "eval/eos_rate": "EOS rate",
     "eval/length": "length (tokens)",
+    "eval/exploration/unique": "unique completions",
+    "eval/exploration/novel_ngrams": "novel 4-grams",
     "loss": "training loss",
     "preference/win_rate": "win rate in training",
+    QUERIES: "preference queries",
 }
 
 
@@ -56,12 +65,14 @@ class Plot(NamedTuple):
     heading: str
     caption: str
     figure: Figure
+    view: str = ""  # what tells it from others with its heading, of which a page shows one at a time
 
 
 def plots(comparison: Comparison) -> list[Plot]:
     """All plots for which a sweep has the data."""
     points, metric, keys = comparison.points, comparison.metric, comparison.sweep.keys
-    drawn = [frontier(points, keys), learning_curves(points, keys, metric)]
+    drawn = [frontier(points, keys)]
+    drawn += [learning_curves(points, keys, metric, queries) for queries in (False, True)]
     if keys:
         drawn.append(main_effects(points, keys, metric))
     drawn += [interaction(points, first, second, metric) for first, second in combinations(keys, 2)]
@@ -72,6 +83,7 @@ class Band(NamedTuple):
     """A metric over the steps at which all runs of a point have it: mean, least and greatest of the runs, (T,) each."""
 
     steps: list[int]
+    queries: Array | None  # at these steps, see `queries_at`
     mean: Array
     low: Array
     high: Array
@@ -82,7 +94,7 @@ def band(point: Point, metric: str) -> Band:
     histories = [dict(run.history.get(metric, [])) for run in point.runs]
     steps = sorted(set.intersection(*(set(history) for history in histories)))
     values = np.array([[history[step] for step in steps] for history in histories])
-    return Band(steps, values.mean(0), values.min(0), values.max(0))
+    return Band(steps, queries_at(point.runs, steps), values.mean(0), values.min(0), values.max(0))
 
 
 class Looks:
@@ -156,11 +168,22 @@ def frontier(points: Sequence[Point], keys: Sequence[str]) -> Plot | None:
     return Plot("frontier", "Reward against KL", caption, figure)
 
 
-def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot | None:
-    """Metrics over the steps; None if none was measured more than once."""
-    wanted = dict.fromkeys([metric, "eval/win_rate", "eval/score", "eval/kl", "eval/length", "eval/eos_rate", "loss"])
+def curve_metrics(points: Sequence[Point], metric: str) -> list[str]:
+    """The metrics whose courses are of interest, `metric` first: those that were measured more than once."""
+    wanted = dict.fromkeys([metric, *_CURVES])
+    return [name for name in wanted if any(len(band(point, name).steps) > 1 for point in points)]
+
+
+def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str, by_queries: bool = False) -> Plot | None:
+    """Metrics over the steps, or over the pairs labelled so far; None if none was measured more than once.
+
+    Runs that did not count their pairs have no curve over them; None, too, if none did.
+    """
     shown = points[:_MOST_CURVES]
-    metrics = [name for name in wanted if any(len(band(point, name).steps) > 1 for point in shown)]
+    if by_queries:
+        counted = [point for point in shown if all(QUERIES in run.history for run in point.runs)]
+        uncounted, shown = len(shown) - len(counted), counted
+    metrics = curve_metrics(shown, metric)
     if not metrics:
         return None
     looks = Looks(points, keys)
@@ -168,15 +191,21 @@ def learning_curves(points: Sequence[Point], keys: Sequence[str], metric: str) -
     for axis, name in zip(axes, metrics, strict=True):
         for point in shown:
             course, look = band(point, name), looks.of(point)
-            axis.plot(course.steps, course.mean, color=look["color"], linestyle=look["linestyle"], lw=1.4)
+            x = course.queries if by_queries and course.queries is not None else course.steps
+            axis.plot(x, course.mean, color=look["color"], linestyle=look["linestyle"], lw=1.4)
             if len(point.runs) > 1:
-                axis.fill_between(course.steps, course.low, course.high, color=look["color"], alpha=0.15, lw=0)
-        _name_axes(axis, "step", name)
+                axis.fill_between(x, course.low, course.high, color=look["color"], alpha=0.15, lw=0)
+        _name_axes(axis, title(QUERIES) if by_queries else "step", name)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     looks.legend(figure, markers=False)
     which = f"The {_MOST_CURVES} best settings" if len(points) > _MOST_CURVES else "All settings"
     caption = f"{which}; lines are means over seeds, bands reach from the lowest seed to the highest."
-    return Plot("learning_curves", "Learning curves", caption, figure)
+    if not by_queries:
+        return Plot("learning_curves", "Learning curves", caption, figure, "by step")
+    caption += f" To the right go the pairs labelled so far ({QUERIES}): methods may label more or fewer in a step."
+    if uncounted:
+        caption += f" {uncounted} of the settings did not count them, and are missing here."
+    return Plot("learning_curves_queries", "Learning curves", caption, figure, f"by {title(QUERIES)}")
 
 
 def main_effects(points: Sequence[Point], keys: Sequence[str], metric: str) -> Plot:

@@ -15,12 +15,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from xpo.config.errors import first_line, printable
-from xpo.evaluation.compare.plots import Plot, title
+from xpo.evaluation.compare.plots import Plot, band, curve_metrics, title
 from xpo.evaluation.compare.read import Run, Sweep, connect, experiment_id, tagged
-from xpo.evaluation.compare.statistics import SEED, Comparison, Difference, Estimate, Point, estimate, label, levels
+from xpo.evaluation.compare.statistics import (
+    QUERIES,
+    SEED,
+    Comparison,
+    Difference,
+    Estimate,
+    Point,
+    estimate,
+    final_queries,
+    label,
+    levels,
+)
 
 TAG = "xpo.report"  # of the run in MLflow, beside those that it compares
-_COLUMNS = ("eval/win_rate", "eval/score", "eval/kl", "eval/eos_rate", "eval/length")
+_COLUMNS = (
+    *("eval/win_rate", "eval/score", "eval/kl", "eval/eos_rate", "eval/length"),
+    *("eval/exploration/unique", "eval/exploration/novel_ngrams"),
+)
 _DIGITS = {"eval/kl": 2, "eval/length": 1}
 _SIDE_BY_SIDE, _PROMPTS = 3, 8
 
@@ -77,12 +91,22 @@ def shown_metrics(comparison: Comparison) -> list[str]:
 
 def cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """The table's header and rows as text, from best to worst."""
-    metrics = shown_metrics(comparison)
+    metrics, names, counts = shown_metrics(comparison), *_counts(comparison)
     rows = []
-    for point in comparison.points:
+    for point, counted in zip(comparison.points, counts, strict=True):
         numbers = [_number(estimate(point.runs, metric), metric) for metric in metrics]
-        rows.append([*map(label, point.settings.values()), str(len(point.runs)), *numbers])
-    return [*comparison.sweep.keys, "runs", *map(title, metrics)], rows
+        rows.append([*map(label, point.settings.values()), *counted, *numbers])
+    return [*comparison.sweep.keys, *map(title, names), *map(title, metrics)], rows
+
+
+def _counts(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """How many runs a point has, and pairs were labelled before its last evaluation, if that is known of any."""
+    runs = [str(len(point.runs)) for point in comparison.points]
+    queries = [final_queries(point, comparison.metric) for point in comparison.points]
+    if queries == [None] * len(queries):
+        return ["runs"], [[number] for number in runs]
+    texts = ["" if pairs is None else f"{pairs:.0f}" for pairs in queries]
+    return ["runs", QUERIES], [list(pair) for pair in zip(runs, texts, strict=True)]
 
 
 def _number(value: Estimate | None, metric: str) -> str:
@@ -107,17 +131,33 @@ def table_note(comparison: Comparison) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """The table as CSV: keys, runs, and mean, low and high of each metric; what is not known is empty."""
-    metrics = shown_metrics(comparison)
+    """The table as CSV: keys, runs, queries, and mean, low and high of each metric; what is not known is empty."""
+    metrics, names, counts = shown_metrics(comparison), *_counts(comparison)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parts = [f"{metric}{part}" for metric in metrics for part in ("", "/low", "/high")]
-    writer.writerow([*comparison.sweep.keys, "runs", *parts])
-    for point in comparison.points:
+    writer.writerow([*comparison.sweep.keys, *names, *parts])
+    for point, counted in zip(comparison.points, counts, strict=True):
         found = [estimate(point.runs, metric) for metric in metrics]
         numbers = [number for each in found for number in (each[:3] if each else (math.nan,) * 3)]
         texts = ["" if math.isnan(number) else f"{number:.6g}" for number in numbers]
-        writer.writerow([*map(label, point.settings.values()), len(point.runs), *texts])
+        writer.writerow([*map(label, point.settings.values()), *counted, *texts])
+    return text.getvalue()
+
+
+def curves_as_csv(comparison: Comparison) -> str:
+    """The learning curves of all points as CSV: a row for each metric and step; queries are empty if not counted."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*comparison.sweep.keys, "metric", "step", QUERIES, "mean", "low", "high"])
+    for point in comparison.points:
+        for metric in curve_metrics([point], comparison.metric):
+            course = band(point, metric)
+            queries = [""] * len(course.steps) if course.queries is None else course.queries
+            for step, pairs, *values in zip(course.steps, queries, *course[2:], strict=True):
+                numbers = [f"{value:.6g}" for value in values]
+                count = pairs if pairs == "" else f"{pairs:.12g}"
+                writer.writerow([*map(label, point.settings.values()), metric, step, count, *numbers])
     return text.getvalue()
 
 
@@ -144,16 +184,18 @@ def left_out_words(run: Run) -> str:
 
 
 def write(comparison: Comparison, drawn: Sequence[Plot], out: Path) -> list[Path]:
-    """Writes report.html, a PNG for each plot and table.csv to a directory; their paths, the report first."""
+    """Writes report.html, the CSV files and a PNG for each plot to a directory; their paths, the report first."""
     out.mkdir(parents=True, exist_ok=True)
-    images = []
-    paths = [out / "report.html", out / "table.csv"]
+    images: dict[str, list[dict[str, Any]]] = {}  # by heading
+    paths = [out / "report.html", out / "table.csv", out / "learning_curves.csv"]
     for plot in drawn:
         path = out / f"{plot.name}.png"
         plot.figure.savefig(path)
-        images.append({"plot": plot, "data": base64.b64encode(path.read_bytes()).decode()})
+        image = {"plot": plot, "data": base64.b64encode(path.read_bytes()).decode()}
+        images.setdefault(plot.heading, []).append(image)
         paths.append(path)
     paths[1].write_text(as_csv(comparison))
+    paths[2].write_text(curves_as_csv(comparison))
     header, rows = cells(comparison)
     template = Path(__file__).with_name("report.html.j2").read_text()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

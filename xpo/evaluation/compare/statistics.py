@@ -20,7 +20,9 @@ from xpo.evaluation.agreement import share
 from xpo.evaluation.compare.read import Run, Sweep
 
 WIN_RATE = "eval/win_rate"
+QUERIES = "preference/queries"
 SEED = "training.seed"
+_SHARES = ("_rate", "exploration/unique", "exploration/novel_ngrams")  # ends of the names of metrics within 0 and 1
 _DRAWS = 4000
 
 Array = NDArray[np.float64]
@@ -156,13 +158,36 @@ def estimate(runs: Sequence[Run], metric: str) -> Estimate | None:
     if n > 1:
         half = student.ppf(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
         low, high = value - half, value + half
-        if metric.endswith("_rate"):  # Student's t does not know that shares end at 0 and 1
+        if metric.endswith(_SHARES):  # Student's t does not know that shares end at 0 and 1
             low, high = max(low, 0.0), min(high, 1.0)
         return Estimate(value, low, high, n, "seeds")
     if metric == WIN_RATE and having[0].completions:
         wins = share(torch.tensor([row["verdict"] == "policy" for row in having[0].completions]))
         return Estimate(value, wins.low, wins.high, 1, "prompts")
     return Estimate(value, math.nan, math.nan, 1, "")
+
+
+def queries_at(runs: Sequence[Run], steps: Sequence[int]) -> Array | None:
+    """Pairs labelled up to each of these steps, the mean over runs, (T,); None if one of them did not count them.
+
+    Between two logs, and behind the last one, the pairs are taken to be in proportion to the steps.
+    """
+    counted = []
+    for run in runs:
+        if QUERIES not in run.history:
+            return None
+        logged, pairs = np.array([(0, 0.0), *run.history[QUERIES]]).T
+        pace = (pairs[-1] - pairs[-2]) / (logged[-1] - logged[-2])
+        counted.append(np.interp(steps, logged, pairs) + pace * np.maximum(np.array(steps) - logged[-1], 0))
+    return np.mean(counted, axis=0)
+
+
+def final_queries(point: Point, metric: str) -> float | None:
+    """Pairs labelled before the last value of a metric, the mean over the runs that have it; None if not counted."""
+    having = [run for run in point.runs if metric in run.history]
+    counted = [queries_at([run], [run.history[metric][-1][0]]) for run in having]
+    known = [float(pairs[0]) for pairs in counted if pairs is not None]
+    return fmean(known) if known and len(known) == len(having) else None
 
 
 def levels(points: Sequence[Point], key: str) -> list[str]:
