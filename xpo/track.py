@@ -99,7 +99,7 @@ def _replay(log: MetricsLog, state: Followed, uri: str | None) -> str:
     try:
         client = reach(uri)
         run = client.get_run(run_id)
-        follower = Follower(log, state, held_points(client, run, run.data.metrics))
+        follower = Follower(log, state, held_points(client, run))
     except Exception as error:  # drivers of databases raise their own
         if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise NotSent(f"{uri} knows no run {run_id}; name the right place with --uri, {otherwise}") from error

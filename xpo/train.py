@@ -15,9 +15,9 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, check_hydra, check_words, choose_preset, compose
+from xpo.config.compose import CONF, check_hydra, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
-from xpo.launch.command import exit_status, print_error, speak_to_any_console
+from xpo.launch.command import exit_status, print_error, run_composed
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, passing_on_signals, signals
 from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
@@ -25,17 +25,8 @@ from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
 
 def main() -> None:
     """The command line: `python -m xpo.train [-m] [key=value ...]`. Exit status 2 for bad input."""
-    speak_to_any_console()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
     sys.argv[1:] = choose_preset(sys.argv[1:])
-    try:
-        check_words(sys.argv[1:])
-        if "RANK" in os.environ:
-            sys.exit(_work_as_rank(sys.argv[1:]))
-        _parent()
-    except Exception as error:
-        sys.exit(exit_status(error))
-    sys.exit(max(exit_statuses, default=0))
+    run_composed(_work_as_rank if "RANK" in os.environ else _parent)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
@@ -83,14 +74,14 @@ def start_worker(run_dir: Path) -> int:
     return outcome.status
 
 
-def _work_as_rank(arguments: list[str]) -> int:
+def _work_as_rank() -> None:
     """This process is one rank of a group that the user's launcher started."""
     no_sweeps = ConfigError(
         "--multirun under a launcher is not supported; start the sweep without torchrun or accelerate"
     )
-    if {"-m", "--multirun"} & set(arguments):
+    if {"-m", "--multirun"}.intersection(sys.argv):
         raise no_sweeps
-    config, run_dir, choices = compose(arguments)
+    config, run_dir, choices = compose(sys.argv[1:])
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:  # a file says so
         raise no_sweeps
@@ -99,7 +90,7 @@ def _work_as_rank(arguments: list[str]) -> int:
             run_dir = prepare(config, run_dir, choices, repeatable(hydra_config))
         from xpo.launch import worker
 
-        return worker.run(OmegaConf.to_object(config), run_dir)  # type: ignore[arg-type]
+        exit_statuses.append(worker.run(OmegaConf.to_object(config), run_dir))  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -228,9 +228,12 @@ def test_a_lock_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def locked(self: Store) -> sqlite3.Connection:
         raise sqlite3.OperationalError("database is locked")
 
+    def damaged() -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
     monkeypatch.setattr(Store, "_connect", locked)
     with pytest.raises(sqlite3.OperationalError, match="locked"):
-        store._mend(sqlite3.DatabaseError("database disk image is malformed"))
+        store._mended(damaged)
     assert len(list(tmp_path.glob("*damaged*"))) == 0
 
 

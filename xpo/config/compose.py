@@ -102,10 +102,10 @@ def check_secrets(config: DictConfig, resolve: bool = True) -> None:
         no_secret(key, value)
 
 
-def check_keys(config: dict[Any, Any], schema: type = TrainSchema) -> None:
+def check_keys(config: dict[Any, Any]) -> None:
     """ConfigError for a key that the schema does not know: `+key=value` gets past Hydra's own check."""
     try:
-        OmegaConf.merge(schema, config)
+        OmegaConf.merge(TrainSchema, config)
     except ConfigKeyError as error:
         raise ConfigError(unknown_key(str(error.full_key), CONF)) from error
 

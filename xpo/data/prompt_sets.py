@@ -3,7 +3,7 @@
 import glob
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -145,11 +145,8 @@ def tokenize_prompts(
             nothing left after dropping.
     """
     streamed = isinstance(dataset, IterableDataset)
-    if not streamed:
-        if len(dataset) == 0:
-            raise ConfigError(f"{key} is empty; give at least one prompt")
-        _check_column(key, dataset.column_names)
-
+    if not streamed and len(dataset) == 0:
+        raise ConfigError(f"{key} is empty; give at least one prompt")
     room = f"max_length - max_new_tokens = {max_prompt_length}"
     before: Counter[int] = Counter()  # equal prompts, by the hash of their tokens
     encode, special = PromptEncoder(tokenizer, special_tokens, **(template_kwargs or {})), set()
@@ -157,7 +154,8 @@ def tokenize_prompts(
     def tokenize(row: dict[str, Any], number: int) -> dict[str, Any]:
         if number == 0:  # a stream may be read several times
             before.clear()
-        _check_column(key, row)  # a stream may not know its columns before its first row
+        if "prompt" not in row:  # a stream may not know its columns before
+            raise ConfigError(f"{key} has no column 'prompt' (it has {', '.join(row)}); rename the one that holds them")
         check_prompt(row["prompt"], key)
         ids = encode(row["prompt"])
         if encode.has_special(row["prompt"]):
@@ -196,11 +194,6 @@ def tokenize_prompts(
         )
     logger.warning("%s: dropped %d of %d prompts longer than %d tokens", key, dropped, given, max_prompt_length)
     return kept
-
-
-def _check_column(key: str, columns: Collection[str]) -> None:
-    if "prompt" not in columns:
-        raise ConfigError(f"{key} has no column 'prompt' (it has {', '.join(columns)}); rename the one that holds them")
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

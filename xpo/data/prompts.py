@@ -22,11 +22,6 @@ class Batch(list[Any]):
         self.known = known
 
 
-def is_conversational(prompt: Prompt) -> bool:
-    """True for a list of messages, False for plain text."""
-    return not isinstance(prompt, str)
-
-
 def plain_text(prompt: Prompt) -> str:
     """A prompt as text for readers without a chat template (PairRM, lexicons, terminals).
 

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
 from xpo.config.errors import ConfigError
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 OFF = ("off", False, None)  # words for no file; unquoted, YAML reads the first one as a truth value
@@ -61,14 +63,11 @@ class Store:
         On a full disk, or behind a lock that is never released, they are computed again some day: a warning says so.
         """
         try:
-            self._insert(values)
+            self._mended(lambda: self._insert(values))
         except sqlite3.OperationalError as error:
             if not self._has_warned:
                 logger.warning("xpo: %s takes no new results (%s); the run goes on without it", self.path, error)
             self._has_warned = True
-        except sqlite3.DatabaseError as error:
-            self._mend(error)
-            self._insert(values)
 
     def __len__(self) -> int:
         return int(self._read("SELECT count(*) FROM results", [])[0][0])
@@ -82,17 +81,18 @@ class Store:
             connection.executemany("INSERT OR IGNORE INTO results VALUES (?, ?)", values.items())
 
     def _read(self, query: str, values: list[str]) -> list[tuple[str, bytes]]:
+        return self._mended(lambda: self._connection.execute(query, values).fetchall())
+
+    def _mended(self, act: Callable[[], T]) -> T:
+        """What `act` returns; of a damaged file, what it returns of a new one."""
         try:
-            return self._connection.execute(query, values).fetchall()
+            return act()
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
-            self._mend(error)
-            return self._connection.execute(query, values).fetchall()
-
-    def _mend(self, error: sqlite3.DatabaseError) -> None:
-        self._connection.close()
-        self._connection = self._open(error)
+            self._connection.close()
+            self._connection = self._open(error)
+            return act()
 
     def _open(self, damage: sqlite3.DatabaseError | None = None) -> sqlite3.Connection:
         """A connection; to a new file, if there was `damage` in the middle of the old one."""

@@ -1,7 +1,5 @@
 """`python -m xpo.judges judge=... pairs=FILE`: what a judge is worth, before a policy learns from it."""
 
-import os
-import sys
 from pathlib import Path
 
 import hydra
@@ -9,10 +7,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, check_complete, check_words
+from xpo.config.compose import CONF, check_complete
 from xpo.config.errors import ConfigError
 from xpo.config.schema import InspectSchema, is_group, needs_reward_model
-from xpo.launch.command import exit_status, print_error, speak_to_any_console
+from xpo.launch.command import exit_status, print_error, run_composed
 from xpo.launch.processes import exit_statuses
 
 ConfigStore.instance().store(name="inspect_schema", node=InspectSchema)
@@ -20,15 +18,7 @@ ConfigStore.instance().store(name="inspect_schema", node=InspectSchema)
 
 def main() -> None:
     """The command line. Exit status 2 for bad input, 1 for a judge that could not go on."""
-    speak_to_any_console()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
-    exit_statuses.clear()
-    try:
-        check_words(sys.argv[1:])
-        _composed()
-    except Exception as error:
-        sys.exit(exit_status(error, InspectSchema))
-    sys.exit(max(exit_statuses, default=0))
+    run_composed(_composed, InspectSchema)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="inspect")

@@ -7,12 +7,14 @@ import queue
 import re
 import string
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from xpo.config.checks import count, number
@@ -199,17 +201,15 @@ class LLMJudge(PairwiseJudge):
 
     def _ask_all(self, texts: list[str]) -> list[Answer]:
         """The answers to all questions, `concurrency` at a time; JudgeStopped at the first that dooms the others."""
-        to_ask: queue.SimpleQueue[int] = queue.SimpleQueue()
+        to_ask = deque(enumerate(texts))
         answered: queue.SimpleQueue[tuple[int, Answer | Exception]] = queue.SimpleQueue()
-        for place in range(len(texts)):
-            to_ask.put(place)
 
         def work() -> None:
-            with suppress(queue.Empty):
+            with suppress(IndexError):  # none is left
                 while True:
-                    place = to_ask.get_nowait()
+                    place, text = to_ask.popleft()
                     try:
-                        answered.put((place, self._ask(texts[place])))
+                        answered.put((place, self._ask(text)))
                     except Exception as error:
                         answered.put((place, error))
 
@@ -243,9 +243,7 @@ class LLMJudge(PairwiseJudge):
                     )
             return [answers[place] for place in range(len(texts))]
         finally:
-            with suppress(queue.Empty):
-                while True:
-                    to_ask.get_nowait()  # nobody waits for the rest
+            to_ask.clear()  # nobody waits for the rest
 
     def _ask(self, text: str, with_logprobs: bool = True) -> Answer:
         """One question. Never raises: whatever goes wrong with it concerns its pair only."""
@@ -317,11 +315,11 @@ def log_odds(choice: dict[str, Any], masked: Callable[[str], str] = str) -> floa
     a, b = ([logprob for token, logprob in listed if token.strip() == letter] for letter in "AB")
     if not a and not b:
         raise ValueError(f"neither A nor B is among the {len(listed)} likeliest answers")
-    if _logsumexp([*a, *b]) < math.log(LEAST_SHARE):
+    if logsumexp([*a, *b]) < math.log(LEAST_SHARE):
         likeliest = masked(max(listed, key=lambda entry: entry[1])[0])
         raise ValueError(f"A and B have less than {LEAST_SHARE:.1%} of the probability; the likeliest is {likeliest!r}")
     bound = min(logprob for _, logprob in listed)
-    return _logsumexp(a or [bound]) - _logsumexp(b or [bound])
+    return float(logsumexp(a or [bound]) - logsumexp(b or [bound]))
 
 
 def _listed(choice: dict[str, Any]) -> list[tuple[str, float]]:
@@ -348,10 +346,6 @@ def _choice(body: Any) -> dict[str, Any]:
     if not isinstance(content, str | None):
         raise ValueError("its message is not text")
     return choice
-
-
-def _logsumexp(values: list[float]) -> float:
-    return torch.tensor(values, dtype=torch.float64).logsumexp(0).item()
 
 
 def _is_http(url: Any) -> bool:

@@ -1,12 +1,16 @@
 """How commands speak, and how one ends that came to nothing: one line, and the exit status. Layer 0: no torch."""
 
 import io
+import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
-from xpo.config.compose import CONF
+from xpo.config.compose import CONF, check_words
 from xpo.config.errors import JobFailed, printable
 from xpo.config.explain import explain
 from xpo.config.schema import TrainSchema
+from xpo.launch.processes import exit_statuses
 
 
 def speak_to_any_console() -> None:
@@ -14,6 +18,19 @@ def speak_to_any_console() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def run_composed(command: Callable[[], object], schema: type = TrainSchema) -> NoReturn:
+    """Ends the process as a command does that Hydra composes, and that leaves its `exit_statuses`; 2 for bad input."""
+    speak_to_any_console()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach the handler below instead of a traceback
+    exit_statuses.clear()
+    try:
+        check_words(sys.argv[1:])
+        command()
+    except Exception as error:
+        sys.exit(exit_status(error, schema))
+    sys.exit(max(exit_statuses, default=0))
 
 
 def exit_status(error: Exception, schema: type = TrainSchema) -> int:

@@ -1,5 +1,6 @@
-"""Models and data sets by name: a local directory, or a snapshot of a hub repository. Layer 0."""
+"""Models and data sets by name: a directory, a snapshot of a hub repository, a package that brings them. Layer 0."""
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -90,6 +91,14 @@ def local_directory(
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError):
         reason = "is not on this machine and the hub is out of reach"
     raise ConfigError(f"{key}={name!r} {reason}; {remedy}")
+
+
+def package_directory(key: str, package: str, remedy: str) -> Path:
+    """Where an installed package lies, which is not imported; ConfigError without it."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{key} needs the package {package}, which is not installed; {remedy}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def has_tokenizer(directory: Path) -> bool:

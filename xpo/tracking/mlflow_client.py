@@ -147,10 +147,10 @@ def set_tags(uri: str | None, run_ids: Iterable[str], tags: dict[str, str]) -> b
     return attempt(uri, lambda client: [client.log_batch(run_id, tags=texts) for run_id in run_ids])
 
 
-def held_points(client: "MlflowClient", run: "Run", keys: Iterable[str]) -> set[tuple[str, int]]:
-    """(key, step) of every point that MLflow holds of these metrics."""
-    known = set(keys) & run.data.metrics.keys()
-    return {(key, point.step) for key in known for point in client.get_metric_history(run.info.run_id, key)}
+def held_points(client: "MlflowClient", run: "Run") -> set[tuple[str, int]]:
+    """(key, step) of every point that MLflow holds of a run."""
+    history = client.get_metric_history
+    return {(key, point.step) for key in run.data.metrics for point in history(run.info.run_id, key)}
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -75,7 +75,7 @@ class MLflowRun:
                 run_id = self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
             self.run_id = run_id
             run = self.client.get_run(run_id)
-            held = mlflow_client.held_points(self.client, run, run.data.metrics)
+            held = mlflow_client.held_points(self.client, run)
             self._follower = Follower(log, self._taken_up(), held)
             self._describe(run, params, tags)
         except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:  # ImportError: the database's driver
