@@ -224,6 +224,15 @@ def test_verdicts_and_scores_are_those_of_the_completions_shown(make_trainer: Tr
     assert metrics["eval_score_margin"] == pytest.approx(np.mean(own) - np.mean(reference), abs=1e-6)
 
 
+def test_the_objective_of_an_iterate(make_trainer: TrainerFactory) -> None:
+    """score - beta * KL, with the beta in force."""
+    trainer = make_trainer(beta=[0.5, 0.1], eval_dataset=prompts(4), optim="sgd", learning_rate=5.0)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert abs(metrics["eval_kl"]) > 1e-3
+    assert metrics["eval_objective"] == pytest.approx(metrics["eval_score"] - 0.5 * metrics["eval_kl"])
+
+
 def test_the_missing_eos_penalty_is_not_part_of_an_evaluation(make_trainer: TrainerFactory) -> None:
     with_penalty, without = (
         evaluated(make_trainer(model=ending(), eval_dataset=prompts(9), missing_eos_penalty=penalty))

@@ -70,6 +70,7 @@ EVAL_METRICS = {
     "score",
     "ref_score",
     "score_margin",
+    "objective",
     "kl",
     "eos_rate",
     "ref_eos_rate",

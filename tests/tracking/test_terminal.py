@@ -56,3 +56,14 @@ def test_a_terminal_is_shown_text_only(say: Callable[[], None], capfd: pytest.Ca
     shown = "".join(capfd.readouterr())
     assert "text" in shown
     assert not set("\x1b\x07\x08\x9b\r") & set(shown)
+
+
+def test_the_best_iterate_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of evaluations with a score; one alone is no choice."""
+    history = [{"step": step, "eval_runtime": 1.0, "eval_objective": value} for step, value in ((0, 0.5), (4, 0.75))]
+    terminal.show_best(
+        [*history, {"step": 8, "eval_runtime": 1.0, "eval_objective": 0.25}, {"step": 9, "eval_runtime": 1.0}]
+    )
+    assert capsys.readouterr().out == "Best iterate by score - beta * KL: step 4 with 0.750 (step 8: 0.250).\n"
+    terminal.show_best(history[:1])
+    assert capsys.readouterr().out == ""

@@ -1,5 +1,6 @@
 """Who draws the second completion, and what the bonus does: the rivals as configurations of one trainer."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from xpo import XPOConfig
 from xpo.config.compose import CONF, checked, compose
 from xpo.config.errors import ConfigError
-from xpo.config.schema import trainer_arguments
+from xpo.config.options import keys
+from xpo.config.schema import GROUPS, trainer_arguments
 from xpo.data.pair_file import read_pairs
+from xpo.models.loading import tiny_model
 from xpo.models.logprobs import completion_logps
 from xpo.tracking.terminal import show_exploration
 
+START = tiny_model().state_dict()
+RIVALS = ("algorithm_1", "online_dpo", "iterative_dpo", "selm", "popo", "geb")
 LOSSES = sorted(path.stem for path in (CONF / "loss").glob("*.yaml"))
 
 
@@ -77,6 +82,25 @@ def test_every_preset_of_a_loss_trains(make_trainer: TrainerFactory, loss: str, 
     for log in step_logs(trainer):
         assert log["loss"] == pytest.approx(log["loss/dpo"] + log["loss/xpo"], rel=1e-5)
         assert (log["exploration/bonus_share"] > 0) == (loss not in ("online_dpo", "no_exploration"))
+
+
+@pytest.mark.parametrize("experiment", RIVALS)
+def test_every_rival_trains(make_trainer: TrainerFactory, experiment: str) -> None:
+    """What its preset says of who draws, what is recalled and what moves; on a tiny model, in six steps."""
+    config, _, _ = compose([f"experiment={experiment}", "model=tiny"])
+    given = dict(trainer_arguments(checked(config)))
+    groups = ("loss", "sampler", "replay", "reference")
+    names = {key.argument for group in GROUPS for key in keys(group) if key.group in groups} - {"reference_store"}
+    options = {name: value for name, value in given.items() if name in names | {"iterations"}}
+    trainer = make_trainer(**options, max_steps=6, eval_dataset=prompts(3))
+    trainer.train()
+    logs = step_logs(trainer)
+    assert len(logs) == 6
+    assert all(math.isfinite(log["loss"]) for log in logs)
+    iterates = Path(trainer.args.output_dir) / "iterates"
+    assert len(list(iterates.glob("*.safetensors"))) == (0 if experiment == "online_dpo" else 3)
+    moved = [name for name, part in trainer.reference.frozen.named_parameters() if not torch.equal(part, START[name])]
+    assert bool(moved) == (experiment in ("selm", "geb"))
 
 
 def test_the_share_of_the_bonus_by_hand(make_trainer: TrainerFactory) -> None:

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from xpo.config.errors import JudgeStopped
+from xpo.config.options import LossOptions
 from xpo.data.prompt_sets import collate_prompts, prompts_of
 from xpo.data.prompts import plain_text
 from xpo.evaluation.probe import MEASURES, Probe
@@ -68,6 +69,7 @@ class Evaluator:
         args: TrainingArguments,
         prefix: str = "eval",
         engine: nn.Module | None = None,
+        beta: float = LossOptions.beta,
     ) -> dict[str, float]:
         """Metrics named `{prefix}_...`, the same on every rank; leaves the completions in `records`.
 
@@ -76,11 +78,13 @@ class Evaluator:
         ref_score, score_margin: mean rewards. kl: mean of log pi(y) - log pi_ref(y) over the policy's
         completions, the unbiased estimate of KL(pi || pi_ref) when sampling at temperature 1, in nats.
         eos_rate, length (tokens), distinct_2: of the policy's completions; ref_* of the reference's.
+        objective: score - beta * kl, by which Algorithm 1 of the XPO paper chooses among its iterates.
         One value per scorer, and ref_* beside it; score_NAME per part of a mix of reward models. Those of `Probe`.
 
         Args:
             policy, dataset: unwrapped; tokenized prompts.
             engine: the ZeRO-3 engine around the policy, if there is one.
+            beta: the strength of the KL regularisation.
 
         Raises:
             JudgeStopped: the judge of some rank could not go on; raised on every rank.
@@ -134,6 +138,8 @@ class Evaluator:
             raise JudgeStopped(reasons[0])
         self.records = sorted(gather_object(records), key=lambda record: record["index"])
         metrics = summarize(self.records, list(self.scorers))
+        if "score" in metrics:
+            metrics["objective"] = metrics["score"] - beta * metrics["kl"]
         if self.probe is not None:
             metrics |= self.probe(policy, rows, accelerator, args, prefix, engine)
         metrics["runtime"] = time.perf_counter() - started
@@ -144,7 +150,7 @@ class Evaluator:
         """The metrics that an evaluation may have, without its prefix; those of the parts of a mix left out."""
         scored = self.labeller.reward_model is not None or isinstance(self.labeller.judge, RewardJudge)
         scores = (["score"] if scored else []) + list(self.scorers)
-        margin = ["flip_rate"] + (["score_margin"] if scored else [])
+        margin = ["flip_rate"] + (["score_margin", "objective"] if scored else [])
         probed = () if self.probe is None else MEASURES
         return [*summarize([]), *margin, *scores, *(f"ref_{name}" for name in scores), *probed]
 

@@ -13,7 +13,7 @@ from xpo.config.options import PreferenceOptions
 from xpo.config.schema import TrainSchema, needs_reward_model
 from xpo.data.pair_file import NAME as PAIRS
 from xpo.data.pair_file import read_pairs
-from xpo.data.prompts import PromptEncoder, is_conversational
+from xpo.data.prompts import PromptEncoder
 from xpo.evaluation.conversation import POLICY, REFERENCE, Conversation
 from xpo.judges.labelling import Labeller
 from xpo.launch.groups import build_preference, check_target
@@ -112,5 +112,5 @@ def _reads_plain_text(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> b
     pairs = trained.run_dir and trained.run_dir / PAIRS
     if pairs is not None and pairs.is_file():
         for pair in islice(read_pairs(pairs), 1):
-            return not is_conversational(pair["prompt"])
+            return isinstance(pair["prompt"], str)
     return tokenizer.chat_template is None

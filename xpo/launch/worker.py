@@ -255,6 +255,7 @@ def _finish(
         drop_training_state(run_dir)
     report.show_completions(trainer.evaluator.records, config.evaluation.show)
     report.show_table(history)
+    report.show_best(history)
     report.show_exploration(history, config.loss.alpha)
     report.show_where(run_dir, mlflow_run.ui_command() if mlflow_run else None)
 

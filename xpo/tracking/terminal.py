@@ -1,6 +1,7 @@
 """What a run says on the terminal."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -90,6 +91,17 @@ def warn_of_no_bonus(log: dict[str, float]) -> bool:
     if log["alpha"] and log["exploration/bonus_share"] == 0:
         logger.warning("xpo: the bonus has no gradient so far (exploration/bonus_share is 0): %s", _NO_BONUS)
     return True
+
+
+def show_best(history: list[dict[str, Any]]) -> None:
+    """A line on the best iterate, by Algorithm 1 of the XPO paper, if several were evaluated and have scores."""
+    kept = [entry for entry in evaluations(history) if math.isfinite(entry.get("eval_objective", math.nan))]
+    if len(kept) > 1:
+        best, last = max(kept, key=lambda entry: entry["eval_objective"]), kept[-1]
+        print(
+            f"Best iterate by score - beta * KL: step {best['step']} with {best['eval_objective']:.3f} "
+            f"(step {last['step']}: {last['eval_objective']:.3f})."
+        )
 
 
 def show_exploration(history: list[dict[str, Any]], alpha: Any) -> None:

@@ -269,7 +269,7 @@ class XPOTrainer(ResumableTrainer):
             self.model.to(self.args.device)  # before training, the Trainer may have left it where it was
         try:
             result = self.evaluator(
-                self.model, dataset, self.accelerator, self.args, metric_key_prefix, self.zero3_engine
+                self.model, dataset, self.accelerator, self.args, metric_key_prefix, self.zero3_engine, self.beta
             )
         except JudgeStopped:
             self.keep_checkpoint()
