@@ -15,27 +15,13 @@ if TYPE_CHECKING:
     from xpo.training.config import XPOConfig
     from xpo.training.trainer import XPOTrainer
 
-__all__ = [
-    "ClassifierReward",
-    "ConfigError",
-    "EmbeddedReward",
-    "Judge",
-    "LogCompletionsCallback",
-    "PairRMJudge",
-    "RewardJudge",
-    "RewardModel",
-    "XPOConfig",
-    "XPOTrainer",
-]
-
-__getattr__ = at_first_use(
-    "xpo",
-    {
-        "xpo.config.errors": ("ConfigError",),
-        "xpo.judges": ("Judge", "PairRMJudge", "RewardJudge"),
-        "xpo.rewards": ("ClassifierReward", "EmbeddedReward", "RewardModel"),
-        "xpo.training.callbacks": ("LogCompletionsCallback",),
-        "xpo.training.config": ("XPOConfig",),
-        "xpo.training.trainer": ("XPOTrainer",),
-    },
-)
+_HOMES = {
+    "xpo.config.errors": ("ConfigError",),
+    "xpo.judges": ("Judge", "PairRMJudge", "RewardJudge"),
+    "xpo.rewards": ("ClassifierReward", "EmbeddedReward", "RewardModel"),
+    "xpo.training.callbacks": ("LogCompletionsCallback",),
+    "xpo.training.config": ("XPOConfig",),
+    "xpo.training.trainer": ("XPOTrainer",),
+}
+__all__ = [name for names in _HOMES.values() for name in names]
+__getattr__ = at_first_use(__name__, _HOMES)

@@ -20,34 +20,17 @@ if TYPE_CHECKING:
     from xpo.judges.rules import AllOfJudge, LengthControlledJudge, RandomJudge
     from xpo.judges.trl import TRLJudge
 
-__all__ = [
-    "AllOfJudge",
-    "CachedJudge",
-    "FunctionJudge",
-    "Judge",
-    "LLMJudge",
-    "LengthControlledJudge",
-    "LocalLLMJudge",
-    "PairRMJudge",
-    "PairwiseJudge",
-    "RandomJudge",
-    "RewardJudge",
-    "TRLJudge",
-    "Verdicts",
-]
-
-__getattr__ = at_first_use(
-    "xpo.judges",
-    {
-        "xpo.judges.base": ("Judge", "Verdicts"),
-        "xpo.judges.cached": ("CachedJudge",),
-        "xpo.judges.function": ("FunctionJudge",),
-        "xpo.judges.llm": ("LLMJudge",),
-        "xpo.judges.local_llm": ("LocalLLMJudge",),
-        "xpo.judges.pair_rm": ("PairRMJudge",),
-        "xpo.judges.pairwise": ("PairwiseJudge",),
-        "xpo.judges.reward": ("RewardJudge",),
-        "xpo.judges.rules": ("AllOfJudge", "LengthControlledJudge", "RandomJudge"),
-        "xpo.judges.trl": ("TRLJudge",),
-    },
-)
+_HOMES = {
+    "xpo.judges.base": ("Judge", "Verdicts"),
+    "xpo.judges.cached": ("CachedJudge",),
+    "xpo.judges.function": ("FunctionJudge",),
+    "xpo.judges.llm": ("LLMJudge",),
+    "xpo.judges.local_llm": ("LocalLLMJudge",),
+    "xpo.judges.pair_rm": ("PairRMJudge",),
+    "xpo.judges.pairwise": ("PairwiseJudge",),
+    "xpo.judges.reward": ("RewardJudge",),
+    "xpo.judges.rules": ("AllOfJudge", "LengthControlledJudge", "RandomJudge"),
+    "xpo.judges.trl": ("TRLJudge",),
+}
+__all__ = [name for names in _HOMES.values() for name in names]
+__getattr__ = at_first_use(__name__, _HOMES)

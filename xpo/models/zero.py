@@ -6,34 +6,30 @@ variable, which also decides how `from_pretrained` loads: only the policy may se
 """
 
 import copy
-import importlib.util
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils.other import get_free_port
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as integration
 
-from xpo.config.errors import ConfigError
+from xpo.models.hub import package_directory
 
 
 def prepare_environment(use_cpu: bool) -> None:
     """What must be settled before DeepSpeed is imported; ConfigError if it is not installed."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError("deepspeed=... needs the package deepspeed, which is not installed; pip install deepspeed")
+    package_directory("deepspeed=...", "deepspeed", "pip install deepspeed")
     if use_cpu:
         import deepspeed.ops
 
         # Otherwise it compiles, for minutes, a kernel for shared memory that training does not use.
         deepspeed.ops.__compatible_ops__ = {}
     if "RANK" not in os.environ:  # without a launcher it would ask MPI
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(get_free_port())
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 

@@ -10,14 +10,3 @@ from xpo.rewards.embedded import EmbeddedReward
 from xpo.rewards.function import FunctionReward
 from xpo.rewards.mix import MixReward
 from xpo.rewards.vader import VaderReward
-
-__all__ = [
-    "CachedReward",
-    "ClassifierReward",
-    "EmbeddedReward",
-    "FunctionReward",
-    "MixReward",
-    "RewardModel",
-    "Scores",
-    "VaderReward",
-]
