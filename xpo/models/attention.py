@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from xpo.models.logprobs import having
+
 _NAME = "xpo_packed_pairs"
 _compiled_flex = cache(partial(torch.compile, flex_attention, dynamic=True))  # once, and not before it is needed
 
@@ -24,14 +26,11 @@ _compiled_flex = cache(partial(torch.compile, flex_attention, dynamic=True))  # 
 @contextmanager
 def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Within, the model attends by `attend`, to what a mask from `lengths_of_pairs` or `blocks_of_pairs` allows."""
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        _completions_see.cache_clear()
+    with having(model.config.get_text_config(), "_attn_implementation", _NAME):
+        try:
+            yield
+        finally:
+            _completions_see.cache_clear()
 
 
 def lengths_of_pairs(real: Tensor, segment: Tensor) -> Tensor:

@@ -177,6 +177,17 @@ def block_mask(real: Tensor, segment: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
+def having(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Within, the attribute `name` has another value."""
+    before = getattr(thing, name)
+    setattr(thing, name, value)
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+@contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within, calling `module` does `forward`; hooks on the module stay in force."""
     before = vars(module).get("forward")

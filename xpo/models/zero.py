@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as integration
 
 from xpo.models.hub import package_directory
+from xpo.models.logprobs import having
 
 
 def prepare_environment(use_cpu: bool) -> None:
@@ -43,12 +44,8 @@ def connect(device: torch.device) -> None:
 @contextmanager
 def loading_whole() -> Iterator[None]:
     """Within, `from_pretrained` loads whole models on every process: judges, reward models, the reference."""
-    in_force = integration._hf_deepspeed_config_weak_ref
-    integration.unset_hf_deepspeed_config()
-    try:
+    with having(integration, "_hf_deepspeed_config_weak_ref", None):
         yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = in_force
 
 
 def is_divided(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from xpo.models.batches import batches_by_length, padded
 from xpo.models.devices import chosen_device
 from xpo.models.fingerprints import digest, model_digest
 from xpo.models.hub import has_tokenizer, local_directory
+from xpo.models.logprobs import having
 from xpo.rewards.base import RewardModel
 
 
@@ -134,12 +135,8 @@ class ClassifierReward(RewardModel):
         inputs = {"input_ids": ids, "attention_mask": mask.long()}
         if self.token_types:
             inputs["token_type_ids"], _ = padded([row.token_type_ids for row in encoded])
-        config = self.model.config.get_text_config()
-        own_pad, config.pad_token_id = config.pad_token_id, pad
-        try:
+        with having(self.model.config.get_text_config(), "pad_token_id", pad):  # the model may be the user's own
             logits = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()}).logits
-        finally:  # the model may be the user's own
-            config.pad_token_id = own_pad
         logits = logits.float().cpu()
         return logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
 

@@ -3,8 +3,7 @@
 Notation for shapes: B prompts, P prompt tokens (padded on the left), C completion tokens (padded on the right).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from xpo.config.options import SamplingOptions
 from xpo.data.prompts import Batch
 from xpo.models.batches import batches_by_length, padded
 from xpo.models.forward import eval_mode
-from xpo.models.logprobs import completion_lengths, length_mask, positions
+from xpo.models.logprobs import completion_lengths, having, length_mask, positions
 from xpo.sampling.completions import Completions, token_batches, tokens_at_once
 from xpo.sampling.kv_cache import prefill, roomy_cache
 from xpo.sampling.linears import packed_linears
@@ -167,8 +166,9 @@ class Sampler:
         if not greedy and self.options.temperature > 0:
             processors = warpers(self.options)
             processors.append(InverseTransformSampler(noise, ids.shape[1]))
-        decoding = packed_linears(model, len(ids))
-        with eval_mode(model), torch.no_grad(), own_generation_config(model, self.config), decoding:
+        # A checkpoint ships defaults (top_k=20, say), which `generate` would take for what the config leaves open.
+        own, decoding = having(model, "generation_config", self.config), packed_linears(model, len(ids))
+        with eval_mode(model), torch.no_grad(), own, decoding:
             sequences = model.generate(
                 input_ids=ids,
                 attention_mask=mask.long(),
@@ -198,14 +198,3 @@ class Sampler:
         tokens = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return Completions(ids, mask, ended, Batch(texts, {"completion_ids": tokens}))
-
-
-@contextmanager
-def own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Keeps the defaults that a checkpoint ships (top_k=20, say) out: `generate` takes what `config` leaves open."""
-    shipped = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = shipped
