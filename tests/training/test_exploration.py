@@ -97,7 +97,7 @@ def test_every_rival_trains(make_trainer: TrainerFactory, experiment: str) -> No
     logs = step_logs(trainer)
     assert len(logs) == 6
     assert all(math.isfinite(log["loss"]) for log in logs)
-    iterates = Path(trainer.args.output_dir) / "iterates"
+    iterates = Path(trainer.args.output_dir) / "_iterates"
     assert len(list(iterates.glob("*.safetensors"))) == (0 if experiment == "online_dpo" else 3)
     moved = [name for name, part in trainer.reference.frozen.named_parameters() if not torch.equal(part, START[name])]
     assert bool(moved) == (experiment in ("selm", "geb"))

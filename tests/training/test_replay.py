@@ -236,7 +236,7 @@ def test_a_run_that_goes_on_without_its_pairs_or_policies(make_trainer: TrainerF
     elsewhere = make_trainer(**MOVING | {"output_dir": str(tmp_path / "elsewhere"), "max_steps": 6})
     with pytest.raises(ConfigError, match=r"resume: .*pairs\.jsonl' lacks the pairs of step 5, which replay needs"):
         elsewhere.train(resume_from_checkpoint=checkpoint)
-    shutil.rmtree(tmp_path / "out" / "iterates")
+    shutil.rmtree(tmp_path / "out" / "_iterates")
     with pytest.raises(ConfigError, match=r"resume: .*step_4\.safetensors' is missing"):
         make_trainer(**MOVING | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
 
@@ -278,7 +278,7 @@ def test_the_reference_becomes_the_policy_of_the_iteration(make_trainer: Trainer
         now = opponent.state_dict()
         names = [name for name in now if name in start]
         assert all(torch.equal(now[name], start[name]) for name in names)
-    assert [path.name for path in sorted((Path(trainer.args.output_dir) / "iterates").iterdir())] == [
+    assert [path.name for path in sorted((Path(trainer.args.output_dir) / "_iterates").iterdir())] == [
         "step_0.safetensors",
         "step_2.safetensors",
     ]

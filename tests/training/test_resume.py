@@ -204,7 +204,9 @@ def test_a_finished_run_can_drop_what_only_training_needs(make_trainer: TrainerF
     trainer = make_trainer(output_dir=str(tmp_path / "model"), save_strategy="steps", save_steps=1)
     trainer.train()
     assert resumable_checkpoint(tmp_path) == tmp_path / "model" / "checkpoint-2"
+    (tmp_path / "model" / "_iterates").mkdir()
     drop_training_state(tmp_path)
+    assert not (tmp_path / "model" / "_iterates").exists()
     assert resumable_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "model") == tmp_path / "model" / "checkpoint-2"
     left = {path.name for path in (tmp_path / "model" / "checkpoint-2").iterdir()}

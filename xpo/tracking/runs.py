@@ -128,6 +128,7 @@ def last_complete_checkpoint(model_dir: Path) -> Path | None:
 
 
 # Of a checkpoint: weights in each form, what else there may be, and what comes with an optimizer's state.
+ITERATES = "_iterates"  # in model/: the policies that iterations began with; nothing with such a name goes to the hub
 _WEIGHTS = ("*.safetensors", "pytorch_model*", "adapter_model.bin", "*/adapter_model.*", "latest")
 _PARTS = ("*.safetensors", "*.index.json", "*.pt", "rng_state*.pth", "xpo_state_*.json", "global_step*/*.pt")
 _WITH_OPTIMIZER = ("rng_state*.pth", "xpo_state_*.json")
@@ -192,6 +193,7 @@ def resumable_checkpoint(run_dir: Path) -> Path | None:
 
 def drop_training_state(run_dir: Path) -> None:
     """Leaves the checkpoints of a finished run their weights: what only training needs is two thirds of their size."""
+    shutil.rmtree(run_dir / "model" / ITERATES, ignore_errors=True)
     for checkpoint in (run_dir / "model").glob("checkpoint-*"):
         for pattern in ("optimizer.*", "scheduler.*", "scaler.*", "rng_state*", "latest", "zero_to_*.py"):
             for file in checkpoint.glob(pattern):

@@ -9,6 +9,7 @@ from transformers import TrainerState
 
 from xpo.config.errors import ConfigError
 from xpo.models.iterates import Iterates, PastPolicies
+from xpo.tracking.runs import ITERATES
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
 from xpo.training.config import XPOConfig
@@ -37,7 +38,7 @@ class Iterations:
     ):
         self.args = args
         self.reference_since = 0  # optimizer steps before the reference moved last
-        self._iterates = Iterates(Path(args.output_dir) / "iterates")
+        self._iterates = Iterates(Path(args.output_dir) / ITERATES)
         self._reference, self._draws, self._past = reference, draws, past
 
     def enter(self, policy: nn.Module, engine: nn.Module | None, state: TrainerState) -> None:
