@@ -9,9 +9,9 @@ from transformers import TrainerState
 
 from xpo.config.errors import ConfigError
 from xpo.models.iterates import Iterates, PastPolicies
-from xpo.tracking.runs import ITERATES
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
+from xpo.tracking.runs import ITERATES
 from xpo.training.config import XPOConfig
 
 
