@@ -82,6 +82,14 @@ def test_a_model_says_nothing_that_a_terminal_obeys(width: int) -> None:
 def test_a_verdict_says_who_wins_and_how_surely(
     winner: str | None, margin: float, scores: list[float] | None, words: str
 ) -> None:
-    there, file = console(80)
+    there, file = console(120)
     show_verdict(there, "lexicon", winner, margin, scores)
     assert file.getvalue() == f"lexicon: {words}\n"
+
+
+def test_a_verdict_is_one_line_in_a_pipe_and_breaks_between_words_on_a_terminal() -> None:
+    words = "lexicon: reference wins (90 % sure, margin -2.20)"
+    for terminal, expected in ((False, [words]), (True, ["lexicon: reference wins (90 %", "sure, margin -2.20)"])):
+        there, file = console(30, terminal)
+        show_verdict(there, "lexicon", "second", -math.log(9), None)
+        assert [line.rstrip() for line in file.getvalue().splitlines()] == expected

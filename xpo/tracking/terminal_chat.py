@@ -83,7 +83,7 @@ def show_verdict(console: Console, judge: str, winner: str | None, margin: float
     both = [f"scores {' and '.join(f'{score:.2f}' for score in scores)}"] if scores is not None else []
     inside = ", ".join([*([how] if how else []), *both])
     text = Text.assemble((judge, _STYLES["judge"]), ": ", _WORDS[winner], f" ({inside})" if inside else "")
-    console.print(text, soft_wrap=True)
+    console.print(text, soft_wrap=not console.is_terminal)
 
 
 def show_help(console: Console, commands: Mapping[str, str]) -> None:
