@@ -36,6 +36,7 @@ REFERENCE = torch.tensor([[-11.0, -18.0, -33.0], [-10.0, -19.0, -35.0]])
 LABEL = torch.tensor([1.0, -1.0, 0.0])
 DPO = torch.tensor([0.3, 0.6, 0.0])
 XPO = torch.tensor([-0.12, -0.15, -0.40])
+FRESH = torch.tensor([True, True, True])
 
 
 def test_the_metrics_of_three_pairs_are_those_derived_by_hand() -> None:
@@ -51,7 +52,7 @@ def test_the_metrics_of_three_pairs_are_those_derived_by_hand() -> None:
     logps     = chosen (-10 - 15)/2, rejected (-12 - 20)/2: the policy's alone (defect 5)
     dpo       = (0.3 + 0.6 + 0)/3, over all pairs; xpo = (-0.12 - 0.15 - 0.40)/3
     """
-    metrics = means(pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO))
+    metrics = means(pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO, FRESH))
     assert metrics == pytest.approx(
         {
             "loss": 0.3 - 0.67 / 3,
@@ -72,20 +73,31 @@ def test_the_metrics_of_three_pairs_are_those_derived_by_hand() -> None:
     )
 
 
+def test_the_policys_own_completions_are_those_of_fresh_pairs() -> None:
+    """The first and the third: a pair of an earlier policy says nothing of this one's KL. kl = (1 - 2)/2, (3 - 5)/2."""
+    fresh = torch.tensor([True, False, True])
+    metrics = means(pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO, fresh))
+    assert metrics["objective/kl"] == pytest.approx(-0.75)
+    assert metrics["objective/kl_policy"] == pytest.approx(2.0)
+    assert metrics["objective/entropy"] == pytest.approx((10 + 30 + 12 + 40) / 4)
+    assert metrics["logps/chosen"] == pytest.approx(-12.5)
+    assert "objective/kl" not in means(pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO, ~FRESH))
+
+
 def test_an_accuracy_is_a_positive_margin_of_the_chosen_completion() -> None:
     """With the labels turned around the margins are -1.5 and -3; a margin of 0 is no success either."""
-    turned = means(pair_metrics(POLICY, REFERENCE, -LABEL, 0.5, DPO, XPO))
+    turned = means(pair_metrics(POLICY, REFERENCE, -LABEL, 0.5, DPO, XPO, FRESH))
     assert turned["rewards/accuracies"] == 0
     assert turned["rewards/margins"] == pytest.approx(-2.25)
-    at_the_start = means(pair_metrics(POLICY, POLICY, LABEL, 0.5, DPO, XPO))
+    at_the_start = means(pair_metrics(POLICY, POLICY, LABEL, 0.5, DPO, XPO, FRESH))
     assert at_the_start["rewards/accuracies"] == 0
-    one_of_two = means(pair_metrics(POLICY, REFERENCE, LABEL.abs(), 0.5, DPO, XPO))
+    one_of_two = means(pair_metrics(POLICY, REFERENCE, LABEL.abs(), 0.5, DPO, XPO, FRESH))
     assert one_of_two["rewards/accuracies"] == 0.5
 
 
 def test_pairs_without_a_preference_do_not_count_for_rewards() -> None:
-    everywhere = pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO)
-    labelled = pair_metrics(POLICY[:, :2], REFERENCE[:, :2], LABEL[:2], 0.5, DPO[:2], XPO[:2])
+    everywhere = pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO, FRESH)
+    labelled = pair_metrics(POLICY[:, :2], REFERENCE[:, :2], LABEL[:2], 0.5, DPO[:2], XPO[:2], FRESH[:2])
     of_labelled = [name for name in everywhere if name.startswith(("rewards/", "logps/"))]
     assert len(of_labelled) == 6
     for name in of_labelled:
@@ -95,7 +107,7 @@ def test_pairs_without_a_preference_do_not_count_for_rewards() -> None:
 
 
 def test_without_any_preference_rewards_are_left_out_and_the_rest_stays() -> None:
-    metrics = means(pair_metrics(POLICY, REFERENCE, torch.zeros(3), 0.5, DPO, XPO))
+    metrics = means(pair_metrics(POLICY, REFERENCE, torch.zeros(3), 0.5, DPO, XPO, FRESH))
     assert not [name for name in metrics if name.startswith(("rewards/", "logps/"))]
     assert metrics["objective/entropy"] == pytest.approx(127 / 6)
 

@@ -38,7 +38,7 @@ def mean_of(values: Tensor, where: Tensor | None = None) -> Mean:
 
 
 def pair_metrics(
-    policy_logps: Tensor, reference_logps: Tensor, label: Tensor, beta: float, dpo: Tensor, xpo: Tensor
+    policy_logps: Tensor, reference_logps: Tensor, label: Tensor, beta: float, dpo: Tensor, xpo: Tensor, fresh: Tensor
 ) -> dict[str, Mean]:
     """Metrics of pairs, from log-probabilities summed over completion tokens.
 
@@ -49,9 +49,11 @@ def pair_metrics(
         beta: the KL regularisation strength in force.
         dpo: preference loss of each pair, (B,).
         xpo: exploration loss of each pair, (B,).
+        fresh: whether the policy as it is has drawn the first completion, bool (B,).
 
     Returns:
-        Name to mean. `rewards/*` and `logps/*` are over the pairs with a preference, the rest over all.
+        Name to mean. `rewards/*` and `logps/*` are over the pairs with a preference, `objective/*` over fresh ones, as
+        only these are the policy's own, the rest over all.
     """
     ratio = policy_logps - reference_logps
     labelled = label != 0
@@ -63,9 +65,9 @@ def pair_metrics(
         "loss": mean_of(dpo + xpo),
         "loss/dpo": mean_of(dpo),
         "loss/xpo": mean_of(xpo),
-        "objective/kl": mean_of(ratio.mean(dim=0)),
-        "objective/kl_policy": mean_of(ratio[0]),
-        "objective/entropy": mean_of(-policy_logps.mean(dim=0)),
+        "objective/kl": mean_of(ratio.mean(dim=0), fresh),
+        "objective/kl_policy": mean_of(ratio[0], fresh),
+        "objective/entropy": mean_of(-policy_logps.mean(dim=0), fresh),
         "exploration/ref_ratio": mean_of(ratio[1]),
         "rewards/chosen": mean_of(beta * ratio_chosen, labelled),
         "rewards/rejected": mean_of(beta * ratio_rejected, labelled),

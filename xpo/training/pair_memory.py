@@ -91,7 +91,7 @@ class PairMemory(TrainerCallback):
         rows += older[self.args.process_index :: self.args.world_size]
         parts = [] if drawn is None else [drawn]
         if rows:
-            parts.append(as_batch(rows, self.pad_token_id, self.args.device))
+            parts.append(as_batch(rows, state.global_step, self.pad_token_id, self.args.device))
         batch = joined(parts, self.pad_token_id)
         fresh = len(batch["label"]) - len(rows)
         since = self._iterations.reference_since
@@ -99,8 +99,7 @@ class PairMemory(TrainerCallback):
             stale = [fresh + i for i, row in enumerate(rows) if row["step"] <= since]
             with self._meter.timed("reference"):
                 batch["reference_logps"][:, stale] = self._reference_logps(batch, stale)
-        ages = torch.tensor([0] * fresh + [state.global_step + 1 - row["step"] for row in rows])
-        self._meter.add({"replay/age": mean_of(ages), "replay/share": mean_of((ages > 0).float())})
+        self._meter.add({"replay/age": mean_of(batch["age"]), "replay/share": mean_of((batch["age"] > 0).float())})
         return batch, len(older)
 
     def _read(self, file: PairFile, state: TrainerState) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -130,8 +129,8 @@ class PairMemory(TrainerCallback):
             self.file.sync()
 
 
-def as_batch(rows: Sequence[dict[str, Any]], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """Kept pairs as they are trained on: what `PairBatch.tensors` returns, and what is known of them."""
+def as_batch(rows: Sequence[dict[str, Any]], steps: int, pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """Kept pairs as they are trained on after so many steps: what `PairBatch.tensors` returns, and what is known."""
     prompt_ids, prompt_mask = padded([row["prompt_tokens"] for row in rows], pad_token_id, side="left")
     ids, mask = padded([row["tokens"][which] for which in range(2) for row in rows], pad_token_id)
     batch = {
@@ -142,6 +141,7 @@ def as_batch(rows: Sequence[dict[str, Any]], pad_token_id: int, device: torch.de
         "reference_logps": torch.tensor([row["reference_logps"] for row in rows]).T.contiguous(),
         "label": torch.tensor([_LABELS[row["winner"]] for row in rows], dtype=torch.float32),
         "win_probability": torch.tensor([row["win_probability"] for row in rows], dtype=torch.float32),
+        "age": torch.tensor([steps + 1 - row["step"] for row in rows], dtype=torch.float32),
     }
     return {name: values.to(device) for name, values in batch.items()}
 

@@ -150,8 +150,8 @@ class XPOTrainer(ResumableTrainer):
         """Everything of an optimizer step that needs no gradient: sample, label, reference.
 
         Returns:
-            The micro-batches: what `PairBatch.tensors` returns, with reference_logps (2, b), label (b,) and
-            win_probability (b,). And the number of pairs on all ranks.
+            The micro-batches: what `PairBatch.tensors` returns, with reference_logps (2, b), label, win_probability
+            and age, in steps, (b,) each. And the number of pairs on all ranks.
         """
         step = self.prompt_queue.step(epoch_iterator, num_batches, self.state)
         if not step.sizes or (len(step.sizes) < num_batches and not has_length(self.train_dataset)):
@@ -182,7 +182,7 @@ class XPOTrainer(ResumableTrainer):
         self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
         self.memory.keep(step, pairs, labelled, reference_logps, self.state)
         known = {name: values.to(self.args.device) for name, values in labelled.labels._asdict().items()}
-        return batch | known | {"reference_logps": reference_logps}
+        return batch | known | {"reference_logps": reference_logps, "age": torch.zeros_like(known["label"])}
 
     def _label(self, step: StepPrompts, drawn: list[Completions]) -> tuple[Completions, Completions, Labelled]:
         """The pairs of the whole step and their labels. All ranks stop if the judge of one cannot go on."""
@@ -215,11 +215,11 @@ class XPOTrainer(ResumableTrainer):
             inputs: a micro-batch, see `get_batch_samples`.
             num_items_in_batch: pairs of the optimizer step on all ranks.
         """
-        alpha, beta = self.alpha, self.beta
+        alpha, beta, fresh = self.alpha, self.beta, inputs["age"] == 0
         policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
         labels = Labels(inputs["label"], inputs["win_probability"])
         dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args)
-        self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo))
+        self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo, fresh))
         self.meter.add(bonus_share(*gradient_sizes(policy_logps, reference_logps, labels, alpha, beta, self.args)))
         self.meter.last |= {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
