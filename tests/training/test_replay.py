@@ -423,3 +423,20 @@ def test_steps_are_repeated_whole() -> None:
     sampler = RepeatedSteps(range(7), 3, 2)
     assert list(sampler) == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert len(sampler) == 12
+
+
+def test_a_store_tells_the_references_apart(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    """What one reference has drawn is not taken for another's; the next run finds the draws of both."""
+    options = {"reference_update": "iteration", "iterations": 2, "max_steps": 4, "optim": "sgd", "learning_rate": 50.0}
+    stored = options | {"reference_store": str(tmp_path / "reference.sqlite"), "reference_batch_size": 1}
+
+    def run(name: str, given: dict[str, Any]) -> list[dict[str, float]]:
+        trainer = make_trainer(**given, output_dir=str(tmp_path / name))
+        trainer.train()
+        return [log for log in trainer.state.log_history if "loss" in log]
+
+    without, first, again = (run(name, given) for name, given in (("a", options), ("b", stored), ("c", stored)))
+    assert [log["loss"] for log in first] == [log["loss"] for log in without]
+    assert [log["loss"] for log in again] == [log["loss"] for log in without]
+    assert [log["perf/reference_hit_rate"] for log in first] == [0] * 4
+    assert [log["perf/reference_hit_rate"] for log in again] == [1] * 4
