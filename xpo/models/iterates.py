@@ -1,6 +1,7 @@
 """The policies that the iterations of a run began with, on disk."""
 
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -29,12 +30,12 @@ class Iterates:
         Args:
             policy: unwrapped.
             engine: the ZeRO-3 engine around it, if there is one.
-            writes: whether this process is the one that writes on its machine.
+            writes: whether this process is the one of its machine that writes.
         """
         with gathered(policy, engine):
             if writes:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                part = self._file(step).with_suffix(".part")
+                part = self._file(step).with_suffix(f".{uuid.uuid4().hex}")  # machines may share the directory
                 trained = ((name, one) for name, one in policy.named_parameters() if one.requires_grad)
                 save_file({name: one.detach().cpu().contiguous() for name, one in trained}, part)
                 os.replace(part, self._file(step))

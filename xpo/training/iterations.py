@@ -57,7 +57,7 @@ class Iterations:
             )
         begun = self.begin(state)
         if begun == state.global_step:
-            self._iterates.keep(policy, engine, begun, self.args.should_save)
+            self._iterates.keep(policy, engine, begun, self.args.local_process_index == 0)
             self.args.distributed_state.wait_for_everyone()
         if self._past is not None:
             now = number(self.args, state)
