@@ -275,6 +275,17 @@ def test_the_verdict_of_a_clear_and_of_an_unclear_sweep(tmp_path: Path) -> None:
     assert 0.5 < comparison.verdict.best_share < 0.95
 
 
+def test_settings_that_made_no_difference(tmp_path: Path) -> None:
+    """No best is named; for a penalty on what does not end there is a reason."""
+    jobs = [job("wwll", loss__missing_eos_penalty=penalty) for penalty in (1.0, 2.0)]
+    for one in jobs:
+        one[2][-2]["eval_eos_rate"] = 0.0  # of the last evaluation
+    words = verdict_words(compare(from_directory(make_sweep(tmp_path / "s", ["loss.missing_eos_penalty"], jobs))))
+    assert words[0] == "These settings made no difference: win rate is 0.500 ± 0.350* for each."
+    assert words[1].startswith("On the held-out prompts no completion ended by itself")
+    assert not any("runner-up" in line or line.startswith("Best") for line in words)
+
+
 def test_another_metric_ranks_and_says_what_it_cannot_tell(tmp_path: Path) -> None:
     jobs = [job("wwll", kl=2.0, loss__alpha=0.0), job("wlll", kl=5.0, loss__alpha=1.0)]
     comparison = compare(from_directory(make_sweep(tmp_path / "s", ["loss.alpha"], jobs)), "eval/kl")

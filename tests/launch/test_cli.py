@@ -44,6 +44,7 @@ SMOKE = ["experiment=smoke", f"training.max_steps={STEPS}", "training.logging_st
 
 OWN_METRICS = {
     "loss",
+    "loss/dpo_labelled",
     "grad_norm",
     "learning_rate",
     "objective/kl_policy",

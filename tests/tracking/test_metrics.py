@@ -57,6 +57,7 @@ def test_the_metrics_of_three_pairs_are_those_derived_by_hand() -> None:
         {
             "loss": 0.3 - 0.67 / 3,
             "loss/dpo": 0.3,
+            "loss/dpo_labelled": 0.45,
             "loss/xpo": -0.67 / 3,
             "objective/kl": -1 / 6,
             "objective/kl_policy": 2 / 3,
@@ -98,8 +99,8 @@ def test_an_accuracy_is_a_positive_margin_of_the_chosen_completion() -> None:
 def test_pairs_without_a_preference_do_not_count_for_rewards() -> None:
     everywhere = pair_metrics(POLICY, REFERENCE, LABEL, 0.5, DPO, XPO, FRESH)
     labelled = pair_metrics(POLICY[:, :2], REFERENCE[:, :2], LABEL[:2], 0.5, DPO[:2], XPO[:2], FRESH[:2])
-    of_labelled = [name for name in everywhere if name.startswith(("rewards/", "logps/"))]
-    assert len(of_labelled) == 6
+    of_labelled = [name for name in everywhere if name.startswith(("rewards/", "logps/", "loss/dpo_"))]
+    assert len(of_labelled) == 7
     for name in of_labelled:
         assert everywhere[name] == labelled[name]
         assert everywhere[name].count == 2

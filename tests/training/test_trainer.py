@@ -33,6 +33,7 @@ OWN_METRICS = {
     "preference/tie_rate",
     "preference/invalid_rate",
     "preference/queries",
+    "loss/dpo_labelled",
     "completions/length",
     "completions/distinct_2",
     "perf/rollout_s",

@@ -52,8 +52,8 @@ def pair_metrics(
         fresh: whether the policy as it is has drawn the first completion, bool (B,).
 
     Returns:
-        Name to mean. `rewards/*` and `logps/*` are over the pairs with a preference, `objective/*` over fresh ones, as
-        only these are the policy's own, the rest over all.
+        Name to mean. `rewards/*`, `logps/*` and `loss/dpo_labelled` are over the pairs with a preference, `objective/*`
+        over fresh ones, as only these are the policy's own, the rest over all.
     """
     ratio = policy_logps - reference_logps
     labelled = label != 0
@@ -64,6 +64,7 @@ def pair_metrics(
     return {
         "loss": mean_of(dpo + xpo),
         "loss/dpo": mean_of(dpo),
+        "loss/dpo_labelled": mean_of(dpo, labelled),
         "loss/xpo": mean_of(xpo),
         "objective/kl": mean_of(ratio.mean(dim=0), fresh),
         "objective/kl_policy": mean_of(ratio[0], fresh),

@@ -35,6 +35,7 @@ _COLUMNS = (
     *("eval/win_rate", "eval/score", "eval/kl", "eval/eos_rate", "eval/length"),
     *("eval/exploration/unique", "eval/exploration/novel_ngrams"),
 )
+_EOS = "eval/eos_rate"
 _DIGITS = {"eval/kl": 2, "eval/length": 1}
 _SIDE_BY_SIDE, _PROMPTS = 3, 8
 
@@ -44,7 +45,9 @@ def verdict_words(comparison: Comparison) -> list[str]:
     verdict, metric, points = comparison.verdict, comparison.metric, comparison.points
     best = _number(estimate(verdict.best.runs, metric), metric)
     lines = [f"Best by {title(metric)} (higher is better): {verdict.best.name}, {best}."]
-    if verdict.runner_up is None:
+    if len(points) > 1 and len({tuple(sorted(run.final(metric) for run in point.runs)) for point in points}) == 1:
+        lines = [f"These settings made no difference: {title(metric)} is {best} for each.", *_why_equal(comparison)]
+    elif verdict.runner_up is None:
         lines.append("It is the only setting: there is nothing to compare it with.")
     elif verdict.over_runner_up is None:
         lines.append(
@@ -65,15 +68,23 @@ def verdict_words(comparison: Comparison) -> list[str]:
     what = "held-out prompts and seeds" if verdict.by_prompt else "seeds"
     rough = f"; with {verdict.seeds} seeds they are rough" if verdict.seeds < 5 else ""
     if verdict.over_runner_up is None and verdict.over_parity is None:
-        lines.append("Run more seeds (training.seed=1,2,3) for intervals.")
+        lines.append("Run more seeds (sweep.seeds=3) for intervals.")
     elif verdict.seeds == 1 and verdict.by_prompt:
         lines.append(
             "Intervals resample the held-out prompts, the same for all runs; a setting has only one seed, so they do "
-            "not say how much another seed would change (training.seed=1,2,3 would)."
+            "not say how much another seed would change (sweep.seeds=3 would)."
         )
     else:
         lines.append(f"Intervals resample the {what}, together for all settings (paired bootstrap){rough}.")
     return lines
+
+
+def _why_equal(comparison: Comparison) -> list[str]:
+    rates = {run.final(_EOS) for point in comparison.points for run in point.runs if _EOS in run.history}
+    if "loss.missing_eos_penalty" in comparison.sweep.keys and rates in ({0.0}, {1.0}):
+        who = "no completion" if rates == {0.0} else "every completion"
+        return [f"On the held-out prompts {who} ended by itself, so a missing-EOS penalty has little to tell apart."]
+    return []
 
 
 def _difference(value: Difference) -> str:
