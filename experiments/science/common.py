@@ -273,8 +273,9 @@ def plot_gaps(results: Results, task: str, beta: float, path: Path) -> None:
     for method, style in zip(BASELINES, ("--", "-", ":"), strict=True):
         value = np.mean([row.outcome.final_gap for row in results.of(task, method)])
         left.axhline(value, color="#555555", linestyle=style, linewidth=1, label=f"{method.name}, task")
-    left.set(xscale="log", xlabel="XPO's kappa = alpha / beta", ylabel="gap to the optimum", ylim=(0, None))
-    left.legend(fontsize=7, frameon=False)
+    left.set(xscale="log", xlabel="XPO's kappa = alpha / beta", ylabel="gap to the optimum")
+    left.set_ylim(0, 1.25 * left.get_ylim()[1])  # room for the legend
+    left.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
     compared = [*BASELINES, *tuned_methods(results, task)]
     for offset, colour, name, rows_of in (
         (0.12, COLOURS[0], "task, final gap", final),
@@ -290,7 +291,11 @@ def plot_gaps(results: Results, task: str, beta: float, path: Path) -> None:
         values = [value for value, _, _ in found]
         ends = np.array([[v - low, high - v] for v, low, high in found]).T
         right.errorbar(values, places, xerr=ends, fmt="o", color=colour, capsize=2, markersize=4, label=name)
-    right.set_yticks([len(compared) - k for k in range(len(compared))], [f"{m.name} ({m.second})" for m in compared])
+
+    def label(method: Method) -> str:
+        return method.name if method in BASELINES else f"{method.name}, second by {method.second}"
+
+    right.set_yticks([len(compared) - k for k in range(len(compared))], [label(m) for m in compared])
     right.tick_params(labelsize=8)
     right.set(xlabel="gap to the optimum; tuned weights, 95 % intervals", xlim=(0, None))
     right.legend(fontsize=7, frameon=False)
