@@ -136,10 +136,10 @@ SAMPLERS = ("reference", "policy")
 
 
 def run_all(results: Results, run: Run, task: str, grid: dict[str, Sequence[float]], flipped: float) -> list[Method]:
-    """All cells of a task and, if `run` has one, its control: baselines, each bonus tuned, all weights of XPO.
+    """All cells of a task and its control: baselines, each bonus tuned, and XPO with all weights and with the flipped sign.
 
     Returns:
-        The methods that are reported, tuned ones first.
+        The methods that are reported, each once.
     """
     for bonus, second in product(grid, SAMPLERS):
         for alpha in grid[bonus]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from experiments.science import common
+from experiments.science import common, leaderboard
 from experiments.science.bandit import run as bandit
 from experiments.science.common import CONTROL, Method, Outcome, Results, Row
 from experiments.science.contextual_bandit import run as contextual
@@ -197,6 +197,24 @@ def test_the_sign_test_leaves_ties_out() -> None:
 def test_holms_correction_by_hand() -> None:
     """Sorted .01, .03, .04: times 3, 2, 1; never less than an earlier one."""
     assert common.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+def test_the_leaderboard_reads_a_folder_that_it_does_not_know(tmp_path: Path) -> None:
+    """Everyone solves; the smaller weight is tuned, as both are equally good."""
+    path = tmp_path / "lock" / "results.csv"
+    path.parent.mkdir()
+    common.run_all(Results(path, range(500, 502)), fake([]), "length 3", {"xpo": (0.1, 0.2)}, 0.1)
+    text = leaderboard.board(path)
+    assert text.startswith("## [lock](lock/README.md), length 3\n")
+    assert "| xpo | policy | 0.1 | 1.00 (0.34 to 1.00) | 510 (510 to 511) |" in text
+    assert "| 0.2 |" not in text
+
+
+def test_a_block_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    common.write_block(readme, "new")
+    assert readme.read_text() == "before\n<!-- results -->\nnew\n<!-- end of results -->\nafter\n"
 
 
 @pytest.mark.parametrize("folder", ["bandit", "contextual_bandit", "token_tree"])
