@@ -136,7 +136,7 @@ SAMPLERS = ("reference", "policy")
 
 
 def run_all(results: Results, run: Run, task: str, grid: dict[str, Sequence[float]], flipped: float) -> list[Method]:
-    """All cells of a task and its control: baselines, each bonus tuned, and XPO with all weights and with the flipped sign.
+    """All cells of a task and its control: baselines, each bonus tuned, XPO at all weights and with its sign flipped.
 
     Returns:
         The methods that are reported, each once.

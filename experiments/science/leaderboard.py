@@ -13,7 +13,7 @@ HEAD = """# Leaderboard
 
 Made by `python -m experiments.science.leaderboard`; do not edit. Weights were chosen on seeds that are not in the
 numbers. Values with 95 % intervals. What is "solved", and the tasks: the README of each folder. "second": who draws the
-second completion.
+second completion; the equations: [bonuses.py](../../xpo/objectives/bonuses.py).
 """
 
 
