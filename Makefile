@@ -1,8 +1,9 @@
 # make quickstart: set up, then train a real language model in minutes. make test: set up, then all tests.
 PYTHON ?= python3
 BIN := .venv/bin
+SCIENCE := bandit contextual_bandit token_tree
 
-.PHONY: help setup quickstart smoke ui check test clean
+.PHONY: help setup quickstart smoke ui check test science $(SCIENCE) clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +35,13 @@ check: setup ## lint, formatting, types
 
 test: setup ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile
+
+science: setup ## experiments on bandits and a token tree; run again, it goes on
+	$(MAKE) --jobs 2 $(SCIENCE)
+	$(BIN)/python -m experiments.science.leaderboard
+
+$(SCIENCE):
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.science.$@.run
 
 clean: ## remove .venv and what runs left behind
 	rm -rf .venv outputs multirun/2* mlruns mlflow.db*
