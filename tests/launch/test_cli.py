@@ -356,6 +356,8 @@ NEEDS = {
     "reward_model/function": ["reward_model.function=module:function"],
     "judge/function": ["judge.function=module:function"],
     "judge/llm": ["judge.model=name"],
+    "sampler/iterate": ["training.iterations=3"],
+    "sampler/past": ["training.iterations=3"],
 }
 
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel, MistralConfig, Mistr
 from xpo.config.errors import ConfigError
 from xpo.config.options import GenerationOptions
 from xpo.sampling import sampler as drawing
-from xpo.sampling.completions import Completions, PairBatch, same_width, token_batches
+from xpo.sampling.completions import Completions, PairBatch, joined, same_width, take_pairs, token_batches
 from xpo.sampling.kv_cache import roomy_cache
 from xpo.sampling.noise import InverseTransformSampler, sampling_noise
 from xpo.sampling.sampler import Sampler, check_generation_kwargs
@@ -231,11 +231,34 @@ def test_micro_batches_lose_only_shared_padding():
         return Completions(torch.full((2, 4), 9).where(mask, 0), mask, torch.ones(2).bool(), ["", ""])
 
     pairs = PairBatch(prompt_ids, prompt_mask, completions([4, 1]), completions([1, 2]))
-    batch = pairs.rows([1])
+    batch = take_pairs(pairs.tensors(), [1])
     assert batch["prompt_ids"].tolist() == [[4]]
     assert batch["prompt_mask"].tolist() == [[True]]
     assert batch["completion_ids"].tolist() == [[[9, 0]], [[9, 9]]]
     assert batch["completion_mask"].int().tolist() == [[[1, 0]], [[1, 1]]]
+
+
+def test_batches_are_joined_at_the_width_of_the_longest():
+    """Prompts are padded on the left, completions on the right; index 0 of reference_logps stays the first's."""
+
+    def batch(prompt: list[int], first: list[int], second: list[int], logps: list[float]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[first], [second]])
+        return {
+            "prompt_ids": torch.tensor([prompt]),
+            "prompt_mask": torch.ones(1, len(prompt)).bool(),
+            "completion_ids": ids,
+            "completion_mask": torch.ones_like(ids).bool(),
+            "reference_logps": torch.tensor(logps)[:, None],
+            "label": torch.tensor([1.0]),
+        }
+
+    both = joined([batch([1, 2], [3], [4], [-1.0, -2.0]), batch([5], [6, 7], [8, 9], [-3.0, -4.0])], pad_token_id=0)
+    assert both["prompt_ids"].tolist() == [[1, 2], [0, 5]]
+    assert both["prompt_mask"].tolist() == [[True, True], [False, True]]
+    assert both["completion_ids"].tolist() == [[[3, 0], [6, 7]], [[4, 0], [8, 9]]]
+    assert both["completion_mask"].int().tolist() == [[[1, 0], [1, 1]], [[1, 0], [1, 1]]]
+    assert both["reference_logps"].tolist() == [[-1, -3], [-2, -4]]
+    assert both["label"].tolist() == [1, 1]
 
 
 def test_both_completions_get_one_width():
