@@ -250,7 +250,9 @@ def test_mlflow_knows_what_was_run(finished: Ended):
     tags = finished.run.data.tags
     assert tags["xpo.run_dir"] == str(finished.run_dir)
     assert tags["xpo.job_key"] == finished.record.job_key
-    assert {"xpo.version", "torch", "transformers", "mlflow.loggedArtifacts"} <= tags.keys()
+    assert {"xpo.version", "torch", "transformers", "mlflow.loggedArtifacts", "mlflow.user"} <= tags.keys()
+    assert tags["mlflow.source.name"] == finished.record.command()
+    assert tags["mlflow.source.name"].startswith("python -m xpo.train experiment=smoke ")
     artifacts = Path(finished.run.info.artifact_uri.removeprefix("file://"))
     stored = {str(path.relative_to(artifacts)) for path in artifacts.rglob("*") if path.is_file()}
     assert stored == {

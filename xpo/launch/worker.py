@@ -197,6 +197,9 @@ def _leave_together(trainer: XPOTrainer) -> None:
         trainer.accelerator.end_training()
 
 
+_MAX_TAG = 5000  # characters that MLflow keeps
+
+
 def _tracking(config: TrainSchema, log: MetricsLog, record: RunRecord) -> MLflowRun:
     run_dir = log.path.parent
     params = record.choices | flatten(to_dict(config)) | _log10(config)
@@ -215,6 +218,7 @@ def _tracking(config: TrainSchema, log: MetricsLog, record: RunRecord) -> MLflow
             "xpo.version": record.version,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "mlflow.source.name": record.command()[:_MAX_TAG],
             **record.tags,
             **config.tracking.tags,
         },

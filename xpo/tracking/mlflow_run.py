@@ -139,7 +139,9 @@ class MLflowRun:
 
     def _describe(self, run: "Run", params: dict[str, Any], tags: dict[str, str]) -> None:
         from mlflow.entities import Param, RunTag
+        from mlflow.tracking.context.registry import resolve_tags
 
+        tags = resolve_tags() | tags  # who runs it, and the commit of this code
         given = {mlflow_client.stored_key(key): value for key, value in params.items() if value is not None}
         new = [Param(key, str(value)[:_MAX_PARAM]) for key, value in given.items() if key not in run.data.params]
         self.client.log_batch(self.run_id, params=new, tags=[RunTag(key, value) for key, value in tags.items()])

@@ -59,9 +59,10 @@ class RunRecord:
         """Puts the record into `run_dir`, whole or not at all."""
         write_whole(run_dir / "run.json", json.dumps(asdict(self), indent=1))
 
-    def command(self, resume: Path | str) -> str:
-        """The command line that goes on with the run."""
-        return shlex.join(["python", "-m", "xpo.train", *self.overrides, f"training.resume={hydra_value(str(resume))}"])
+    def command(self, resume: Path | str | None = None) -> str:
+        """The command line of the run, or the one that goes on with it."""
+        more = [] if resume is None else [f"training.resume={hydra_value(str(resume))}"]
+        return shlex.join(["python", "-m", "xpo.train", *self.overrides, *more])
 
 
 def all_runs(roots: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
