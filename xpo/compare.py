@@ -1,4 +1,4 @@
-"""`python -m xpo.compare [SWEEP]`: the runs of a sweep beside each other, and which setting is best.
+"""`python -m xpo.compare [SWEEP | RUN RUN ...]`: runs beside each other, and which setting is best.
 
 Writes report.html, its plots and table.csv to SWEEP/compare/, and logs them to MLflow as the run "compare NAME".
 """
@@ -24,8 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m xpo.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = "multirun/DATE/TIME, or the name of a sweep in MLflow (tag xpo.sweep); default: the newest in multirun/"
-    parser.add_argument("sweep", metavar="SWEEP", nargs="?", help=what)
+    what = "multirun/DATE/TIME, or the name of a sweep in MLflow (tag xpo.sweep); default: the newest in multirun/. "
+    what += "Or several runs, outputs/DATE/TIME"
+    parser.add_argument("sweep", metavar="SWEEP", nargs="*", help=what)
     parser.add_argument("--metric", default=WIN_RATE, help="what the best is best by, higher is better (%(default)s)")
     parser.add_argument("--out", type=Path, help="directory of the report (SWEEP/compare; from MLflow compare/NAME)")
     parser.add_argument("--tracking-uri", help="MLflow server or database ($MLFLOW_TRACKING_URI, else ./mlflow.db)")

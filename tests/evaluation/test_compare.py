@@ -415,12 +415,31 @@ def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
     assert (run.state, run.reason) == ("missing", f"{tmp_path / 'new' / '0'} holds no metrics.jsonl")
 
 
+def test_runs_that_were_started_one_by_one(tmp_path: Path) -> None:
+    """What they differ in are the keys: an option of a group stands for its values, operation and seeds count not."""
+    jobs = [
+        job("wwll", loss__alpha=0.0, loss__bonus="none", tracking__experiment="a", training__max_steps=4),
+        job("wwwl", loss__alpha=0.0, loss__bonus="none", tracking__experiment="b", training__max_steps=8),
+        job("wlll", loss__alpha=0.1, loss__bonus="selm", training__beta1=0.5),
+    ]
+    make_sweep(tmp_path, [], jobs)
+    RunRecord(name="third", choices={"judge": "reward", "loss": "selm"}, finished=True).write(tmp_path / "2")
+    sweep = find_sweep([str(tmp_path / name) for name in "012"], None, "xpo")
+    assert sorted(sweep.keys) == ["loss", "training.beta1"]
+    points = compare(sweep).points  # the first two differ in nothing that changes a number
+    assert [(len(point.runs), point.settings["loss"]) for point in points] == [(2, "null"), (1, "selm")]
+    RunRecord(name="third", choices={}, finished=False).write(tmp_path / "2")
+    assert find_sweep([str(tmp_path / name) for name in "012"], None, "xpo").runs[2].state == "not finished"
+    with pytest.raises(ConfigError, match=r"RUN='nowhere' holds no run\.json; give outputs/DATE/TIME"):
+        find_sweep(["nowhere", str(tmp_path / "0")], None, "xpo")
+
+
 def test_the_newest_sweep_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"multirun/ holds no sweep\.json"):
-        find_sweep(None, None, "xpo")
+        find_sweep([], None, "xpo")
     make_sweep(tmp_path / "multirun" / "1" / "1", ["loss.alpha"], [job("wl", loss__alpha=0.0)])
-    assert find_sweep(None, None, "xpo").directory == Path("multirun/1/1")
+    assert find_sweep([], None, "xpo").directory == Path("multirun/1/1")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "a"}', '{"unknown": 1}'])
@@ -438,13 +457,13 @@ def test_damaged_files_stop_no_comparison(
     (sweep / "1" / "metrics.jsonl").write_text("{\n")
     next((sweep / "2" / "completions").iterdir()).write_text("[]")
     (sweep / "3" / "config.yaml").unlink()
-    found = find_sweep(None, None, "xpo")
+    found = find_sweep([], None, "xpo")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("xpo: a sweep is passed over: multirun/1/2/sweep.json cannot be read (")
     assert [run.state for run in found.runs] == ["missing"] * 4 + ["finished"]
     assert all(str(sweep) in str(run.reason) or "1/1" in str(run.reason) for run in found.runs[:4])
     with pytest.raises(ConfigError, match=r"sweep\.json cannot be read .*; mend it or delete it$"):
-        find_sweep(str(damaged.parent), None, "xpo")
+        find_sweep([str(damaged.parent)], None, "xpo")
 
 
 # ---- odd sweeps ------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from xpo.config.errors import ConfigError, first_line, nearest
 from xpo.config.files import read_object
-from xpo.config.schema import flatten
+from xpo.config.schema import flatten, may_change
 from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.mlflow_client import metric_name, reach, stored_key, tracking_uri
 from xpo.tracking.runs import RunRecord
@@ -56,18 +56,40 @@ class Sweep:
     directory: Path | None = None  # None if it was read from MLflow
 
 
-def find_sweep(sweep: str | None, uri: str | None, experiment: str) -> Sweep:
-    """The sweep that the command line names: a directory, else a name in MLflow; None is the newest directory."""
-    if sweep is None:
+def find_sweep(names: Sequence[str], uri: str | None, experiment: str) -> Sweep:
+    """What the command line names: a sweep's directory, else its name in MLflow; several runs; or the newest sweep."""
+    if len(names) > 1:
+        return from_runs([Path(name) for name in names], experiment)
+    if not names:
         for directory in reversed(local_sweeps()):
             try:
                 return from_directory(directory)
             except ConfigError as error:
                 print(f"xpo: a sweep is passed over: {error}", file=sys.stderr)
         raise ConfigError("SWEEP is not given and multirun/ holds no sweep.json; give a directory or a sweep's name")
-    if Path(sweep).is_dir():
-        return from_directory(Path(sweep))
-    return from_mlflow(sweep, tracking_uri(uri), experiment)
+    if Path(names[0]).is_dir():
+        return from_directory(Path(names[0]))
+    return from_mlflow(names[0], tracking_uri(uri), experiment)
+
+
+def from_runs(directories: Sequence[Path], experiment: str) -> Sweep:
+    """Runs that were started one by one, as a sweep over what they differ in; ConfigError for what is no run."""
+    runs = []
+    for directory in directories:
+        if not (directory / "run.json").is_file():
+            raise ConfigError(f"RUN={str(directory)!r} holds no run.json; give outputs/DATE/TIME of runs, or one sweep")
+        state = "finished" if RunRecord.read(directory).finished else "not finished"
+        runs.append(_job({"name": str(directory), "run_dir": directory, "state": state, "reason": None}, directory))
+    configs = [run.config for run in runs if run.config]
+    every = {key: None for config in configs for key in config}
+    differ = [key for key in every if len({str(config.get(key)) for config in configs}) > 1]
+    groups = {key for key in differ if "." not in key}
+    # An option of a group stands for its values.
+    keys = [key for key in differ if key.partition(".")[0] not in groups - {key} and not may_change(key)]
+    keys = [key for key in keys if key not in ("experiment", "training.seed", "tracking", "launch", "sweep")]
+    for config in configs:
+        config.update({key: config.get(key, "null") for key in keys})
+    return Sweep(" ".join(directory.name for directory in directories), None, keys, runs, None, experiment)
 
 
 def local_sweeps() -> list[Path]:
