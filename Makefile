@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCIENCE := bandit contextual_bandit token_tree
 
-.PHONY: help setup quickstart smoke ui check test science $(SCIENCE) clean
+.PHONY: help setup quickstart smoke ui check docs docs-serve test science $(SCIENCE) clean
 
 help:
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: .venv/installed ## create .venv and install everything
 
@@ -28,10 +28,16 @@ smoke: setup ## a random model for three steps, in seconds
 ui: setup ## open the MLflow UI on the runs of this directory
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
-check: setup ## lint, formatting, types
+check: setup docs ## lint, formatting, types, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## the documentation, in site/; a dead link or an undocumented public name is an error
+	$(BIN)/python -m sphinx -c docs -W --keep-going -E -q -b html -d site/.doctrees . site
+
+docs-serve: docs ## the documentation on http://localhost:8000
+	$(BIN)/python -m http.server --directory site --bind localhost 8000
 
 test: setup ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile
@@ -44,4 +50,4 @@ $(SCIENCE):
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.science.$@.run
 
 clean: ## remove .venv and what runs left behind
-	rm -rf .venv outputs multirun/2* mlruns mlflow.db*
+	rm -rf .venv site outputs multirun/2* mlruns mlflow.db*

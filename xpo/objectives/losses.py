@@ -107,7 +107,7 @@ def gradient_sizes(
     beta: float,
     options: LossOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """How much each term pulls at a pair: |d/d log pi(y)| + |d/d log pi(y~)| of the two, (B,) each.
+    """How much each term pulls at a pair: `|d/d log pi(y)| + |d/d log pi(y~)|` of the two, (B,) each.
 
     Arguments as of `xpo_loss`.
     """

@@ -72,7 +72,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         max_new_tokens: tokens of a completion at most.
         max_length: tokens of prompt and completion at most.
         prompt_overflow: prompts longer than max_length - max_new_tokens: "drop", "truncate" (keeps the end) or "error".
-        special_tokens: what reads like a special token in a prompt ("<|im_start|>") is "text", or it is one: "parse".
+        special_tokens: what reads like a special token in a prompt (`<|im_start|>`) is "text", or it is one: "parse".
         chat_template_kwargs: what the chat template takes beside messages: {"enable_thinking": False} for Qwen3.
         temperature: of the sampling distribution; 0 decodes greedily.
         top_p: smallest set of tokens with this probability is kept; 1 keeps all.
