@@ -21,12 +21,14 @@ _PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or fals
 
 def markdown() -> str:
     """The whole page but its introduction."""
-    return "\n\n".join([*map(_group, GROUPS), *map(_open_group, ("judge", "reward_model"))])
+    defaults = _defaults()
+    parts = [_group(group, defaults[group.group()]) for group in GROUPS]
+    return "\n\n".join([*parts, *map(_open_group, ("judge", "reward_model"))])
 
 
-def _group(group: type[Options]) -> str:
+def _group(group: type[Options], defaults: dict[str, Any]) -> str:
     name = group.group()
-    types, meant, defaults = get_type_hints(group), meanings(name), _defaults()[name]
+    types, meant = get_type_hints(group), meanings(name)
     parts = [f"## {name}", *_choices(name)]
     for key in keys(group):
         facts = [_type(types[key.name]), f"default `{_shown(defaults[key.name])}`", allowed(key.check), _argument(key)]

@@ -43,6 +43,48 @@ TRL_METRICS = {
     "alpha",
     "beta",
 }
+# Ours beside them, of every run.
+OWN_METRICS = {
+    "loss",
+    "loss/dpo_labelled",
+    "grad_norm",
+    "learning_rate",
+    "objective/kl_policy",
+    "preference/win_rate",
+    "preference/tie_rate",
+    "preference/invalid_rate",
+    "preference/queries",
+    "exploration/ref_ratio",
+    "exploration/bonus_share",
+    "completions/length",
+    "completions/distinct_2",
+    "perf/rollout_s",
+    "perf/preference_s",
+    "perf/reference_s",
+    "perf/reference_hit_rate",
+    "perf/update_s",
+    "perf/tokens_per_s",
+}
+# Of every evaluation of the smoke run.
+EVAL_METRICS = {
+    "win_rate",
+    "tie_rate",
+    "lose_rate",
+    "invalid_rate",
+    "score",
+    "ref_score",
+    "score_margin",
+    "objective",
+    "kl",
+    "eos_rate",
+    "ref_eos_rate",
+    "length",
+    "ref_length",
+    "distinct_2",
+    "ref_distinct_2",
+    "vader",
+    "ref_vader",
+}
 
 
 @pytest.fixture(scope="session")

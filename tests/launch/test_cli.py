@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import TRL_METRICS, made_checkpoint
+from conftest import EVAL_METRICS, OWN_METRICS, TRL_METRICS, made_checkpoint
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -41,47 +41,6 @@ from xpo.training import callbacks
 
 STEPS = 8
 SMOKE = ["experiment=smoke", f"training.max_steps={STEPS}", "training.logging_steps=1"]
-
-OWN_METRICS = {
-    "loss",
-    "loss/dpo_labelled",
-    "grad_norm",
-    "learning_rate",
-    "objective/kl_policy",
-    "preference/win_rate",
-    "preference/tie_rate",
-    "preference/invalid_rate",
-    "preference/queries",
-    "exploration/ref_ratio",
-    "exploration/bonus_share",
-    "completions/length",
-    "completions/distinct_2",
-    "perf/rollout_s",
-    "perf/preference_s",
-    "perf/reference_s",
-    "perf/reference_hit_rate",
-    "perf/update_s",
-    "perf/tokens_per_s",
-}
-EVAL_METRICS = {
-    "win_rate",
-    "tie_rate",
-    "lose_rate",
-    "invalid_rate",
-    "score",
-    "ref_score",
-    "score_margin",
-    "objective",
-    "kl",
-    "eos_rate",
-    "ref_eos_rate",
-    "length",
-    "ref_length",
-    "distinct_2",
-    "ref_distinct_2",
-    "vader",
-    "ref_vader",
-}
 
 
 def start(arguments: Sequence[str], directory: Path, **environment: str) -> subprocess.Popen[str]:
