@@ -26,7 +26,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
 )
 from with_xpo import count_letters
@@ -34,6 +33,7 @@ from workloads import MODELS, model_directory
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.models.devices import keep_freed_memory
+from xpo.training.callbacks import PrintLines
 
 HERE = Path(__file__).parent
 VALUES = {"prompts": (4, 8, 16, 32), "prompt tokens": (32, 64, 128, 256), "new tokens": (16, 32, 64, 128)}
@@ -87,7 +87,7 @@ def measure(
             train_dataset=Dataset.from_dict({"prompt": [""] * len(prompts), "prompt_ids": prompts}),
             callbacks=[times],
         )
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrintLines)
         trainer.train()
     seconds = [end - start for start, end in zip(times.ends[1:], times.ends[2:], strict=False)]
     logs = [entry for entry in times.logs if "perf/rollout_s" in entry][1:]

@@ -165,6 +165,21 @@ def test_the_policy_learns(make_trainer):
     assert metrics["eval_kl"] > 1
 
 
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+def test_a_log_is_one_short_line(make_trainer, capsys: pytest.CaptureFixture[str], disable_tqdm: bool):
+    """As on the command line, in place of transformers' dictionary; with a progress bar or without."""
+    trainer = make_trainer(
+        disable_tqdm=disable_tqdm,
+        eval_dataset=prompts(4),
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+    )
+    trainer.train()
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert lines == [["step", "1", "loss"], ["step", "2", "loss"], ["eval", "2", "wins"]]
+
+
 def test_value_at():
     assert [value_at([1.0, 2.0], epoch) for epoch in (None, 0.0, 0.99, 1.0, 7.5)] == [1, 1, 1, 2, 2]
     assert value_at(3, 5.0) == 3.0

@@ -17,7 +17,6 @@ import transformers
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
-from transformers import ProgressCallback
 
 from xpo.config.errors import ConfigError, JudgeStopped, RunInUse, first_line, printable
 from xpo.config.schema import TrainSchema, flatten, to_dict
@@ -30,7 +29,7 @@ from xpo.tracking import terminal as report
 from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state, resumable_checkpoint
-from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, Progress, StopOnSignal
+from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, StopOnSignal
 from xpo.training.checkpoints import check_same_zero, is_full_disk
 from xpo.training.trainer import XPOTrainer
 
@@ -164,9 +163,6 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
         trainer.add_callback(KeepMetrics(log, mlflow_run))
     if config.training.profile:
         trainer.add_callback(Profile(run_dir / "profile" / f"rank_{args.process_index}.json.gz"))
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress())
     report.say(args, f"Training{f' from {checkpoint}' if checkpoint else ''}")
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal is not None:

@@ -13,7 +13,14 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import profile, supported_activities
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
@@ -210,23 +217,53 @@ class Profile(TrainerCallback):
             logger.warning("xpo: training.profile records the second step, and there was none")
 
 
+_SHOWN = {  # of a training step
+    "loss": "loss",
+    "preference/win_rate": "wins",
+    "objective/scores_margin": "reward margin",
+    "objective/kl_policy": "kl",
+    "completions/length": "length",
+}
+_SHOWN_OF_EVALUATION = {"win_rate": "wins", "score": "score", "kl": "kl", "eos_rate": "eos", "length": "length"}
+
+
+def line_of(step: int, logs: dict[str, float]) -> str | None:
+    """What a person watches of a log, in one line; None for a log of neither a training step nor an evaluation."""
+    prefix = next((name.removesuffix("_win_rate") for name in logs if name.endswith("_win_rate")), None)
+    if prefix is not None:
+        shown = {f"{prefix}_{name}": label for name, label in _SHOWN_OF_EVALUATION.items()}
+    elif "loss" in logs:
+        prefix, shown = "step", _SHOWN
+    else:
+        return None
+    return f"{prefix} {step:>4}  " + "  ".join(
+        f"{label} {logs[name]:.3f}" for name, label in shown.items() if name in logs
+    )
+
+
 class Progress(ProgressCallback):
     """transformers' progress bar, with one short line per log instead of every metric."""
-
-    _SHOWN = {
-        "loss": "loss",
-        "preference/win_rate": "wins",
-        "objective/scores_margin": "reward margin",
-        "objective/kl_policy": "kl",
-        "completions/length": "length",
-    }
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
     ) -> None:
-        """Writes the metrics of a training step above the bar; those of evaluations have their table."""
-        if self.training_bar is None or "loss" not in logs:
-            return
-        values = [f"{label} {logs[name]:.3f}" for name, label in self._SHOWN.items() if name in logs]
-        self.training_bar.write(f"step {state.global_step:>4}  " + "  ".join(values))
-        sys.stdout.flush()  # into a pipe or a file, too, a line appears with its step
+        if self.training_bar is not None and (line := line_of(state.global_step, logs)):
+            self.training_bar.write(line)
+            sys.stdout.flush()  # into a pipe or a file, too, a line appears with its step
+
+
+class PrintLines(TrainerCallback):
+    """The same lines where no progress bar is wanted."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+    ) -> None:
+        if state.is_local_process_zero and (line := line_of(state.global_step, logs)):
+            print(line, flush=True)
+
+
+def print_short_lines(trainer: Any) -> None:
+    """Puts one line per log in the place of transformers' thirty numbers; a notebook keeps its table."""
+    for theirs, ours in ((ProgressCallback, Progress), (PrinterCallback, PrintLines)):
+        if trainer.pop_callback(theirs) is not None:
+            trainer.add_callback(ours())

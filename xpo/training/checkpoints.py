@@ -23,6 +23,7 @@ from xpo.tracking.card import model_card
 from xpo.tracking.metrics import Meter
 from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training import iterations
+from xpo.training.callbacks import print_short_lines
 from xpo.training.config import XPOConfig, value_at
 
 logger = logging.getLogger(__name__)
@@ -31,12 +32,16 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
 
-    Subclasses set `meter` and `labeller` before they train.
+    Subclasses set `meter` and `labeller` before they train. Of each log it prints one short line.
     """
 
     args: XPOConfig
     meter: Meter
     labeller: Labeller
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        print_short_lines(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; ConfigError for a checkpoint of other DeepSpeed processes, or for none."""
