@@ -39,14 +39,17 @@ class XPOLauncher(Launcher):
         check_secrets(config, resolve=False)  # before the sweeper writes multirun.yaml
         template = OmegaConf.to_container(config.hydra.sweep)["dir"]  # type: ignore[index, call-overload]
         # With a time in its name: another sweep may have begun in this second.
-        config.hydra.sweep.dir = str(_directory(Path(config.hydra.sweep.dir), new="${now:" in template))
+        new = "${now:" in template
+        config.hydra.sweep.dir = str(_directory(Path(config.hydra.sweep.dir), new))
+        # Of Hydra's own sweeper, where null is a single batch; others have no such key, and files of their own there.
+        self.new = new and config.hydra.sweeper.get("max_batch_size", 0) is None
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from xpo.launch import sweep
         from xpo.launch.processes import exit_statuses, signals
 
         with env_override(dict(self.config.hydra.job.env_set)):
-            jobs = sweep.run(self._compose, job_overrides, initial_job_idx, self._swept())
+            jobs = sweep.run(self._compose, job_overrides, initial_job_idx, self._swept(), self.new)
         if signals:  # a sweeper with more batches would go on
             sys.exit(max(exit_statuses))
         per_point = len(jobs) // len(job_overrides)

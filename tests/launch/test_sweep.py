@@ -165,9 +165,11 @@ def test_a_preset_can_be_a_sweep(command: Command):
     ("point", "name"),
     [
         ({"loss.alpha": "1e-05", "loss.beta": "0.1"}, "a1e-5 b0.1"),
-        ({"loss.missing_eos_penalty": "null", "training.seed": "3"}, "enull s3"),
+        ({"loss.alpha": "0.0001", "loss.beta": "0.10"}, "a1e-4 b0.1"),
+        ({"loss.missing_eos_penalty": "1.0", "training.seed": "3"}, "eos1 s3"),
+        ({"loss.missing_eos_penalty": "null", "training.max_steps": "2e1"}, "eos=null ms20"),
         ({"training.max_steps": "5", "model.max_size": "6"}, "max_steps5 max_size6"),
-        ({"judge": "pair_rm"}, "jpair_rm"),
+        ({"judge": "pair_rm", "loss.loss_type": "inf"}, "judge=pair_rm loss_type=inf"),
     ],
 )
 def test_names_are_short(point: dict[str, str], name: str):
@@ -310,6 +312,7 @@ def test_a_repeated_sweep_does_the_rest(command: Command, capfd: pytest.CaptureF
     assert [job["run_dir"] for job in again["jobs"]] == [job["run_dir"] for job in first["jobs"]]
     assert [job["before"] for job in again["jobs"]] == [True, False, False]
     assert again["name"] == first["name"]  # one sweep in MLflow
+    assert len(list(Path("multirun").glob("*/*"))) == 1  # and one directory here, with its report
     resumed = [RunRecord.read(job.run_dir).resume_from for job in Fake.started]
     assert resumed == [str(Fake.started[0].run_dir / "model" / "checkpoint-2"), None]
     assert "3 jobs, 1 finished before, 1 go on from a checkpoint" in capfd.readouterr().out

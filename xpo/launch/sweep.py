@@ -26,7 +26,7 @@ from xpo.config.options import LaunchOptions
 from xpo.config.schema import TrainSchema, to_dict
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, Outcome, exit_statuses, passing_on_signals, signals
-from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, SweepReport, continued, short_name
+from xpo.launch.sweep_record import COLORS, DONE, ELSEWHERE, Job, Sweep, SweepReport, continued, earlier, short_name
 from xpo.tracking.mlflow_client import mark_ended, set_tags
 from xpo.tracking.runs import RunRecord, all_runs, in_use, job_key, last_evaluation, resumable_checkpoint
 
@@ -36,6 +36,7 @@ def run(
     batch: Sequence[Sequence[str]],
     first: int,
     swept: Sequence[str] = (),
+    new: bool = False,
 ) -> list[Job]:
     """Runs jobs, reports on them and returns them in order; the sweeper may call this once per batch.
 
@@ -44,6 +45,8 @@ def run(
         batch: the overrides of each point.
         first: the number of the first point.
         swept: the keys that the sweeper chooses, as far as they are known: a batch may be a single point.
+        new: whether the sweep's directory was made for this batch alone. If it repeats an earlier sweep, it goes on in
+            that one's.
 
     ConfigError for what is wrong with any of the jobs, before one has started.
     """
@@ -65,10 +68,16 @@ def run(
     jobs = []
     for config, schema, values in zip(configs, schemas, given, strict=True):
         point = {key: values[key] for key in keys}
-        run_dir = directory / str(config.hydra.sweep.subdir)
-        jobs.append(Job(short_name(point) or "run", point, str(run_dir), job_key(to_dict(schema))))
-    sweep = continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
-    Runner(sweep, jobs, directory, widest).run(configs)
+        jobs.append(Job(short_name(point) or "run", point, str(config.hydra.sweep.subdir), job_key(to_dict(schema))))
+    sweep = schemas[0].sweep
+    if new and not sweep.rerun and (there := earlier(jobs, sweep.name)) is not None:
+        (directory / "multirun.yaml").replace(there / "multirun.yaml")  # Hydra's
+        directory.rmdir()
+        directory = there
+    for job in jobs:
+        job.run_dir = str(directory / job.run_dir)
+    record = continued(directory, jobs, [key for key in keys if key != "training.seed"], schemas[0])
+    Runner(record, jobs, directory, widest).run(configs)
     return jobs
 
 

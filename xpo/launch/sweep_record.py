@@ -1,11 +1,11 @@
 """What a sweep knows of its jobs: the content of SWEEP_DIR/sweep.json, and the terminal's view of it. No torch."""
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from xpo.tracking.mlflow_client import naming, tracking_uri
 from xpo.tracking.mlflow_ui import chart_link, save_view
 from xpo.tracking.runs import RunRecord
 
-ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "e", "seed": "s", "learning_rate": "lr"}
+ABBREVIATIONS = {"alpha": "a", "beta": "b", "missing_eos_penalty": "eos", "seed": "s", "learning_rate": "lr"}
 COLORS = (  # of a job's curves in MLflow: of Okabe and Ito, then darker ones: told apart by the colour-blind too
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
     *("#004C7A", "#8F3E00", "#00604A", "#8A4A6E", "#9A6A00", "#2C6F96"),
@@ -98,30 +98,46 @@ def continued(directory: Path, jobs: list[Job], keys: list[str], config: TrainSc
         tracking_uri=tracking_uri(tracked.uri) if tracked.enabled else None,
         experiment=tracked.experiment,
     )
-    ours = {job.job_key for job in jobs}
-    if (directory / "sweep.json").exists():  # an earlier batch, or the same command in the same directory
-        if (before := Sweep.read(directory)) is not None:
-            sweep.name = config.sweep.name or before.name
-    elif config.sweep.name is None:
-        for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-            before = Sweep.read(file.parent)
-            if before is not None and {job.job_key for job in before.jobs} == ours:
-                sweep.name = before.name
-                break
+    there = directory if (directory / "sweep.json").exists() else earlier(jobs, config.sweep.name)
+    if config.sweep.name is None and there is not None and (before := Sweep.read(there)) is not None:
+        sweep.name = before.name
     return sweep
 
 
+def earlier(jobs: Sequence[Job], name: str | None) -> Path | None:
+    """The newest directory below multirun/ of a sweep that has the same jobs, and this name if there is one."""
+    ours = {job.job_key for job in jobs}
+    for file in sorted(Path("multirun").rglob("sweep.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        before = Sweep.read(file.parent)
+        if before is not None and {job.job_key for job in before.jobs} == ours and name in (None, before.name):
+            return file.parent.absolute()
+    return None
+
+
 def short_name(point: dict[str, str]) -> str:
-    """A name that fits into the MLflow UI: "a1e-5 b0.1"."""
+    """A name that fits into the MLflow UI: "a1e-5 b0.1"; a value that is no number has its key's word: "loss=ipo"."""
     words = {key: key.rpartition(".")[2] for key in point}
     letters = {
         key: ABBREVIATIONS.get(word) or "".join(part[0] for part in word.split("_")) for key, word in words.items()
     }
     common = [letter for letter in letters.values() if list(letters.values()).count(letter) > 1]
-    return " ".join(
-        (words[key] if letters[key] in common else letters[key]) + re.sub(r"e-0(\d)$", r"e-\1", value)
-        for key, value in point.items()
-    )
+    parts = []
+    for key, value in point.items():
+        number = _shortest(value)
+        word = words[key] if letters[key] in common else letters[key]
+        parts.append(f"{word}{number}" if number else f"{ABBREVIATIONS.get(words[key], words[key])}={value}")
+    return " ".join(parts)
+
+
+def _shortest(value: str) -> str | None:
+    """A number the same way however it was typed: small ones as 1e-5, others as 0.05; None for what is none."""
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return None
+    if not number.is_finite():
+        return None
+    return f"{number.normalize():{'e' if 0 < abs(number) < Decimal('0.001') else 'f'}}"
 
 
 class SweepReport:
