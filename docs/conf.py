@@ -37,6 +37,7 @@ html_extra_path = ["static/index.html"]  # leads to docs/index.html
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 
 def generate(app: Any, docname: str, source: list[str]) -> None:
