@@ -109,9 +109,10 @@ def test_the_kinds_of_labels_train_differently(make_trainer: TrainerFactory) -> 
         losses.append(step_logs(trainer)[0] | options)
     assert losses[3]["loss/dpo"] == 0
     assert losses[3]["preference/tie_rate"] == 1
-    decided = 1 - losses[0]["preference/tie_rate"]
     for entry in losses[:3]:  # the policy is the reference: every decided pair costs log 2, whatever its label
+        decided = 1 - entry["preference/tie_rate"]
         assert entry["loss/dpo"] == pytest.approx(decided * math.log(2), rel=1e-4)
+    assert losses[2]["preference/tie_rate"] == 0  # equals have a coin
     assert losses[0]["grad_norm"] != pytest.approx(losses[1]["grad_norm"], rel=1e-3)
 
 
