@@ -51,6 +51,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         bonus: "xpo", another one of `xpo.objectives.bonuses`, or "none".
         bonus_on: the completion that the bonus is on: "first", "second" or "rejected"; None: its paper's.
         bonus_clip: nats of log pi/pi_ref beyond which the bonus no longer grows; None for no limit.
+        bonus_per_token: the bonus sees pi(y)^(1/|y|), which does not vanish with the number of tokens, for pi(y).
         sampler: who draws the second completion: "reference"; "policy", as in online DPO; "iterate", the policy that
             the iteration began with; "past", that of one of the iterations so far, each as likely; "best_of_n", where
             both are the policy's, the best and the worst of sampler_candidates.

@@ -50,8 +50,7 @@ class XPOTrainer(ResumableTrainer):
 
     `get_batch_samples` does everything down to the reference, `compute_loss` the rest.
 
-    Algorithm 1 of the paper accumulates its pairs and solves for the minimiser: `replay="all"`, more `replay_updates`.
-    By default, as in TRL, each optimizer step trains on its own pairs and takes one gradient step.
+    Each optimizer step trains on its own pairs, as in TRL. Algorithm 1 accumulates them: `replay="all"`.
 
     Args:
         model: the policy, or its name.
@@ -215,12 +214,13 @@ class XPOTrainer(ResumableTrainer):
             inputs: a micro-batch, see `get_batch_samples`.
             num_items_in_batch: pairs of the optimizer step on all ranks.
         """
-        alpha, beta, fresh = self.alpha, self.beta, inputs["age"] == 0
+        alpha, beta, lengths = self.alpha, self.beta, inputs["completion_mask"].sum(dim=2)
         policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
-        labels = Labels(inputs["label"], inputs["win_probability"])
-        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args)
+        labels, fresh = Labels(inputs["label"], inputs["win_probability"]), inputs["age"] == 0
+        pairs = policy_logps, reference_logps, labels, alpha, beta, self.args, lengths
+        dpo, xpo = xpo_loss(*pairs)
         self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo, fresh))
-        self.meter.add(bonus_share(*gradient_sizes(policy_logps, reference_logps, labels, alpha, beta, self.args)))
+        self.meter.add(bonus_share(*gradient_sizes(*pairs)))
         self.meter.last |= {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
         return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch
