@@ -10,6 +10,7 @@ import torch
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from peft import LoraConfig
 from scipy.optimize import minimize_scalar
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from xpo.config.errors import ConfigError
@@ -423,6 +424,36 @@ def test_steps_are_repeated_whole() -> None:
     sampler = RepeatedSteps(range(7), 3, 2)
     assert list(sampler) == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert len(sampler) == 12
+
+
+@pytest.mark.parametrize("order", ["sequential", "unseeded", "of its own"])
+def test_steps_of_any_order_are_repeated(make_trainer: TrainerFactory, order: str) -> None:
+    """Over two epochs of two steps. Who has a set_epoch is told of each; who has none, no one asks."""
+
+    class Turned(SequentialSampler):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Any:
+            return iter([(i + 3 * self.epoch) % 8 for i in range(8)])
+
+    options: dict[str, Any] = {
+        "sequential": {"train_sampling_strategy": "sequential"},
+        "unseeded": {"accelerator_config": {"use_seedable_sampler": False}},
+    }.get(order, {})
+    trainer = make_trainer(replay_updates=2, max_steps=8, train_dataset=prompts(8), **options)
+    if order == "of its own":
+        trainer._get_train_sampler = Turned
+    trainer.train()
+    drawn = [row["prompt"] for row in read_pairs(Path(trainer.args.pairs_file))]
+    texts = prompts(8)["prompt"]
+    first, second = ([texts.index(prompt) for prompt in drawn[begin : begin + 8]] for begin in (0, 8))
+    assert sorted(first) == sorted(second) == list(range(8))
+    if order == "unseeded":
+        assert first != second
+    else:
+        start = 3 if order == "of its own" else 0
+        assert (first, second) == (list(range(8)), [(i + start) % 8 for i in range(8)])
 
 
 def test_a_store_tells_the_references_apart(make_trainer: TrainerFactory, tmp_path: Path) -> None:
