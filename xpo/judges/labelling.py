@@ -86,8 +86,9 @@ class Labeller:
     ) -> tuple[Completions, Completions]:
         """Of n candidates for each of B prompts the best and the worst; of two, these as they are.
 
-        By the score of a reward model that judges, or else by the judge's mean margin against the n - 1 others, less
-        what a missing EOS costs. What could not be judged is neither.
+        By the score of a reward model that judges, or else by the judge's mean margin against the other texts, less
+        what a missing EOS costs. They are two, even if all are equal; what could not be judged is neither, unless that
+        leaves fewer than two.
         """
         if len(candidates) == 2:
             return candidates[0], candidates[1]
@@ -98,14 +99,18 @@ class Labeller:
             margins = torch.full((n, n, len(prompts)), torch.nan)
             for one, two in itertools.combinations(range(n), 2):
                 verdict = one_per_pair("judge", self.judge.verdicts(prompts, texts[one], texts[two]).margin, prompts)
+                differ = torch.tensor([a != b for a, b in zip(texts[one], texts[two], strict=True)])
+                verdict = verdict.where(differ & verdict.isfinite(), torch.nan)
                 margins[one, two], margins[two, one] = verdict, -verdict
             strength = margins.nanmean(dim=1)
         strength = strength - missing_eos_cost(
             torch.stack([one.ended for one in candidates]).cpu(), self.missing_eos_penalty
         )
-        best = strength.nan_to_num(-torch.inf, neginf=-torch.inf).argmax(dim=0)
-        worst = strength.nan_to_num(torch.inf, posinf=torch.inf).argmin(dim=0)
-        return picked(candidates, best), picked(candidates, worst)
+        judged = strength.isfinite()
+        order = strength.where(judged, -torch.inf).argsort(dim=0, descending=True, stable=True)
+        known = judged.sum(dim=0)
+        worst = order.gather(0, known.where(known > 1, n)[None] - 1)[0]
+        return picked(candidates, order[0]), picked(candidates, worst)
 
     def queries(self, n: int) -> float:
         """What a prompt with n completions costs, in preference queries: pairs that are compared, in one order or two.
@@ -153,4 +158,5 @@ class ScoreScale:
             mean = total / max(count, 1)
             deviation = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))
             scores = (scores - mean) / (deviation or 1.0)
+        scores = scores.where(scores.isfinite(), torch.nan)  # an infinite one is no score, clipped or not
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
