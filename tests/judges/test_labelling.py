@@ -153,6 +153,19 @@ def test_equal_texts_do_not_hide_a_judge_that_never_answers() -> None:
     assert of_n(Silent(), "same", "same", "other")[2].margin.isnan().all()
 
 
+def test_the_penalty_is_of_scaled_scores_in_the_choice_too() -> None:
+    """0, 10, 20: mean 10, deviation sqrt(200 / 3). The unfinished best one is worth 1.22 - 2, less than 0."""
+    judge = scored(a=0.0, b=10.0, c=20.0)
+    labeller = Labeller(judge, None, PreferenceOptions(normalize_scores=True), missing_eos_penalty=2.0)
+    candidates = [completions([text], [text != "c"]) for text in "abc"]
+    first, second = labeller.best_and_worst(["p"], candidates)
+    assert (first.texts, second.texts) == (["b"], ["a"])
+    assert labeller.scale.moments == [3, 30, 500]
+    labelled = labeller(["p"], first, second, counted=True)
+    assert labeller.scale.moments == [3, 30, 500]
+    torch.testing.assert_close(labelled.margin, torch.tensor([10 / math.sqrt(200 / 3)]))
+
+
 # ---- the missing-EOS penalty -------------------------------------------------------------------
 
 # Policy and reference: both ended, y did not, y~ did not, neither did.

@@ -191,7 +191,7 @@ class XPOTrainer(ResumableTrainer):
         stopped: JudgeStopped | None = None
         try:
             first, second = self.labeller.best_and_worst(step.prompts, drawn)
-            labelled = self.labeller(step.prompts, first, second, uniform)
+            labelled = self.labeller(step.prompts, first, second, uniform, counted=len(drawn) > 2)
             verdicts = int(labelled.margin.isfinite().sum())
         except JudgeStopped as error:
             stopped = error
