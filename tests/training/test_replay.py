@@ -419,6 +419,53 @@ def test_a_reference_that_cannot_become_the_policy(make_trainer: TrainerFactory)
         make_trainer(ref_model=tiny_model(), peft_config=LORA, iterations=2, reference_update="iteration")
 
 
+def half_trained(seed: int, tied: bool = False, kept_of: int | None = None) -> Any:
+    """A model whose embedding, and whose head if it is tied to that, are frozen; these may be of another seed."""
+    model = tiny_model(seed)
+    if kept_of is not None:
+        model.model.embed_tokens = tiny_model(kept_of).model.embed_tokens
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.requires_grad_(False)
+    return model
+
+
+def test_a_given_reference_becomes_the_whole_policy(make_trainer: TrainerFactory) -> None:
+    """Where it keeps what the policy does not train, that is the policy's."""
+    options: dict[str, Any] = {"iterations": 2, "max_steps": 3, "optim": "sgd", "learning_rate": 5.0}
+    trainer = make_trainer(half_trained(0), half_trained(1, kept_of=0), reference_update="iteration", **options)
+    begun: list[dict[str, torch.Tensor]] = []
+
+    class Begun(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                begun.append({name: part.clone() for name, part in trainer.model.state_dict().items()})
+
+    trainer.add_callback(Begun())
+    trainer.train()
+    moved = trainer.reference.frozen.state_dict()
+    assert all(torch.equal(moved[name], part) for name, part in begun[0].items())
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference", "name"),
+    [
+        (lambda: half_trained(0), lambda: half_trained(1), "model.embed_tokens.weight"),
+        (lambda: half_trained(0, tied=True), lambda: half_trained(1, kept_of=0), "lm_head.weight"),
+        (lambda: half_trained(0), lambda: half_trained(1, tied=True, kept_of=0), "model.embed_tokens.weight"),
+        (lambda: half_trained(0, tied=True).requires_grad_(True), lambda: tiny_model(1), "lm_head.weight"),
+        (lambda: tiny_model(0), lambda: half_trained(1, tied=True), "model.embed_tokens.weight"),
+    ],
+    ids=["frozen", "frozen and tied", "tied to what moves", "tied in the policy", "tied in the reference"],
+)
+def test_a_reference_that_would_be_two_models(
+    make_trainer: TrainerFactory, policy: Any, reference: Any, name: str
+) -> None:
+    words = f"reference_update='iteration': ref_model would not have the policy's {name}, .*; leave ref_model"
+    with pytest.raises(ConfigError, match=words):
+        make_trainer(policy(), reference(), iterations=2, reference_update="iteration")
+
+
 def test_steps_are_repeated_whole() -> None:
     """Three a step, twice; the last one of an epoch is not whole."""
     sampler = RepeatedSteps(range(7), 3, 2)
