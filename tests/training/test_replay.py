@@ -243,6 +243,28 @@ def test_a_run_that_goes_on_without_its_pairs_or_policies(make_trainer: TrainerF
         make_trainer(**MOVING | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
 
 
+def test_the_policies_of_another_run_are_not_used(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    """A run from its start clears the directory, one that goes on drops what is later; other iterations are refused."""
+    options = MOVING | {"replay_updates": 1, "save_strategy": "steps", "save_steps": 3}
+    iterates, checkpoint = tmp_path / "out" / "_iterates", str(tmp_path / "out" / "checkpoint-3")
+
+    def kept() -> list[int]:
+        return sorted(int(path.stem.removeprefix("step_")) for path in iterates.iterdir())
+
+    make_trainer(**options).train()
+    assert kept() == [0, 4, 8]
+    make_trainer(**options | {"max_steps": 6}).train()
+    assert kept() == [0, 2, 4]
+    at = r"which would be \[0\] at iterations=3, max_steps=12 and replay_updates=1; go on with the run's own"
+    with pytest.raises(ConfigError, match=rf"resume: iterations in '.*_iterates' began after the steps \[0, 2\], {at}"):
+        make_trainer(**options).train(resume_from_checkpoint=checkpoint)
+    assert kept() == [0, 2]
+    make_trainer(**options | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
+    assert kept() == [0, 2, 4]
+    make_trainer().train()
+    assert kept() == []
+
+
 # ---- a reference that moves ----------------------------------------------------------------------
 
 
