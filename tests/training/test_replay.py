@@ -258,7 +258,6 @@ def test_the_policies_of_another_run_are_not_used(make_trainer: TrainerFactory, 
     at = r"which would be \[0\] at iterations=3, max_steps=12 and replay_updates=1; go on with the run's own"
     with pytest.raises(ConfigError, match=rf"resume: iterations in '.*_iterates' began after the steps \[0, 2\], {at}"):
         make_trainer(**options).train(resume_from_checkpoint=checkpoint)
-    assert kept() == [0, 2]
     make_trainer(**options | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
     assert kept() == [0, 2, 4]
     make_trainer().train()

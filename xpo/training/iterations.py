@@ -44,11 +44,7 @@ class Iterations(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leaves the policies that this run kept before the step it goes on from; ConfigError if they are not its."""
-        if self.args.local_process_index == 0:
-            self._iterates.drop_since(state.global_step)
-        self.args.distributed_state.wait_for_everyone()
         begins = [self.begin(state, iteration) for iteration in range(self.args.iterations)]
-        # Another process may have begun with the next one.
         kept, expected = ([step for step in of if step < state.global_step] for of in (self._iterates.steps(), begins))
         if kept and kept != expected:
             raise ConfigError(
@@ -56,6 +52,8 @@ class Iterations(TrainerCallback):
                 f"{expected} at iterations={self.args.iterations}, max_steps={state.max_steps} and "
                 f"replay_updates={self.args.replay_updates}; go on with the run's own"
             )
+        if self.args.local_process_index == 0:
+            self._iterates.drop_since(state.global_step)
 
     def enter(self, policy: nn.Module, engine: nn.Module | None, state: TrainerState) -> None:
         """Before an optimizer step; all processes together.
