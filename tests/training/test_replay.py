@@ -415,6 +415,8 @@ def test_a_judge_chooses_by_its_mean_margin(make_trainer: TrainerFactory) -> Non
         ({"reference_update": "iteration"}, "reference_update=iteration has no effect with iterations=1"),
         ({"iterations": 3, "max_steps": 2}, "iterations=3 is more than max_steps=2 holds at replay_updates=1"),
         ({"iterations": 2, "max_steps": 3, "replay_updates": 2}, "give max_steps=4 or more"),
+        ({"alpha": [1e-2, 1e-3, 0.0], "iterations": 2}, r"alpha=\[0.01, 0.001, 0.0\] has 3 values for iterations=2;"),
+        ({"beta": [0.1, 0.2, 0.3], "iterations": 2}, r"beta=\[0.1, 0.2, 0.3\] has 3 values for iterations=2; give one"),
         ({"sampler_candidates": 4}, "sampler_candidates=4 has no effect with sampler=reference; choose best_of_n"),
         ({"replay_updates": 2, "per_device_train_batch_size": 20}, "needs whole steps, of 20 prompts, and .* has 16"),
     ],
