@@ -236,8 +236,14 @@ def test_a_run_that_goes_on_without_its_pairs_or_policies(make_trainer: TrainerF
     trainer.train()
     checkpoint = str(tmp_path / "out" / "checkpoint-5")
     elsewhere = make_trainer(**MOVING | {"output_dir": str(tmp_path / "elsewhere"), "max_steps": 6})
-    with pytest.raises(ConfigError, match=r"resume: .*pairs\.jsonl' lacks the pairs of step 5, which replay needs"):
+    with pytest.raises(ConfigError, match=r"resume: .*pairs\.jsonl' has 0 pairs up to step 5, not the 12 that the run"):
         elsewhere.train(resume_from_checkpoint=checkpoint)
+    pairs = tmp_path / "out" / "pairs.jsonl"
+    whole = pairs.read_text()
+    pairs.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    with pytest.raises(ConfigError, match=r"has 11 pairs up to step 5, not the 12 that the run drew"):
+        make_trainer(**MOVING | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
+    pairs.write_text(whole)
     shutil.rmtree(tmp_path / "out" / "_iterates")
     with pytest.raises(ConfigError, match=r"resume: .*step_4\.safetensors' is missing"):
         make_trainer(**MOVING | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)

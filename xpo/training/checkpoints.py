@@ -24,6 +24,7 @@ from xpo.tracking.metrics import Meter
 from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training import iterations
 from xpo.training.config import XPOConfig, value_at
+from xpo.training.pair_memory import PairMemory
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,13 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
 
-    Subclasses set `meter` and `labeller` before they train.
+    Subclasses set `meter`, `labeller` and `memory` before they train.
     """
 
     args: XPOConfig
     meter: Meter
     labeller: Labeller
+    memory: PairMemory
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; ConfigError for a checkpoint of other DeepSpeed processes, or for none."""
@@ -79,6 +81,7 @@ class ResumableTrainer(Trainer):
             "meter": self.meter.state(),
             "zero_stage": _zero_stage(self.args),
             "processes": self.args.world_size,
+            "pairs": self.memory.count(self.state.global_step),
         }
         (Path(output_dir) / f"xpo_state_{self.args.process_index}.json").write_text(json.dumps(state))
         if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
@@ -120,6 +123,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         rank, first = self.args.process_index, _read_state(checkpoint, 0)
+        self.memory.expected = None if first is None else first.get("pairs")  # earlier versions' lack it
         if (state := _read_state(checkpoint, rank)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)
