@@ -323,6 +323,19 @@ def test_the_policy_equals_the_reference_that_it_has_just_become(make_trainer: T
     assert abs(logs[3]["exploration/ref_ratio"]) > 1e-3
 
 
+def test_a_trainer_that_begins_again(make_trainer: TrainerFactory) -> None:
+    """Counts from 0; where its reference has moved, it cannot."""
+    trainer = make_trainer(normalize_scores=True)
+    for _ in range(2):
+        trainer.train()
+        assert [log["preference/queries"] for log in step_logs(trainer)] == [4, 8]
+        assert trainer.labeller.scale.moments[0] == 16
+    moved = make_trainer(reference_update="iteration", iterations=2)
+    moved.train()
+    with pytest.raises(ConfigError, match=r"the reference has moved in an earlier train\(\); make a new trainer"):
+        moved.train()
+
+
 def test_a_weight_for_each_iteration(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(alpha=[1e-2, 1e-3, 0.0], iterations=3, max_steps=6)
     trainer.train()

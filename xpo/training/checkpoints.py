@@ -54,6 +54,8 @@ class ResumableTrainer(Trainer):
             if what := damage(Path(resume_from_checkpoint)):
                 raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
+        self.meter.load_state(Meter().state())  # this trainer may have trained before
+        self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def keep_checkpoint(self) -> None:

@@ -52,6 +52,10 @@ class Iterations(TrainerCallback):
                 f"{expected} at iterations={self.args.iterations}, max_steps={state.max_steps} and "
                 f"replay_updates={self.args.replay_updates}; go on with the run's own"
             )
+        if self.reference_since and self.begin(state) == 0:
+            raise ConfigError(
+                "reference_update='iteration': the reference has moved in an earlier train(); make a new trainer"
+            )
         if self.args.local_process_index == 0:
             self._iterates.drop_since(state.global_step)
 
