@@ -209,6 +209,11 @@ def check_batches(args: XPOConfig, train: PromptDataset) -> None:
     given = f"replay_updates={args.replay_updates}"
     if not isinstance(train, Dataset):
         raise ConfigError(f"{given} needs a train_dataset of known length; give one, or replay_updates=1")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            f"{given} does not go with train_sampling_strategy='batch_rebalance', which makes batches of its own; "
+            "choose another, or replay_updates=1"
+        )
     if len(train) < args.pairs_of_a_step:
         raise ConfigError(
             f"{given} needs whole steps, of {args.pairs_of_a_step} prompts, and train_dataset has {len(train)}; lower "
