@@ -20,6 +20,7 @@ from xpo.config.schema import (
     check_lengths,
     check_probe,
     check_replay,
+    check_weights,
 )
 from xpo.data.pair_file import NAME as PAIRS
 from xpo.models.zero import connect, prepare_environment
@@ -202,6 +203,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
         check_bonus(self, as_argument)
+        check_weights(self, self.iterations, as_argument)
         check_replay(self.replay, self.replay_ratio, self.replay_window, as_argument)
         moving = (self.sampler, self.sampler_candidates, self.iterations, self.reference_update)
         check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)

@@ -113,6 +113,9 @@ class XPOTrainer(ResumableTrainer):
         setup.check_batches(args, train)
         references = setup.build_references(args, model, ref_model, lambda: self.zero3_engine)
         self.reference = references.training
+        self.sampler = setup.build_sampler(args, model, tokenizer)
+        self.draws = setup.build_reference_draws(args, self.reference, self.sampler)
+        self.iterations = Iterations(args, self.reference, self.draws, references.past)
         super().__init__(
             model=model,
             args=args,
@@ -120,17 +123,14 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), WatchBonus()],
+            callbacks=[*(callbacks or []), self.iterations, WatchBonus()],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
         self.policy_forward, forward, opponent_forward = setup.build_forwards(args, self.model, references)
         self.reference_logps = ReferenceLogps(self.reference, forward, args.tokens_at_once, self.accelerator.autocast)
-        self.sampler = setup.build_sampler(args, model, tokenizer)
-        self.draws = setup.build_reference_draws(args, self.reference, self.sampler)
         self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None and args.sampler == "reference")
         self.sample_pairs = setup.build_pair_sampler(args, self.sampler, self.draws, references.past)
-        self.iterations = Iterations(args, self.reference, self.draws, references.past)
         self.labeller = Labeller(judge, reward_model, args, args.missing_eos_penalty, self.sum_over_ranks)
         self.meter = Meter()
         self.memory = PairMemory(args, self.sampler.pad_token_id, self.iterations, self.reference_logps, self.meter)
@@ -190,7 +190,7 @@ class XPOTrainer(ResumableTrainer):
         stopped: JudgeStopped | None = None
         try:
             first, second = self.labeller.best_and_worst(step.prompts, drawn)
-            labelled = self.labeller(step.prompts, first, second, uniform)
+            labelled = self.labeller(step.prompts, first, second, uniform, counted=len(drawn) > 2)
             verdicts = int(labelled.margin.isfinite().sum())
         except JudgeStopped as error:
             stopped = error
