@@ -1,5 +1,6 @@
 """Of Sphinx: how `make docs` builds the site. Warnings are errors there."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!xpo\.).*")]  # of other libraries, or spe
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
+suppress_warnings = ["toc.empty_glob"]  # of those that take in new pages
 smartquotes = False  # dashes in commands are two dashes
 html_theme = "furo"
 html_title = "xpo"
@@ -46,10 +48,11 @@ def generate(app: Any, docname: str, source: list[str]) -> None:
         source[0] += option_pages.markdown()
 
 
-def check_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """A warning for a public name without a docstring."""
+def read_docstring(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """A warning for a public name without a docstring. |y| is a length there, no substitution of RST's."""
     if not any(lines):
         logger.warning("%s has no docstring", name)
+    lines[:] = [re.sub(r"(`[^`]*`)|\|(?=\S)", lambda found: found[1] or r"\|", line) for line in lines]
 
 
 def check_complete(app: Any, env: Any) -> None:
@@ -62,5 +65,5 @@ def check_complete(app: Any, env: Any) -> None:
 
 def setup(app: Any) -> None:
     app.connect("source-read", generate)
-    app.connect("autodoc-process-docstring", check_docstring)
+    app.connect("autodoc-process-docstring", read_docstring)
     app.connect("env-check-consistency", check_complete)

@@ -25,6 +25,7 @@ from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training import iterations
 from xpo.training.callbacks import print_short_lines
 from xpo.training.config import XPOConfig, value_at
+from xpo.training.pair_memory import PairMemory
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +33,13 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(Trainer):
     """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
 
-    Subclasses set `meter` and `labeller` before they train. Of each log it prints one short line.
+    Subclasses set `meter`, `labeller` and `memory` before they train. Of each log it prints one short line.
     """
 
     args: XPOConfig
     meter: Meter
     labeller: Labeller
+    memory: PairMemory
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -57,6 +59,8 @@ class ResumableTrainer(Trainer):
             if what := damage(Path(resume_from_checkpoint)):
                 raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
+        self.meter.load_state(Meter().state())  # this trainer may have trained before
+        self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def keep_checkpoint(self) -> None:
@@ -84,6 +88,7 @@ class ResumableTrainer(Trainer):
             "meter": self.meter.state(),
             "zero_stage": _zero_stage(self.args),
             "processes": self.args.world_size,
+            "pairs": self.memory.count(self.state.global_step),
         }
         (Path(output_dir) / f"xpo_state_{self.args.process_index}.json").write_text(json.dumps(state))
         if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
@@ -125,6 +130,7 @@ class ResumableTrainer(Trainer):
         if checkpoint is None:
             return
         rank, first = self.args.process_index, _read_state(checkpoint, 0)
+        self.memory.expected = None if first is None else first.get("pairs")  # earlier versions' lack it
         if (state := _read_state(checkpoint, rank)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)
