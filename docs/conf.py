@@ -30,7 +30,6 @@ nitpick_ignore_regex = [("py:.*", r"(?!xpo\.).*")]  # of other libraries, or spe
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_google_docstring = True
-suppress_warnings = ["toc.empty_glob"]  # of those that take in new pages
 smartquotes = False  # dashes in commands are two dashes
 html_theme = "furo"
 html_title = "xpo"
