@@ -200,6 +200,8 @@ CASES = [
         ["training.push_to_hub=True", "see to the network and to `hf auth login`, or set it to false"],
         WORKER,
     ),
+    case("pairs for no hub", "training.push_pairs=true", ["push_pairs=True has no effect", "python -m xpo.push RUN"]),
+    case("checkpoints for the hub", "training.hub_strategy=checkpoint", ["'checkpoint' is not one of end, every_save"]),
     case("seed of data", "training.data_seed=-1", ["training.data_seed=-1", "at least 0"]),
     case("unknown loss", "loss.loss_type=ippo", ["loss.loss_type='ippo'", "sigmoid, ipo", "did you mean 'ipo'"]),
     case("no LoRA modules", "lora=default lora.target_modules=[]", ["lora.target_modules=[]", "give all-linear"]),

@@ -4,7 +4,6 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
@@ -16,6 +15,7 @@ from xpo.launch.groups import build_group, build_preference, check_target
 from xpo.models.checks import HAS_ADAPTERS
 from xpo.models.loading import is_adapter, load_model, load_tokenizer, loaded, lora_config, policy_directory
 from xpo.models.zero import loading_whole
+from xpo.tracking.hub import make_repositories
 from xpo.training.config import XPOConfig
 from xpo.training.setup import prompt_tokenizer
 from xpo.training.trainer import XPOTrainer
@@ -53,14 +53,12 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
     for name in args.report_to or ():
         if name not in get_available_reporting_integrations():
             raise ConfigError(f"training.kwargs.report_to={name!r} is not installed; install it or leave it out")
-    if args.push_to_hub and args.process_index == 0:
-        try:  # as the Trainer will, when the models have loaded
-            HfApi().create_repo(args.hub_model_id or "model", private=args.hub_private_repo, exist_ok=True)
-        except Exception as error:  # of the hub, its client, or a socket
-            raise ConfigError(
-                f"training.push_to_hub=True: no repository can be made ({first_line(error)}); "
-                "see to the network and to `hf auth login`, or set it to false"
-            ) from error
+    if args.push_to_hub and args.process_index == 0:  # as the Trainer will, when the models have loaded
+        try:
+            make_repositories(str(args.hub_model_id), args.push_pairs, args.hub_private_repo)
+        except ConfigError as error:
+            later = "set it to false, and push later: python -m xpo.push RUN --to OWNER/NAME"
+            raise ConfigError(f"training.push_to_hub=True: {error}, or {later}") from error
     return args
 
 

@@ -7,6 +7,7 @@ of Hydra's command line, so that any number of workers can be one run's process 
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -27,6 +28,7 @@ from xpo.launch.command import print_error, speak_to_any_console
 from xpo.launch.processes import exit_at_once
 from xpo.models.devices import keep_freed_memory
 from xpo.tracking import terminal as report
+from xpo.tracking.hub import push_run
 from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state, resumable_checkpoint
@@ -251,8 +253,6 @@ def _finish(
     log.sync()
     if mlflow_run is not None:
         mlflow_run.finish()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     record.finished = True
     record.write(run_dir)
     if not config.training.keep_training_state:
@@ -262,6 +262,17 @@ def _finish(
     report.show_best(history)
     report.show_exploration(history, config.loss.alpha)
     report.show_where(run_dir, mlflow_run.ui_command() if mlflow_run else None)
+    if trainer.args.push_to_hub:
+        _push(trainer, run_dir)
+
+
+def _push(trainer: XPOTrainer, run_dir: Path) -> None:
+    """Sends the model to the hub. A run has finished without it: what the hub does not take can be pushed later."""
+    try:
+        print("Hub:    ", *push_run(run_dir, str(trainer.hub_model_id), trainer.args.push_pairs), flush=True)
+    except ConfigError as error:
+        command = shlex.join(["python", "-m", "xpo.push", str(run_dir)])
+        print(f"\n{printable(f'xpo: {error}, and push later: {command}')}", file=sys.stderr)  # behind a bar
 
 
 if __name__ == "__main__":
