@@ -26,6 +26,7 @@ class PushingTrainer(Trainer):
     """A Trainer that sends no more than a model to the hub, and goes on where the hub does not take it."""
 
     args: XPOConfig
+    push_in_progress: PushInProgress | None = None
     _told = False  # that the hub did not take a checkpoint
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
