@@ -194,6 +194,7 @@ CASES = [
         ["training.kwargs.report_to='clearml'", "is not installed; install it or leave it out"],
         WORKER,
     ),
+    case("an unknown logger", "tracking.report_to=[wandb,tensorbord]", ["report_to='tensorbord'", "'tensorboard'"]),
     case(
         "a hub that is out of reach",
         "experiment=smoke training.push_to_hub=true training.hub_model_id=me/none",

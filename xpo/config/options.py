@@ -331,9 +331,18 @@ class SweepOptions(Options):
     rerun: Annotated[bool, Role.OPERATION] = False
 
 
+LOGGERS = ("tensorboard", "trackio", "wandb")
+
+
+def _loggers(key: str, value: Any) -> None:
+    for name in [value] if isinstance(value, str) else value:
+        checks.one_of(key, name, LOGGERS)
+
+
 @dataclass
 class TrackingOptions(Options):
     enabled: Annotated[bool, Role.OPERATION] = True
+    report_to: Annotated[Any, _loggers, Role.OPERATION] = None
     uri: Annotated[str | None, Role.OPERATION] = None
     experiment: Annotated[str, Role.OPERATION] = "xpo"
     run_name: Annotated[str | None, Role.OPERATION] = None

@@ -27,12 +27,13 @@ from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error, speak_to_any_console
 from xpo.launch.processes import exit_at_once
 from xpo.models.devices import keep_freed_memory
+from xpo.tracking import loggers
 from xpo.tracking import terminal as report
 from xpo.tracking.hub import push_run
 from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state, resumable_checkpoint
-from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, Progress, StopOnSignal
+from xpo.training.callbacks import KeepCompletions, KeepMetrics, LogCompletionsCallback, Profile, Progress, StopOnSignal
 from xpo.training.checkpoints import check_same_zero, is_full_disk
 from xpo.training.trainer import XPOTrainer
 
@@ -158,12 +159,16 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     mlflow_run = _tracking(config, log, record) if config.tracking.enabled and log is not None else None
     if mlflow_run is not None:
         tracked.append(mlflow_run)
+    if args.report_to and main_process:
+        loggers.start(config, args, run_dir, record)
 
     report.say(args, f"Loading {config.model.name}")
     trainer = build_trainer(config, args, inputs, [stop])
     trainer.add_callback(KeepCompletions(trainer.evaluator, run_dir / "completions"))
     if log is not None:
         trainer.add_callback(KeepMetrics(log, mlflow_run))
+    if args.report_to:
+        trainer.add_callback(LogCompletionsCallback(trainer))
     if config.training.profile:
         trainer.add_callback(Profile(run_dir / "profile" / f"rank_{args.process_index}.json.gz"))
     if not args.disable_tqdm:
