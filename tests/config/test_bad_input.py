@@ -145,7 +145,12 @@ CASES = [
     case("unknown key of a judge", "judge=pair_rm judge.batchsize=2", ["'judge.batchsize'", "'judge.batch_size'"]),
     case("the last word of a key", "seed=1", ["'seed'", "did you mean 'training.seed' or"]),
     case("a short name", "lr=1e-5", ["'lr'", "did you mean 'training.learning_rate'"]),
-    case("no key of its own", "training.report_to=wandb", ["'training.report_to'", "+training.kwargs.report_to="]),
+    case("no key of its own", "training.neftune_noise_alpha=1", ["+training.kwargs.neftune_noise_alpha="]),
+    case(
+        "another group's key",
+        "training.report_to=wandb",
+        ["'training.report_to'", "did you mean 'tracking.report_to'?"],
+    ),
     case(
         "a model as a group", "model=Qwen/Qwen2-0.5B", ["model=Qwen/Qwen2-0.5B", "or give model.name=Qwen/Qwen2-0.5B"]
     ),

@@ -183,7 +183,8 @@ def test_pushed_adapters_name_the_model_that_others_know(hub: Hub, tmp_path: Pat
     for place in (".", "other", "checkpoint-2", "_iterates"):
         (tmp_path / place).mkdir(exist_ok=True)
         (tmp_path / place / "adapter_model.safetensors").write_bytes(b"weights")
-        below = {"base_model_name_or_path": f"{tmp_path}/models--Qwen--Qwen2-0.5B/snapshots/0a1b", "r": 4}
+        base = None if place == "other" else f"{tmp_path}/models--Qwen--Qwen2-0.5B/snapshots/0a1b"
+        below = {"base_model_name_or_path": base, "r": 4}
         (tmp_path / place / "adapter_config.json").write_text(json.dumps(below))
     for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "xpo_state_0.json", "pairs.jsonl"):
         (tmp_path / name).write_text("this stays")
@@ -193,3 +194,4 @@ def test_pushed_adapters_name_the_model_that_others_know(hub: Hub, tmp_path: Pat
     adapter = ("adapter_config.json", "adapter_model.safetensors")
     assert set(files) == {*adapter, *(f"other/{name}" for name in adapter)}
     assert json.loads(files["adapter_config.json"]) == {"base_model_name_or_path": "Qwen/Qwen2-0.5B", "r": 4}
+    assert json.loads(files["other/adapter_config.json"]) == {"base_model_name_or_path": None, "r": 4}

@@ -112,7 +112,8 @@ def _content(file: Path) -> str | bytes:
     if file.name != _ADAPTER:
         return str(file)
     adapter = json.loads(file.read_text())
-    adapter["base_model_name_or_path"] = model_name(adapter["base_model_name_or_path"])
+    base = adapter["base_model_name_or_path"]  # null for one that was made, not loaded
+    adapter["base_model_name_or_path"] = base and model_name(base)
     return json.dumps(adapter, indent=2).encode()
 
 
