@@ -45,7 +45,8 @@ def push_later(run_dir: Path, to: str | None, pairs: bool, private: bool) -> lis
     name, pairs = to or training.hub_model_id, pairs or training.push_pairs
     if name is None:
         raise ConfigError(f"RUN={str(run_dir)!r} has no training.hub_model_id; give --to OWNER/NAME")
-    return push_run(run_dir, make_repositories(name, pairs, private or training.hub_private_repo), pairs)
+    repository = make_repositories(name, pairs, private or training.hub_private_repo)
+    return push_run(run_dir, repository, pairs, training.kwargs.get("hub_revision"))
 
 
 if __name__ == "__main__":

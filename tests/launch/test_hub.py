@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,7 +25,7 @@ from xpo.config.compose import compose
 from xpo.launch import worker
 from xpo.launch.jobs import prepare
 from xpo.tracking.hub import push_model
-from xpo.tracking.runs import RunRecord
+from xpo.tracking.runs import RunRecord, is_complete
 
 
 @pytest.fixture
@@ -176,6 +177,24 @@ def test_a_trainer_pushes_its_model_and_its_pairs(hub: Hub, make_trainer: Traine
     assert (tmp_path / "out" / "checkpoint-1" / "training_args.bin").is_file()
     assert texts_with(TOKEN, tmp_path) == []
     assert trainer.args.hub_token == TOKEN
+
+
+def test_without_room_for_a_copy_the_checkpoint_stays(
+    hub: Hub,
+    make_trainer: TrainerFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("xpo.training.pushing.shutil.copy", full)
+    options = {"push_to_hub": True, "hub_model_id": "me/tiny", "save_strategy": "steps"}
+    make_trainer(max_steps=1, save_steps=1, **options).train()
+    assert hub.repositories["models/me/tiny"].messages == []
+    assert is_complete(tmp_path / "out" / "checkpoint-1")
+    assert "checkpoint-1, which is not sent (No space left on device)" in caplog.text
 
 
 def test_pushed_adapters_name_the_model_that_others_know(hub: Hub, tmp_path: Path) -> None:

@@ -273,8 +273,9 @@ def _finish(
 
 def _push(trainer: XPOTrainer, run_dir: Path) -> None:
     """Sends the model to the hub. A run has finished without it: what the hub does not take can be pushed later."""
+    args = trainer.args
     try:
-        print("Hub:    ", *push_run(run_dir, str(trainer.hub_model_id), trainer.args.push_pairs), flush=True)
+        print("Hub:    ", *push_run(run_dir, str(trainer.hub_model_id), args.push_pairs, args.hub_revision), flush=True)
     except ConfigError as error:
         command = shlex.join(["python", "-m", "xpo.push", str(run_dir)])
         print(f"\n{printable(f'xpo: {error}, and push later: {command}')}", file=sys.stderr)  # behind a bar

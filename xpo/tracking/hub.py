@@ -54,9 +54,9 @@ def pairs_repository(repository: str) -> str:
     return f"{repository}-pairs"
 
 
-def push_run(run_dir: Path, repository: str, pairs: bool) -> list[str]:
+def push_run(run_dir: Path, repository: str, pairs: bool, revision: str | None = None) -> list[str]:
     """Sends the model of a finished run, and its pairs if asked, to repositories that are there; their addresses."""
-    sent = [push_model(run_dir / "model", repository)]
+    sent = [push_model(run_dir / "model", repository, revision=revision)]
     sent += [push_pairs(run_dir / "pairs.parquet", repository)] if pairs else []
     return [commit.repo_url for commit in sent]
 

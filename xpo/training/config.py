@@ -41,7 +41,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
 
     Everything of `transformers.TrainingArguments` applies too. Other defaults than there:
     learning_rate 5e-7, logging_steps 10, bf16 on GPUs that have it, report_to "none",
-    remove_unused_columns and logging_nan_inf_filter False.
+    remove_unused_columns and logging_nan_inf_filter False. hub_strategy is "every_save" or "end": no checkpoints there.
 
     Args:
         alpha: weight of the exploration bonus; a list gives one value per iteration if there are several, or else per

@@ -97,11 +97,15 @@ class PushingTrainer(Trainer):
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        for file in model_files(Path(checkpoint_folder)):
-            copy = Path(args.output_dir) / file.relative_to(checkpoint_folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy(file, copy)
-        self.create_model_card()
+        try:
+            for file in model_files(Path(checkpoint_folder)):
+                copy = Path(args.output_dir) / file.relative_to(checkpoint_folder)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(file, copy)
+            self.create_model_card()
+        except OSError as error:  # the checkpoint is there: a full disk must not cost more
+            logger.warning("xpo: no room for a copy of %s, which is not sent (%s)", checkpoint_folder, error.strerror)
+            return
         job = HfApi().run_as_future(self._send, f"Training in progress, step {self.state.global_step}")
         job.add_done_callback(self._tell)
         self.push_in_progress = PushInProgress([job])
