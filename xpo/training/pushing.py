@@ -65,12 +65,12 @@ class PushingTrainer(Trainer):
             ConfigError: the hub is out of reach, or refuses. The model is saved.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card()
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
         self._finish_current_push()
         send = partial(self._send, commit_message or "End of training", token, revision, self.args.push_pairs)
         return send() if blocking else HfApi().run_as_future(send)
