@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCIENCE := bandit contextual_bandit token_tree
 
-.PHONY: help setup quickstart smoke ui check test science $(SCIENCE) clean
+.PHONY: help setup quickstart smoke ui check test science $(SCIENCE) science-lock clean
 
 help:
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ science: setup ## experiments on bandits and a token tree; run again, it goes on
 
 $(SCIENCE):
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.science.$@.run
+
+science-lock: setup ## experiments/science/lock, under XPOTrainer: hours on two cores; run again, it goes on
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.science.lock.run
+	$(BIN)/python -m experiments.science.leaderboard
 
 clean: ## remove .venv and what runs left behind
 	rm -rf .venv outputs multirun/2* mlruns mlflow.db*

@@ -21,6 +21,7 @@ from xpo.objectives.bonuses import PUBLISHED_ON
 
 TUNING, REPORTED = range(12), range(100, 140)  # seeds: weights are chosen on the former
 CONTROL = "control "  # before the name of a task: its control, in which there is nothing to find
+PER_TOKEN = " per token"  # behind the name of a bonus: of pi(y)^(1/|y|) instead of pi(y)
 _DRAWS = 2000
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 
@@ -35,7 +36,7 @@ class Method(NamedTuple):
     @property
     def on(self) -> str:
         """The completion that the bonus is on: its paper's."""
-        return PUBLISHED_ON[self.bonus]
+        return PUBLISHED_ON[self.bonus.removesuffix(PER_TOKEN)]
 
     @property
     def name(self) -> str:
@@ -43,15 +44,19 @@ class Method(NamedTuple):
         return known[self.second] if self.bonus == "none" else self.bonus + (", flipped sign" if self.alpha < 0 else "")
 
     def options(self) -> LossOptions:
-        return LossOptions(bonus=self.bonus)
+        return LossOptions(bonus=self.bonus.removesuffix(PER_TOKEN), bonus_per_token=self.bonus.endswith(PER_TOKEN))
 
 
 class Outcome(NamedTuple):
-    """Of one problem: queries until it was solved, None if never (censored at the end); gaps to the optimum."""
+    """Of one problem: queries until it was solved, None if never (censored at the end); gaps to the optimum.
+
+    `bonus_share`: the bonus's pull at log pi over the preference loss's, all steps together, where it was measured.
+    """
 
     queries: int | None
     final_gap: float
     average_gap: float
+    bonus_share: float | None = None
 
 
 class Row(NamedTuple):
@@ -74,7 +79,18 @@ Run = Callable[[str, Method, Sequence[int]], dict[str, Outcome]]  # task, method
 class Results:
     """`results.csv` of an experiment: what is there is not computed again; a cell is written as a whole."""
 
-    HEADER = ("task", "bonus", "second", "alpha", "problem", "queries", "final_gap", "average_gap", "cell_ends")
+    HEADER = (
+        "task",
+        "bonus",
+        "second",
+        "alpha",
+        "problem",
+        "queries",
+        "final_gap",
+        "average_gap",
+        "bonus_share",
+        "cell_ends",
+    )
 
     def __init__(self, path: Path, reported: Sequence[int] = REPORTED):
         self.path, self.reported = path, reported
@@ -94,20 +110,20 @@ class Results:
     def cell(self, run: Run, task: str, method: Method, seeds: Sequence[int]) -> list[Row]:
         """Computes a cell, unless it is there."""
         if not self.of(task, method, seeds):
-            found = [Row(task, method, problem, outcome) for problem, outcome in run(task, method, seeds).items()]
-            lines = [] if self.rows else [self.HEADER]
-            for row in found:
-                queries, *gaps = row.outcome
-                values = ["" if queries is None else queries, *(f"{gap:.6g}" for gap in gaps)]
-                lines.append((task, *method[:2], f"{method.alpha:g}", row.problem, *values, ""))
-            lines[-1] = (*lines[-1][:-1], "end")
-            with self.path.open("a", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(lines)
-            print(task, *method, f"{len(found)} problems", flush=True)
-            self.rows += [
-                read_row(dict(zip(self.HEADER, map(str, line), strict=True))) for line in lines[-len(found) :]
-            ]
+            self.add(task, method, run(task, method, seeds))
         return self.of(task, method, seeds)
+
+    def add(self, task: str, method: Method, found: dict[str, Outcome]) -> None:
+        """Writes a cell."""
+        lines = [] if self.rows else [self.HEADER]
+        for problem, outcome in found.items():
+            values = ["" if value is None else f"{value:.6g}" for value in outcome]
+            lines.append((task, *method[:2], f"{method.alpha:g}", problem, *values, ""))
+        lines[-1] = (*lines[-1][:-1], "end")
+        with self.path.open("a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        print(task, *method, f"{len(found)} problems", flush=True)
+        self.rows += [read_row(dict(zip(self.HEADER, map(str, line), strict=True))) for line in lines[-len(found) :]]
 
     def tuned(self, task: str, bonus: str, second: str) -> Method:
         """The weight that did best on the tuning seeds: solved most; then by mean queries of those, then by the gap."""
@@ -123,12 +139,14 @@ class Results:
 
 
 def read_row(fields: dict[str, str]) -> Row:
+    method = Method(fields["bonus"], fields["second"], float(fields["alpha"]))
     outcome = Outcome(
-        int(fields["queries"]) if fields["queries"] else None, float(fields["final_gap"]), float(fields["average_gap"])
+        int(fields["queries"]) if fields["queries"] else None,
+        float(fields["final_gap"]),
+        float(fields["average_gap"]),
+        float(fields["bonus_share"]) if fields["bonus_share"] else None,
     )
-    return Row(
-        fields["task"], Method(fields["bonus"], fields["second"], float(fields["alpha"])), fields["problem"], outcome
-    )
+    return Row(fields["task"], method, fields["problem"], outcome)
 
 
 BASELINES = (Method("none", "policy"), Method("none", "reference"), Method("none", "uniform"))
@@ -299,6 +317,27 @@ def plot_gaps(results: Results, task: str, beta: float, path: Path) -> None:
     right.tick_params(labelsize=8)
     right.set(xlabel="gap to the optimum; tuned weights, 95 % intervals", xlim=(0, None))
     right.legend(fontsize=7, frameon=False)
+    save(figure, path)
+
+
+def plot_shares(results: Results, kinds: Sequence[tuple[str, str]], tasks: Sequence[str], path: Path) -> None:
+    """The share of seeds solved at tuned weights: a row for each bonus and sampler, a column for each task."""
+    shares = np.full((len(kinds), len(tasks)), np.nan)
+    for column, task in enumerate(tasks):
+        for method in (*BASELINES, *tuned_methods(results, task)):
+            if rows := results.of(task, method):
+                solved = [row.outcome.queries is not None for row in rows]
+                shares[kinds.index(method[:2]), column] = np.mean(solved)
+    figure = Figure(figsize=(2.6 + 1.1 * len(tasks), 1 + 0.3 * len(kinds)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(shares):
+        colour = "white" if value < 0.6 else "black"
+        axes.text(column, row, "" if np.isnan(value) else f"{value:.2f}", ha="center", va="center", color=colour)
+    names = [Method(*kind).name + (f", second by {kind[1]}" if kind[0] != "none" else "") for kind in kinds]
+    axes.set_yticks(range(len(kinds)), names, fontsize=8)
+    axes.set_xticks(range(len(tasks)), [task.replace(", ", "\n") for task in tasks], fontsize=8)
+    axes.set_title("share of seeds solved", fontsize=9)
     save(figure, path)
 
 

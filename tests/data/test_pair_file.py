@@ -68,6 +68,17 @@ def test_a_full_disk_keeps_the_pairs_in_memory(tmp_path: Path, caplog: pytest.Lo
     assert [row["step"] for row in read_pairs(directory / "pairs.jsonl")] == [1, 2, 3]
 
 
+def test_the_directory_is_made(tmp_path: Path) -> None:
+    """At the start, not when the run ends; or the run does not start."""
+    path = tmp_path / "not" / "yet" / "pairs.jsonl"
+    written(path, pair(1))
+    assert len(list(read_pairs(path))) == 1
+    with pytest.raises(ConfigError, match=r"pairs_file='.*more' cannot be made \(File exists\); name a file"):
+        PairFile(path / "more").restore(0)
+    with pytest.raises(ConfigError, match=r"pairs_file='.*yet' cannot be made \(Is a directory\)"):
+        PairFile(path.parent).restore(0)
+
+
 def test_the_winner_is_chosen(tmp_path: Path) -> None:
     """Ties are counted, and left out."""
     written(tmp_path / "pairs.jsonl", pair(1), pair(2, label=-1), pair(3, label=0, margin=None))

@@ -10,7 +10,7 @@ from torch import Tensor
 from xpo.config.errors import ConfigError
 from xpo.config.options import PreferenceOptions
 from xpo.data.prompts import Prompt
-from xpo.judges import FunctionJudge, Judge, RewardJudge
+from xpo.judges import FunctionJudge, Judge, PairwiseJudge, RewardJudge
 from xpo.judges.labelling import Labelled, Labeller
 from xpo.rewards import FunctionReward, RewardModel
 from xpo.sampling.completions import Completions
@@ -108,6 +108,62 @@ def test_identical_texts_are_a_tie_whatever_the_judge_says(verdict: float | None
 def test_only_the_same_text_of_the_same_pair_counts_as_identical() -> None:
     preference = judged(says(1.0, 1.0), texts=(["a", "b"], ["b", "a"]))
     assert preference.labels.label.tolist() == [1, 1]
+
+
+# ---- best and worst of n -----------------------------------------------------------------------
+
+
+def of_n(judge: Judge, *texts: str, clip: float | None = None) -> tuple[str, str, Labelled]:
+    """The two that are chosen of the completions of one prompt, and their label."""
+    labeller = Labeller(judge, None, PreferenceOptions(clip_scores=clip))
+    first, second = labeller.best_and_worst(["p"], [completions([text]) for text in texts])
+    return first.texts[0], second.texts[0], labeller(["p"], first, second)
+
+
+def scored(**scores: float) -> RewardJudge:
+    return RewardJudge(FunctionReward(lambda prompts, completions: [scores[text] for text in completions]))
+
+
+def test_two_different_candidates_are_chosen_even_if_all_are_tied() -> None:
+    for judge in (scored(a=1, b=1, c=1), says(0.0)):
+        first, second, labelled = of_n(judge, "a", "b", "c")
+        assert first != second
+        assert (labelled.margin.item(), labelled.labels.label.item()) == (0, 0)
+
+
+def test_what_has_no_finite_score_is_not_chosen() -> None:
+    assert of_n(scored(a=INF, b=1, c=3, d=-INF, e=NAN), *"abcde")[:2] == ("c", "b")
+
+
+@pytest.mark.parametrize("scores", [{"a": NAN, "b": NAN, "c": NAN}, {"a": NAN, "b": 1, "c": INF}])
+def test_fewer_than_two_that_could_be_judged_are_no_verdict(scores: dict[str, float]) -> None:
+    for clip in (None, 2.0):
+        first, second, labelled = of_n(scored(**scores), *"abc", clip=clip)
+        assert first != second
+        assert labelled.margin.isnan().all()
+
+
+def test_equal_texts_do_not_hide_a_judge_that_never_answers() -> None:
+    """It is not asked about them, and says 0."""
+
+    class Silent(PairwiseJudge):
+        def preferences(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Tensor:
+            return torch.full((len(prompts),), NAN)
+
+    assert of_n(Silent(), "same", "same", "other")[2].margin.isnan().all()
+
+
+def test_the_penalty_is_of_scaled_scores_in_the_choice_too() -> None:
+    """0, 10, 20: mean 10, deviation sqrt(200 / 3). The unfinished best one is worth 1.22 - 2, less than 0."""
+    judge = scored(a=0.0, b=10.0, c=20.0)
+    labeller = Labeller(judge, None, PreferenceOptions(normalize_scores=True), missing_eos_penalty=2.0)
+    candidates = [completions([text], [text != "c"]) for text in "abc"]
+    first, second = labeller.best_and_worst(["p"], candidates)
+    assert (first.texts, second.texts) == (["b"], ["a"])
+    assert labeller.scale.moments == [3, 30, 500]
+    labelled = labeller(["p"], first, second, counted=True)
+    assert labeller.scale.moments == [3, 30, 500]
+    torch.testing.assert_close(labelled.margin, torch.tensor([10 / math.sqrt(200 / 3)]))
 
 
 # ---- the missing-EOS penalty -------------------------------------------------------------------

@@ -19,8 +19,12 @@ REFERENCE = torch.tensor([[-5.0, -4.0], [-5.0, -4.0]])
 LABEL = torch.tensor([1.0, -1.0])
 
 
+LENGTHS = torch.tensor([[4, 5], [3, 2]])
+
+
 def term(policy: Tensor = POLICY, alpha: float = 0.1, beta: float = 0.5, **options: Any) -> Tensor:
-    return exploration_loss(policy, REFERENCE.to(policy), LABEL.to(policy), alpha, beta, LossOptions(**options))
+    pairs = policy, REFERENCE.to(policy), LABEL.to(policy), alpha, beta
+    return exploration_loss(*pairs, LossOptions(**options), LENGTHS)
 
 
 def derivatives(**options: Any) -> list[list[float]]:
@@ -73,6 +77,19 @@ def test_a_clipped_bonus_stops_growing() -> None:
     """Ratios -1 and 2 of y~, clipped to 1.5: the second pair has no gradient, and the value of log pi_ref + 1.5."""
     torch.testing.assert_close(term(bonus_clip=1.5), 0.1 * torch.tensor([-6.0, -4 + 1.5]))
     assert derivatives(bonus_clip=1.5) == [[0, 0], [pytest.approx(0.1), 0]]
+
+
+def test_a_bonus_of_means_over_tokens() -> None:
+    """The rejected ones are y~ in the first pair, -6 of 3 tokens, and y in the second, -5 of 5: e^-2 and e^-1.
+
+    d e^(l/n) / dl = e^(l/n) / n. Ratios of y~, -1 and 2, become -1/3 and 1.
+    """
+    wanted = 0.1 * torch.tensor([math.exp(-2), math.exp(-1)])
+    torch.testing.assert_close(term(bonus="geb_p", bonus_per_token=True), wanted)
+    slopes = derivatives(bonus="geb_p", bonus_per_token=True)
+    assert slopes == [[0, pytest.approx(0.1 * math.exp(-1) / 5)], [pytest.approx(0.1 * math.exp(-2) / 3), 0]]
+    ratios = term(bonus="selm", bonus_on="second", bonus_per_token=True)
+    torch.testing.assert_close(ratios, 0.05 * torch.tensor([-1 / 3, 1.0]))
 
 
 GEB_BY_HAND = {

@@ -172,6 +172,14 @@ def test_sampled_labels_win_as_often_as_bradley_terry_says():
     assert (labels.label > 0).float().mean().item() == pytest.approx(0.7311, abs=1e-4)
 
 
+def test_a_sampled_label_of_equals_is_a_coin():
+    """As Bradley and Terry have it; a threshold makes ties of equals, and no verdict is no coin."""
+    margin, uniform = torch.tensor([0.0, 0.0, float("nan")]), torch.tensor([0.49, 0.51, 0.0])
+    assert preference_labels(margin, PreferenceOptions("sampled"), uniform).label.tolist() == [1, -1, 0]
+    assert preference_labels(margin, PreferenceOptions("sampled", 1.0, 0.1), uniform).label.tolist() == [0, 0, 0]
+    assert preference_labels(margin, PreferenceOptions("hard"), uniform).label.tolist() == [0, 0, 0]
+
+
 def test_missing_eos_cost():
     assert missing_eos_cost(torch.tensor([True, False]), 1.5).tolist() == [0.0, 1.5]
     assert missing_eos_cost(torch.tensor([True, False]), None).tolist() == [0.0, 0.0]

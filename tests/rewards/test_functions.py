@@ -223,3 +223,11 @@ def test_a_judge_that_never_gives_a_verdict_stops_the_run(make_trainer: TrainerF
     with pytest.raises(RuntimeError, match=f"judge gave no verdict in {IN_VAIN} steps in a row .*; mend it"):
         trainer.train()
     assert trainer.state.global_step == 3 + IN_VAIN - 1
+
+
+def test_the_best_of_n_are_no_verdict_where_nothing_is_scored(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(
+        reward_model=lambda prompts, completions: [None] * len(completions), sampler="best_of_n", max_steps=2 * IN_VAIN
+    )
+    with pytest.raises(RuntimeError, match=f"judge gave no verdict in {IN_VAIN} steps in a row"):
+        trainer.train()

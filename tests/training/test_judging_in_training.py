@@ -109,22 +109,35 @@ def test_the_kinds_of_labels_train_differently(make_trainer: TrainerFactory) -> 
         losses.append(step_logs(trainer)[0] | options)
     assert losses[3]["loss/dpo"] == 0
     assert losses[3]["preference/tie_rate"] == 1
-    decided = 1 - losses[0]["preference/tie_rate"]
     for entry in losses[:3]:  # the policy is the reference: every decided pair costs log 2, whatever its label
+        decided = 1 - entry["preference/tie_rate"]
         assert entry["loss/dpo"] == pytest.approx(decided * math.log(2), rel=1e-4)
+    assert losses[2]["preference/tie_rate"] == 0  # equals have a coin
     assert losses[0]["grad_norm"] != pytest.approx(losses[1]["grad_norm"], rel=1e-3)
 
 
 def test_normalized_scores_by_hand() -> None:
     """1, 3 | 5, 7: mean 2, deviation 1; then mean 4, deviation sqrt(5). NaN stays, and counts for nothing."""
+
+    def scaled(scale: ScoreScale, *scores: list[float]) -> Tensor:
+        scale.count(torch.tensor(scores))
+        return scale(torch.tensor(scores))
+
     scale = ScoreScale(True, None, lambda sums: sums)
-    torch.testing.assert_close(scale(torch.tensor([[1.0], [3.0]])), torch.tensor([[-1.0], [1.0]]))
-    second = scale(torch.tensor([[5.0, math.nan], [7.0, math.nan]]))
+    torch.testing.assert_close(scaled(scale, [1.0], [3.0]), torch.tensor([[-1.0], [1.0]]))
+    second = scaled(scale, [5.0, math.nan], [7.0, math.nan])
     torch.testing.assert_close(second[:, 0], torch.tensor([1.0, 3.0]) / math.sqrt(5))
     assert second[:, 1].isnan().all()
     assert scale.moments == [4, 16, 84]
-    assert ScoreScale(False, 2.0, lambda sums: sums)(torch.tensor([-3.0, 1.0, 5.0])).tolist() == [-2, 1, 2]
-    assert ScoreScale(True, None, lambda sums: sums)(torch.tensor([5.0, 5.0])).tolist() == [0, 0]
+    assert scaled(ScoreScale(False, 2.0, lambda sums: sums), [-3.0, 1.0, 5.0]).tolist() == [[-2, 1, 2]]
+    assert scaled(ScoreScale(True, None, lambda sums: sums), [5.0, 5.0]).tolist() == [[0, 0]]
+
+
+def test_all_scores_of_best_of_n_count(make_trainer: TrainerFactory) -> None:
+    """Each once, in every step: those of candidates that are not chosen, too."""
+    trainer = make_trainer(sampler="best_of_n", sampler_candidates=4, normalize_scores=True, max_steps=2)
+    trainer.train()
+    assert trainer.labeller.scale.moments[0] == 2 * 4 * 4
 
 
 @pytest.mark.parametrize("option", [{"normalize_scores": True}, {"clip_scores": 1.0}])

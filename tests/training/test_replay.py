@@ -10,6 +10,7 @@ import torch
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from peft import LoraConfig
 from scipy.optimize import minimize_scalar
+from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from xpo.config.errors import ConfigError
@@ -235,11 +236,38 @@ def test_a_run_that_goes_on_without_its_pairs_or_policies(make_trainer: TrainerF
     trainer.train()
     checkpoint = str(tmp_path / "out" / "checkpoint-5")
     elsewhere = make_trainer(**MOVING | {"output_dir": str(tmp_path / "elsewhere"), "max_steps": 6})
-    with pytest.raises(ConfigError, match=r"resume: .*pairs\.jsonl' lacks the pairs of step 5, which replay needs"):
+    with pytest.raises(ConfigError, match=r"resume: .*pairs\.jsonl' has 0 pairs up to step 5, not the 12 that the run"):
         elsewhere.train(resume_from_checkpoint=checkpoint)
+    pairs = tmp_path / "out" / "pairs.jsonl"
+    whole = pairs.read_text()
+    pairs.write_text("".join(whole.splitlines(keepends=True)[1:]))
+    with pytest.raises(ConfigError, match=r"has 11 pairs up to step 5, not the 12 that the run drew"):
+        make_trainer(**MOVING | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
+    pairs.write_text(whole)
     shutil.rmtree(tmp_path / "out" / "_iterates")
     with pytest.raises(ConfigError, match=r"resume: .*step_4\.safetensors' is missing"):
         make_trainer(**MOVING | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
+
+
+def test_the_policies_of_another_run_are_not_used(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    """A run from its start clears the directory, one that goes on drops what is later; other iterations are refused."""
+    options = MOVING | {"replay_updates": 1, "save_strategy": "steps", "save_steps": 3}
+    iterates, checkpoint = tmp_path / "out" / "_iterates", str(tmp_path / "out" / "checkpoint-3")
+
+    def kept() -> list[int]:
+        return sorted(int(path.stem.removeprefix("step_")) for path in iterates.iterdir())
+
+    make_trainer(**options).train()
+    assert kept() == [0, 4, 8]
+    make_trainer(**options | {"max_steps": 6}).train()
+    assert kept() == [0, 2, 4]
+    at = r"which would be \[0\] at iterations=3, max_steps=12 and replay_updates=1; go on with the run's own"
+    with pytest.raises(ConfigError, match=rf"resume: iterations in '.*_iterates' began after the steps \[0, 2\], {at}"):
+        make_trainer(**options).train(resume_from_checkpoint=checkpoint)
+    make_trainer(**options | {"max_steps": 6}).train(resume_from_checkpoint=checkpoint)
+    assert kept() == [0, 2, 4]
+    make_trainer().train()
+    assert kept() == []
 
 
 # ---- a reference that moves ----------------------------------------------------------------------
@@ -293,6 +321,19 @@ def test_the_policy_equals_the_reference_that_it_has_just_become(make_trainer: T
     assert [logs[step]["exploration/ref_ratio"] for step in (0, 2)] == [0, 0]
     assert abs(logs[1]["exploration/ref_ratio"]) > 1e-3
     assert abs(logs[3]["exploration/ref_ratio"]) > 1e-3
+
+
+def test_a_trainer_that_begins_again(make_trainer: TrainerFactory) -> None:
+    """Counts from 0; where its reference has moved, it cannot."""
+    trainer = make_trainer(normalize_scores=True)
+    for _ in range(2):
+        trainer.train()
+        assert [log["preference/queries"] for log in step_logs(trainer)] == [4, 8]
+        assert trainer.labeller.scale.moments[0] == 16
+    moved = make_trainer(reference_update="iteration", iterations=2)
+    moved.train()
+    with pytest.raises(ConfigError, match=r"the reference has moved in an earlier train\(\); make a new trainer"):
+        moved.train()
 
 
 def test_a_weight_for_each_iteration(make_trainer: TrainerFactory) -> None:
@@ -393,6 +434,8 @@ def test_a_judge_chooses_by_its_mean_margin(make_trainer: TrainerFactory) -> Non
         ({"reference_update": "iteration"}, "reference_update=iteration has no effect with iterations=1"),
         ({"iterations": 3, "max_steps": 2}, "iterations=3 is more than max_steps=2 holds at replay_updates=1"),
         ({"iterations": 2, "max_steps": 3, "replay_updates": 2}, "give max_steps=4 or more"),
+        ({"alpha": [1e-2, 1e-3, 0.0], "iterations": 2}, r"alpha=\[0.01, 0.001, 0.0\] has 3 values for iterations=2;"),
+        ({"beta": [0.1, 0.2, 0.3], "iterations": 2}, r"beta=\[0.1, 0.2, 0.3\] has 3 values for iterations=2; give one"),
         ({"sampler_candidates": 4}, "sampler_candidates=4 has no effect with sampler=reference; choose best_of_n"),
         ({"replay_updates": 2, "per_device_train_batch_size": 20}, "needs whole steps, of 20 prompts, and .* has 16"),
     ],
@@ -407,6 +450,11 @@ def test_a_stream_cannot_be_repeated(make_trainer: TrainerFactory) -> None:
         make_trainer(replay_updates=2, train_dataset=prompts(16).to_iterable_dataset())
 
 
+def test_batches_made_by_length_cannot_be_repeated(make_trainer: TrainerFactory) -> None:
+    with pytest.raises(ConfigError, match="replay_updates=2 does not go with train_sampling_strategy='batch_reb"):
+        make_trainer(replay_updates=2, train_sampling_strategy="batch_rebalance")
+
+
 def test_more_iterations_than_an_epoch_has_steps(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(iterations=5, max_steps=-1, num_train_epochs=1)
     with pytest.raises(ConfigError, match="iterations=5 is more than the 4 steps of the run hold"):
@@ -418,11 +466,88 @@ def test_a_reference_that_cannot_become_the_policy(make_trainer: TrainerFactory)
         make_trainer(ref_model=tiny_model(), peft_config=LORA, iterations=2, reference_update="iteration")
 
 
+def half_trained(seed: int, tied: bool = False, kept_of: int | None = None) -> Any:
+    """A model whose embedding, and whose head if it is tied to that, are frozen; these may be of another seed."""
+    model = tiny_model(seed)
+    if kept_of is not None:
+        model.model.embed_tokens = tiny_model(kept_of).model.embed_tokens
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.requires_grad_(False)
+    return model
+
+
+def test_a_given_reference_becomes_the_whole_policy(make_trainer: TrainerFactory) -> None:
+    """Where it keeps what the policy does not train, that is the policy's."""
+    options: dict[str, Any] = {"iterations": 2, "max_steps": 3, "optim": "sgd", "learning_rate": 5.0}
+    trainer = make_trainer(half_trained(0), half_trained(1, kept_of=0), reference_update="iteration", **options)
+    begun: list[dict[str, torch.Tensor]] = []
+
+    class Begun(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                begun.append({name: part.clone() for name, part in trainer.model.state_dict().items()})
+
+    trainer.add_callback(Begun())
+    trainer.train()
+    moved = trainer.reference.frozen.state_dict()
+    assert all(torch.equal(moved[name], part) for name, part in begun[0].items())
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference", "name"),
+    [
+        (lambda: half_trained(0), lambda: half_trained(1), "model.embed_tokens.weight"),
+        (lambda: half_trained(0, tied=True), lambda: half_trained(1, kept_of=0), "lm_head.weight"),
+        (lambda: half_trained(0), lambda: half_trained(1, tied=True, kept_of=0), "model.embed_tokens.weight"),
+        (lambda: half_trained(0, tied=True).requires_grad_(True), lambda: tiny_model(1), "lm_head.weight"),
+        (lambda: tiny_model(0), lambda: half_trained(1, tied=True), "model.embed_tokens.weight"),
+    ],
+    ids=["frozen", "frozen and tied", "tied to what moves", "tied in the policy", "tied in the reference"],
+)
+def test_a_reference_that_would_be_two_models(
+    make_trainer: TrainerFactory, policy: Any, reference: Any, name: str
+) -> None:
+    words = f"reference_update='iteration': ref_model would not have the policy's {name}, .*; leave ref_model"
+    with pytest.raises(ConfigError, match=words):
+        make_trainer(policy(), reference(), iterations=2, reference_update="iteration")
+
+
 def test_steps_are_repeated_whole() -> None:
     """Three a step, twice; the last one of an epoch is not whole."""
     sampler = RepeatedSteps(range(7), 3, 2)
     assert list(sampler) == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert len(sampler) == 12
+
+
+@pytest.mark.parametrize("order", ["sequential", "unseeded", "of its own"])
+def test_steps_of_any_order_are_repeated(make_trainer: TrainerFactory, order: str) -> None:
+    """Over two epochs of two steps. Who has a set_epoch is told of each; who has none, no one asks."""
+
+    class Turned(SequentialSampler):
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Any:
+            return iter([(i + 3 * self.epoch) % 8 for i in range(8)])
+
+    options: dict[str, Any] = {
+        "sequential": {"train_sampling_strategy": "sequential"},
+        "unseeded": {"accelerator_config": {"use_seedable_sampler": False}},
+    }.get(order, {})
+    trainer = make_trainer(replay_updates=2, max_steps=8, train_dataset=prompts(8), **options)
+    if order == "of its own":
+        trainer._get_train_sampler = Turned
+    trainer.train()
+    drawn = [row["prompt"] for row in read_pairs(Path(trainer.args.pairs_file))]
+    texts = prompts(8)["prompt"]
+    first, second = ([texts.index(prompt) for prompt in drawn[begin : begin + 8]] for begin in (0, 8))
+    assert sorted(first) == sorted(second) == list(range(8))
+    if order == "unseeded":
+        assert first != second
+    else:
+        start = 3 if order == "of its own" else 0
+        assert (first, second) == (list(range(8)), [(i + start) % 8 for i in range(8)])
 
 
 def test_a_store_tells_the_references_apart(make_trainer: TrainerFactory, tmp_path: Path) -> None:

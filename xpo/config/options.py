@@ -149,6 +149,7 @@ class LossOptions(Options):
     bonus: Annotated[str, one_of(*BONUSES), Role.ADDED] = "xpo"
     bonus_on: Annotated[str | None, one_of("first", "second", "rejected"), Role.ADDED] = None
     bonus_clip: Annotated[float | None, positive, Role.ADDED] = None
+    bonus_per_token: Annotated[bool, Role.ADDED] = False
     missing_eos_penalty: Annotated[float | None, positive] = None
 
 

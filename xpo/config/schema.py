@@ -49,6 +49,7 @@ class TrainSchema:
         own_scores = self.judge["_target_"] == REWARD_JUDGE and "reward_model" not in self.judge
         check_scaling(self.preference, own_scores)
         check_bonus(self.loss)
+        check_weights(self.loss, training.iterations)
         check_lengths(self.generation)
         check_replay(self.replay.pairs, self.replay.ratio, self.replay.window)
         check_iterations(
@@ -178,6 +179,17 @@ def check_bonus(options: LossOptions, spelled: Spelling = dotted) -> None:
         raise ConfigError(
             f"{alpha}={options.alpha!r} has no effect with {bonus}=none; set {alpha}=0, or choose a bonus"
         )
+
+
+def check_weights(options: LossOptions, iterations: int, spelled: Spelling = dotted) -> None:
+    """A value for each iteration, the last one for the rest, but none for one that never comes."""
+    for key in ("alpha", "beta"):
+        values = vars(options)[key]
+        if isinstance(values, Sequence) and 1 < iterations < len(values):
+            raise ConfigError(
+                f"{spelled(f'loss.{key}')}={values!r} has {len(values)} values for {spelled('training.iterations')}="
+                f"{iterations}; give one for each at most"
+            )
 
 
 def check_replay(pairs: str, ratio: float, window: int | None, spelled: Spelling = dotted) -> None:

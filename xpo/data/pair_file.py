@@ -48,16 +48,24 @@ class PairFile:
         self._warned = False
 
     def restore(self, step: int) -> None:
-        """Drops the pairs of later optimizer steps than this one, and what a kill has torn."""
+        """Drops the pairs of later optimizer steps than this one, and what a kill has torn.
+
+        ConfigError for a file that cannot be made.
+        """
         self._waiting, self._end, self._begins, self._steps = [], 0, array("q"), []
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                for line in file:
-                    begins = _STEP.match(line)
-                    if begins is None or int(begins[1]) > step or not line.endswith(b"\n"):
-                        break
-                    self._note(int(begins[1]), self._end)
-                    self._end += len(line)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("ab").close()
+        except OSError as error:
+            why = f"pairs_file={str(self.path)!r} cannot be made ({error.strerror})"
+            raise ConfigError(f"{why}; name a file in a directory that can be written") from error
+        with self.path.open("rb") as file:
+            for line in file:
+                begins = _STEP.match(line)
+                if begins is None or int(begins[1]) > step or not line.endswith(b"\n"):
+                    break
+                self._note(int(begins[1]), self._end)
+                self._end += len(line)
         self.sync()
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:

@@ -233,6 +233,6 @@ class RepeatedSteps(Sampler[int]):
     def __len__(self) -> int:
         return len(self.sampler) // self.size * self.size * self.times
 
-    def set_epoch(self, epoch: int) -> None:
-        """Which order comes next."""
-        self.sampler.set_epoch(epoch)
+    def __getattr__(self, name: str) -> Any:
+        # A loader looks for set_epoch, which orders that depend on the epoch have and others lack.
+        return getattr(self.sampler, name)

@@ -58,18 +58,27 @@ class Labeller:
         self.scale = ScoreScale(options.normalize_scores, options.clip_scores, sum_over_ranks)
 
     def __call__(
-        self, prompts: Sequence[Prompt], first: Completions, second: Completions, uniform: Tensor | None = None
+        self,
+        prompts: Sequence[Prompt],
+        first: Completions,
+        second: Completions,
+        uniform: Tensor | None = None,
+        counted: bool = False,
     ) -> Labelled:
         """The labels of B pairs. Identical texts are a tie whatever the judge says, before the penalty.
 
-        `uniform` are numbers in [0, 1) for sampled labels, (B,). ConfigError unless there is one number per pair.
+        `uniform` are numbers in [0, 1) for sampled labels, (B,); `counted` says that `best_and_worst` has chosen these
+        pairs, and counted their scores among all. ConfigError unless there is one number per pair.
         """
         verdicts = self.judge.verdicts(prompts, first.texts, second.texts)
         scored, scores, parts = verdicts.scores, None, {}
         if (other := self.reward_model) is not None:
             scored = other.scores_with_parts(prompts, first.texts), other.scores_with_parts(prompts, second.texts)
         if scored is not None:
-            scores = self.scale(torch.stack([one_per_pair("reward_model", each.total, prompts) for each in scored]))
+            scores = torch.stack([one_per_pair("reward_model", each.total, prompts) for each in scored])
+            if not counted:
+                self.scale.count(scores)
+            scores = self.scale(scores)
             parts = {name: torch.stack([each.parts[name] for each in scored]) for name in scored[0].parts}
         margin, flipped = (one_per_pair("judge", values, prompts) for values in verdicts[:2])
         if scores is not None and self.reward_model is None:
@@ -86,26 +95,33 @@ class Labeller:
     ) -> tuple[Completions, Completions]:
         """Of n candidates for each of B prompts the best and the worst; of two, these as they are.
 
-        By the score of a reward model that judges, or else by the judge's mean margin against the n - 1 others, less
-        what a missing EOS costs. What could not be judged is neither.
+        By the scaled score of a reward model that judges, or else by the judge's mean margin against the other texts,
+        less what a missing EOS costs. They are two, even if all are equal; what could not be judged is neither, unless
+        that leaves fewer than two.
         """
         if len(candidates) == 2:
             return candidates[0], candidates[1]
         texts, n = [one.texts for one in candidates], len(candidates)
         if type(self.judge) is RewardJudge:
-            strength = torch.stack([self.judge.reward_model.scores_with_parts(prompts, each).total for each in texts])
+            scores = torch.stack([self.judge.reward_model.scores_with_parts(prompts, each).total for each in texts])
+            self.scale.count(scores)
+            strength = self.scale(scores)
         else:
             margins = torch.full((n, n, len(prompts)), torch.nan)
             for one, two in itertools.combinations(range(n), 2):
                 verdict = one_per_pair("judge", self.judge.verdicts(prompts, texts[one], texts[two]).margin, prompts)
+                differ = torch.tensor([a != b for a, b in zip(texts[one], texts[two], strict=True)])
+                verdict = verdict.where(differ & verdict.isfinite(), torch.nan)
                 margins[one, two], margins[two, one] = verdict, -verdict
             strength = margins.nanmean(dim=1)
         strength = strength - missing_eos_cost(
             torch.stack([one.ended for one in candidates]).cpu(), self.missing_eos_penalty
         )
-        best = strength.nan_to_num(-torch.inf, neginf=-torch.inf).argmax(dim=0)
-        worst = strength.nan_to_num(torch.inf, posinf=torch.inf).argmin(dim=0)
-        return picked(candidates, best), picked(candidates, worst)
+        judged = strength.isfinite()
+        order = strength.where(judged, -torch.inf).argsort(dim=0, descending=True, stable=True)
+        known = judged.sum(dim=0)
+        worst = order.gather(0, known.where(known > 1, n)[None] - 1)[0]
+        return picked(candidates, order[0]), picked(candidates, worst)
 
     def queries(self, n: int) -> float:
         """What a prompt with n completions costs, in preference queries: pairs that are compared, in one order or two.
@@ -143,12 +159,17 @@ class ScoreScale:
         self.sum_over_ranks = sum_over_ranks
         self.moments = [0.0, 0.0, 0.0]  # how many scores, their sum, the sum of their squares; part of a checkpoint
 
-    def __call__(self, scores: Tensor) -> Tensor:
-        """The scores of one optimizer step, any shape, scaled with their own share in mean and deviation."""
+    def count(self, scores: Tensor) -> None:
+        """Takes the scores of one optimizer step, any shape, into mean and deviation. All processes together."""
         if self.normalize:
             finite = scores[scores.isfinite()].double()
             fresh = torch.tensor([finite.numel(), finite.sum(), finite.square().sum()], dtype=torch.float64)
             self.moments = [a + b for a, b in zip(self.moments, self.sum_over_ranks(fresh).tolist(), strict=True)]
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Scores of any shape, scaled by what was counted so far; NaN where they are infinite."""
+        scores = scores.where(scores.isfinite(), torch.nan)  # before they are clipped to a number
+        if self.normalize:
             count, total, squares = self.moments
             mean = total / max(count, 1)
             deviation = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from xpo.models.logprobs import length_mask
 
@@ -35,6 +34,9 @@ def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence
 
 def padded(rows: Sequence[Sequence[int]], pad: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:
     """Token ids as one tensor, and which of them are real, (N, L) each. A real token may be equal to `pad`."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad, padding_side=side)
-    mask = length_mask(torch.tensor([len(row) for row in rows]), ids.shape[1])
-    return ids, mask.flip(1) if side == "left" else mask
+    lengths = [len(row) for row in rows]
+    width = max(lengths)
+    fill = [[pad] * (width - length) for length in lengths]
+    whole = [[*more, *row] if side == "left" else [*row, *more] for row, more in zip(rows, fill, strict=True)]
+    mask = length_mask(torch.tensor(lengths), width)
+    return torch.tensor(whole, dtype=torch.long), mask.flip(1) if side == "left" else mask

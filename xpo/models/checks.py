@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError
 from xpo.models.reference import base_model
+from xpo.models.zero import gathered, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,37 @@ def check_models(
         return
     if limit is not None and max_length > limit:
         raise ConfigError(f"max_length={max_length}: {why} {limit} tokens; lower max_length")
+
+
+def check_becomes(policy: nn.Module, reference: nn.Module) -> None:
+    """ConfigError unless a reference that takes over the policy's trained parameters is the policy then.
+
+    What it keeps must be equal already, and what is one tensor in one of them must be one in the other. Equality is
+    found out a tensor at a time; under ZeRO-3 both models are whole meanwhile.
+    """
+    where = "reference_update='iteration': ref_model"
+    remedy = "leave ref_model (model.reference) out, or set reference_update='never'"
+    own = dict(reference.named_parameters(remove_duplicate=False))
+    becomes: dict[int, nn.Parameter] = {}  # what the tensors of the reference become, by their id
+    for name, part in policy.named_parameters():
+        if part.requires_grad:
+            if name not in own or shape_of(part) != shape_of(own[name]):
+                raise ConfigError(f"{where} has no {name} of the policy's shape; {remedy}")
+            becomes[id(own[name])] = part
+    theirs = dict(policy.named_parameters(remove_duplicate=False)) | dict(policy.named_buffers())
+    mine = own | dict(reference.named_buffers())
+    with gathered(policy), gathered(reference):
+        for name in mine | theirs:
+            kept, source = mine.get(name), theirs.get(name)
+            if kept is None or source is None:
+                same = False
+            elif id(kept) in becomes:
+                same = becomes[id(kept)] is source
+            else:
+                equal = kept.shape == source.shape and torch.equal(kept, source.to(kept.device, kept.dtype))
+                same = equal and not source.requires_grad
+            if not same:
+                raise ConfigError(f"{where} would not have the policy's {name}, tied or not trained; {remedy}")
 
 
 def check_trained(model: nn.Module) -> None:

@@ -40,6 +40,16 @@ class Iterates:
                 save_file({name: one.detach().cpu().contiguous() for name, one in trained}, part)
                 os.replace(part, self._file(step))
 
+    def steps(self) -> list[int]:
+        """The optimizer steps before which a policy was kept, in order."""
+        return sorted(int(file.stem.removeprefix("step_")) for file in self.directory.glob("step_*.safetensors"))
+
+    def drop_since(self, step: int) -> None:
+        """Deletes the policies from before this step on: of a run that goes on there, or of another one before it."""
+        for later in self.steps():
+            if later >= step:
+                self._file(later).unlink(missing_ok=True)  # machines may share the directory
+
     def values(self, step: int) -> dict[str, Tensor]:
         """What was kept, on the CPU; ConfigError if it is not there, for a run that goes on elsewhere."""
         if not self._file(step).is_file():

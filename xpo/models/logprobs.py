@@ -95,8 +95,9 @@ def completion_logps(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, 
         logits_to_keep=width + 1,
         use_cache=False,
     ).logits[:, -width - 1 : -1]
-    # Row by row: a float32 copy of all logits would double their memory.
-    logps = torch.stack([token_logps(row, tokens) for row, tokens in zip(logits, ids, strict=True)])
+    # In parts: a float32 copy of all logits would double their memory.
+    rows = max(LOGITS_AT_ONCE // logits[0].numel(), 1)
+    logps = torch.cat([token_logps(*part) for part in zip(logits.split(rows), ids.split(rows), strict=True)])
     return torch.where(mask, logps, torch.zeros_like(logps)).sum(dim=1).view(completions, count)
 
 

@@ -22,7 +22,13 @@ _EPSILON = 1e-5  # of GEB's released code
 
 
 def exploration_loss(
-    policy_logps: Tensor, reference_logps: Tensor, label: Tensor, alpha: float, beta: float, options: LossOptions
+    policy_logps: Tensor,
+    reference_logps: Tensor,
+    label: Tensor,
+    alpha: float,
+    beta: float,
+    options: LossOptions,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """The bonus of each pair, won or lost, (B,).
 
@@ -38,12 +44,18 @@ def exploration_loss(
         alpha: the weight.
         beta: the KL regularisation strength.
         options: `bonus`; `bonus_on`: a pair without a preference has no "rejected" completion, and no bonus then;
-            `bonus_clip`: beyond so many nats of lr(y) the bonus no longer grows, and has no gradient.
+            `bonus_clip`: beyond so many nats of lr(y) the bonus no longer grows, and has no gradient;
+            `bonus_per_token`: pi(y) is its geometric mean over the tokens, pi(y)^(1/|y|), and the reference's, too.
+        lengths: |y|, tokens of the completions, (2, B); needed for `bonus_per_token`.
     """
     on = options.bonus_on or PUBLISHED_ON[options.bonus]
     row = {"first": torch.zeros_like(label), "second": torch.ones_like(label), "rejected": (label > 0).to(label)}[on]
     index = row.long()[None]
     logps, reference = (values.gather(0, index)[0] for values in (policy_logps, reference_logps))
+    if options.bonus_per_token:
+        assert lengths is not None
+        tokens = lengths.gather(0, index)[0]
+        logps, reference = logps / tokens, reference / tokens
     ratio = logps - reference
     if options.bonus_clip is not None:
         ratio = ratio.clamp(-options.bonus_clip, options.bonus_clip)

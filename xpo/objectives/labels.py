@@ -32,13 +32,14 @@ def preference_labels(margin: Tensor, options: PreferenceOptions, uniform: Tenso
         margin: see above, (B,).
         options: margins of at most `tie_threshold` are ties. With `labels` "hard", the likelier winner wins; "soft",
             both may have won, the first with probability sigmoid(margin / label_temperature); "sampled", the winner
-            is drawn with that probability (Bradley-Terry).
+            is drawn with that probability (Bradley-Terry), for a margin of 0, too, if the threshold is 0.
         uniform: for "sampled", numbers in [0, 1), (B,).
 
     Returns:
         The label (for "soft", of the likelier winner), and the probability of a win that the loss uses.
     """
-    decided = margin.isfinite() & (margin.abs() > options.tie_threshold)
+    coin = options.labels == "sampled" and options.tie_threshold == 0
+    decided = margin.isfinite() & ((margin.abs() > options.tie_threshold) | coin)
     probability = torch.sigmoid(margin / options.label_temperature)
     if options.labels == "sampled":
         assert uniform is not None

@@ -73,6 +73,7 @@ def xpo_loss(
     alpha: float,
     beta: float,
     options: LossOptions | None = None,
+    lengths: Tensor | None = None,
 ) -> XPOLoss:
     """The objective of pairs: XPO's by default, whose bonus makes second completions less likely.
 
@@ -83,6 +84,7 @@ def xpo_loss(
         alpha: the weight of the exploration bonus.
         beta: the KL regularisation strength.
         options: `loss_type` and the bonus; None for the defaults. Its alpha and beta are not read: they may change.
+        lengths: tokens of the completions, (2, B), which only `bonus_per_token` needs.
 
     Returns:
         The preference loss (0 for pairs without preference) and the exploration loss (every pair).
@@ -95,7 +97,7 @@ def xpo_loss(
     loss = labels.win_probability * won + (1 - labels.win_probability) * lost
     return XPOLoss(
         dpo=torch.where(labels.label == 0, torch.zeros_like(loss), loss),
-        xpo=exploration_loss(policy_logps, reference_logps, labels.label, alpha, beta, options),
+        xpo=exploration_loss(policy_logps, reference_logps, labels.label, alpha, beta, options, lengths),
     )
 
 
@@ -106,6 +108,7 @@ def gradient_sizes(
     alpha: float,
     beta: float,
     options: LossOptions | None = None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """How much each term pulls at a pair: |d/d log pi(y)| + |d/d log pi(y~)| of the two, (B,) each.
 
@@ -113,7 +116,7 @@ def gradient_sizes(
     """
     with torch.enable_grad():
         logps = policy_logps.detach().requires_grad_()
-        terms = xpo_loss(logps, reference_logps, labels, alpha, beta, options)
+        terms = xpo_loss(logps, reference_logps, labels, alpha, beta, options, lengths)
         # A bonus of "none" depends on nothing.
         dpo, xpo = ((term + 0 * logps.sum(0)).sum() for term in terms)
         sizes = [torch.autograd.grad(term, logps, retain_graph=True)[0].abs().sum(0) for term in (dpo, xpo)]

@@ -22,7 +22,7 @@ from xpo.tracking.metrics_log import evaluations, measures
 logger = logging.getLogger(__name__)
 
 _NO_BONUS = (
-    "pi of whole completions underflows (lower max_new_tokens, or choose another bonus), "
+    "pi of whole completions underflows (set bonus_per_token, lower max_new_tokens, or choose another bonus), "
     "all are beyond bonus_clip, or no pair has a rejected one"
 )
 

@@ -21,6 +21,7 @@ from xpo.tracking.metrics import Meter
 from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training import iterations
 from xpo.training.config import XPOConfig, value_at
+from xpo.training.pair_memory import PairMemory
 from xpo.training.pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,13 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(PushingTrainer):
     """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
 
-    Subclasses set `meter` and `labeller` before they train.
+    Subclasses set `meter`, `labeller` and `memory` before they train.
     """
 
     args: XPOConfig
     meter: Meter
     labeller: Labeller
+    memory: PairMemory
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; ConfigError for a checkpoint of other DeepSpeed processes, or for none."""
@@ -50,6 +52,8 @@ class ResumableTrainer(PushingTrainer):
             if what := damage(Path(resume_from_checkpoint)):
                 raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
+        self.meter.load_state(Meter().state())  # this trainer may have trained before
+        self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def keep_checkpoint(self) -> None:
@@ -77,6 +81,7 @@ class ResumableTrainer(PushingTrainer):
             "meter": self.meter.state(),
             "zero_stage": _zero_stage(self.args),
             "processes": self.args.world_size,
+            "pairs": self.memory.count(self.state.global_step),
         }
         (Path(output_dir) / f"xpo_state_{self.args.process_index}.json").write_text(json.dumps(state))
         if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.local_process_index == 0:
@@ -111,6 +116,7 @@ class ResumableTrainer(PushingTrainer):
         if checkpoint is None:
             return
         rank, first = self.args.process_index, _read_state(checkpoint, 0)
+        self.memory.expected = None if first is None else first.get("pairs")  # earlier versions' lack it
         if (state := _read_state(checkpoint, rank)) is not None:
             self.meter.load_state(state["meter"])
             self.labeller.load_state(state)

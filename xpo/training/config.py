@@ -20,6 +20,7 @@ from xpo.config.schema import (
     check_lengths,
     check_probe,
     check_replay,
+    check_weights,
 )
 from xpo.data.pair_file import NAME as PAIRS
 from xpo.models.zero import connect, prepare_environment
@@ -51,6 +52,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         bonus: "xpo", another one of `xpo.objectives.bonuses`, or "none".
         bonus_on: the completion that the bonus is on: "first", "second" or "rejected"; None: its paper's.
         bonus_clip: nats of log pi/pi_ref beyond which the bonus no longer grows; None for no limit.
+        bonus_per_token: the bonus sees pi(y)^(1/|y|), which does not vanish with the number of tokens, for pi(y).
         sampler: who draws the second completion: "reference"; "policy", as in online DPO; "iterate", the policy that
             the iteration began with; "past", that of one of the iterations so far, each as likely; "best_of_n", where
             both are the policy's, the best and the worst of sampler_candidates.
@@ -203,6 +205,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
         check_bonus(self, as_argument)
+        check_weights(self, self.iterations, as_argument)
         check_replay(self.replay, self.replay_ratio, self.replay_window, as_argument)
         moving = (self.sampler, self.sampler_candidates, self.iterations, self.reference_update)
         check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)

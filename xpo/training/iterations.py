@@ -3,9 +3,10 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.config.errors import ConfigError
 from xpo.models.iterates import Iterates, PastPolicies
@@ -21,7 +22,7 @@ def number(args: XPOConfig, state: TrainerState) -> int:
     return state.global_step // args.replay_updates * args.iterations // max(rollouts, 1)
 
 
-class Iterations:
+class Iterations(TrainerCallback):
     """Keeps the policy that each iteration begins with, and moves to it what follows.
 
     Args:
@@ -40,6 +41,23 @@ class Iterations:
         self.reference_since = 0  # optimizer steps before the reference moved last
         self._iterates = Iterates(Path(args.output_dir) / ITERATES)
         self._reference, self._draws, self._past = reference, draws, past
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leaves the policies that this run kept before the step it goes on from; ConfigError if they are not its."""
+        begins = [self.begin(state, iteration) for iteration in range(self.args.iterations)]
+        kept, expected = ([step for step in of if step < state.global_step] for of in (self._iterates.steps(), begins))
+        if kept and kept != expected:
+            raise ConfigError(
+                f"resume: iterations in {str(self._iterates.directory)!r} began after the steps {kept}, which would be "
+                f"{expected} at iterations={self.args.iterations}, max_steps={state.max_steps} and "
+                f"replay_updates={self.args.replay_updates}; go on with the run's own"
+            )
+        if self.reference_since and self.begin(state) == 0:
+            raise ConfigError(
+                "reference_update='iteration': the reference has moved in an earlier train(); make a new trainer"
+            )
+        if self.args.local_process_index == 0:
+            self._iterates.drop_since(state.global_step)
 
     def enter(self, policy: nn.Module, engine: nn.Module | None, state: TrainerState) -> None:
         """Before an optimizer step; all processes together.

@@ -36,6 +36,11 @@ class PairMemory(TrainerCallback):
         self.file = PairFile(Path(args.pairs_file)) if args.pairs_file and args.process_index == 0 else None
         self.args, self.pad_token_id = args, pad_token_id
         self._iterations, self._reference_logps, self._meter = iterations, reference_logps, meter
+        self.expected: int | None = None  # pairs by the checkpoint that the run goes on from, if it says so
+
+    def count(self, step: int) -> int:
+        """Pairs that were kept up to this optimizer step; 0 where this process keeps none."""
+        return 0 if self.file is None else self.file.since(step + 1)
 
     def keep(
         self, step: StepPrompts, pairs: PairBatch, labelled: Labelled, reference_logps: Tensor, state: TrainerState
@@ -117,11 +122,12 @@ class PairMemory(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.file is not None:
             self.file.restore(state.global_step)
-            last = (state.global_step - 1) // self.args.replay_updates * self.args.replay_updates + 1  # that has drawn
-            if self.args.replays and state.global_step and self.file.since(last) == len(self.file):
+            found = len(self.file)
+            if self.args.replays and state.global_step and (not found or self.expected not in (None, found)):
                 raise ConfigError(
-                    f"resume: {str(self.file.path)!r} lacks the pairs of step {last}, which replay needs; put "
-                    "the run's own file there, or go on with replay=fresh and replay_updates=1"
+                    f"resume: {str(self.file.path)!r} has {found} pairs up to step {state.global_step}, not the "
+                    f"{self.expected or 'ones'} that the run drew, which replay needs; put the run's own file there, "
+                    "or go on with replay=fresh and replay_updates=1"
                 )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

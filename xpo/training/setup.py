@@ -21,6 +21,7 @@ from xpo.judges.labelling import Labeller
 from xpo.models.checks import (
     HAS_ADAPTERS,
     check_adapters,
+    check_becomes,
     check_embedded,
     check_models,
     check_tokens,
@@ -32,7 +33,7 @@ from xpo.models.hub import local_directory
 from xpo.models.iterates import PastPolicies
 from xpo.models.loading import end_tokens, from_directory, is_adapter, tokenizer_of
 from xpo.models.reference import Reference, base_model
-from xpo.models.zero import divide, frozen_copy, gathered, loading_whole, shape_of
+from xpo.models.zero import divide, frozen_copy, gathered, loading_whole
 from xpo.rewards import RewardModel
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.pairs import PairSampler
@@ -98,13 +99,7 @@ def build_references(
     """One reference, or two if one of them moves; ConfigError if it cannot."""
     moves = args.reference_update == "iteration"
     if moves and ref_model is not None:
-        own = {name: part.shape for name, part in base_model(ref_model).named_parameters()}
-        for name, part in model.named_parameters():
-            if part.requires_grad and shape_of(part) != own.get(name):
-                raise ConfigError(
-                    f"reference_update='iteration': ref_model has no {name} of the policy's shape; leave ref_model "
-                    "(model.reference) out, or set reference_update='never'"
-                )
+        check_becomes(model, base_model(ref_model))
     opponent = build_reference(args, model, ref_model, policy_engine)
     moving = None if ref_model is None else frozen_copy(base_model(ref_model))
     training = build_reference(args, model, moving, policy_engine) if moves else opponent
@@ -214,6 +209,11 @@ def check_batches(args: XPOConfig, train: PromptDataset) -> None:
     given = f"replay_updates={args.replay_updates}"
     if not isinstance(train, Dataset):
         raise ConfigError(f"{given} needs a train_dataset of known length; give one, or replay_updates=1")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            f"{given} does not go with train_sampling_strategy='batch_rebalance', which makes batches of its own; "
+            "choose another, or replay_updates=1"
+        )
     if len(train) < args.pairs_of_a_step:
         raise ConfigError(
             f"{given} needs whole steps, of {args.pairs_of_a_step} prompts, and train_dataset has {len(train)}; lower "

@@ -50,8 +50,7 @@ class XPOTrainer(ResumableTrainer):
 
     `get_batch_samples` does everything down to the reference, `compute_loss` the rest.
 
-    Algorithm 1 of the paper accumulates its pairs and solves for the minimiser: `replay="all"`, more `replay_updates`.
-    By default, as in TRL, each optimizer step trains on its own pairs and takes one gradient step.
+    Each optimizer step trains on its own pairs, as in TRL. Algorithm 1 accumulates them: `replay="all"`.
 
     Args:
         model: the policy, or its name.
@@ -114,6 +113,9 @@ class XPOTrainer(ResumableTrainer):
         setup.check_batches(args, train)
         references = setup.build_references(args, model, ref_model, lambda: self.zero3_engine)
         self.reference = references.training
+        self.sampler = setup.build_sampler(args, model, tokenizer)
+        self.draws = setup.build_reference_draws(args, self.reference, self.sampler)
+        self.iterations = Iterations(args, self.reference, self.draws, references.past)
         super().__init__(
             model=model,
             args=args,
@@ -121,17 +123,14 @@ class XPOTrainer(ResumableTrainer):
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), WatchBonus()],
+            callbacks=[*(callbacks or []), self.iterations, WatchBonus()],
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = True  # older Trainers read this one for loss_is_scaled_for_ga
         self.policy_forward, forward, opponent_forward = setup.build_forwards(args, self.model, references)
         self.reference_logps = ReferenceLogps(self.reference, forward, args.tokens_at_once, self.accelerator.autocast)
-        self.sampler = setup.build_sampler(args, model, tokenizer)
-        self.draws = setup.build_reference_draws(args, self.reference, self.sampler)
         self.prompt_queue = PromptQueue(args, reads_ahead=self.draws.store is not None and args.sampler == "reference")
         self.sample_pairs = setup.build_pair_sampler(args, self.sampler, self.draws, references.past)
-        self.iterations = Iterations(args, self.reference, self.draws, references.past)
         self.labeller = Labeller(judge, reward_model, args, args.missing_eos_penalty, self.sum_over_ranks)
         self.meter = Meter()
         self.memory = PairMemory(args, self.sampler.pad_token_id, self.iterations, self.reference_logps, self.meter)
@@ -191,7 +190,7 @@ class XPOTrainer(ResumableTrainer):
         stopped: JudgeStopped | None = None
         try:
             first, second = self.labeller.best_and_worst(step.prompts, drawn)
-            labelled = self.labeller(step.prompts, first, second, uniform)
+            labelled = self.labeller(step.prompts, first, second, uniform, counted=len(drawn) > 2)
             verdicts = int(labelled.margin.isfinite().sum())
         except JudgeStopped as error:
             stopped = error
@@ -215,12 +214,13 @@ class XPOTrainer(ResumableTrainer):
             inputs: a micro-batch, see `get_batch_samples`.
             num_items_in_batch: pairs of the optimizer step on all ranks.
         """
-        alpha, beta, fresh = self.alpha, self.beta, inputs["age"] == 0
+        alpha, beta, lengths = self.alpha, self.beta, inputs["completion_mask"].sum(dim=2)
         policy_logps, reference_logps = self.policy_forward(model, inputs), inputs["reference_logps"]
-        labels = Labels(inputs["label"], inputs["win_probability"])
-        dpo, xpo = xpo_loss(policy_logps, reference_logps, labels, alpha, beta, self.args)
+        labels, fresh = Labels(inputs["label"], inputs["win_probability"]), inputs["age"] == 0
+        pairs = policy_logps, reference_logps, labels, alpha, beta, self.args, lengths
+        dpo, xpo = xpo_loss(*pairs)
         self.meter.add(pair_metrics(policy_logps.detach(), reference_logps, labels.label, beta, dpo, xpo, fresh))
-        self.meter.add(bonus_share(*gradient_sizes(policy_logps, reference_logps, labels, alpha, beta, self.args)))
+        self.meter.add(bonus_share(*gradient_sizes(*pairs)))
         self.meter.last |= {"alpha": alpha, "beta": beta}
         # Gradients are averaged over the ranks.
         return (dpo + xpo).sum() * self.args.world_size / num_items_in_batch
