@@ -28,7 +28,9 @@ import xpo.chat
 import xpo.compare
 import xpo.judges.__main__
 import xpo.pairs
+import xpo.push
 import xpo.reference
+import xpo.runs
 import xpo.track
 from xpo import XPOConfig, XPOTrainer
 from xpo.config.compose import CONF, check_complete, checked, choose_preset, compose
@@ -126,7 +128,9 @@ OURS: dict[str, Callable[[list[str]], None]] = {
     "xpo.chat": parses(xpo.chat, "find_trained"),
     "xpo.compare": parses(xpo.compare, "find_sweep"),
     "xpo.pairs": parses(xpo.pairs, "pair_files"),
+    "xpo.push": parses(xpo.push, "push_later"),
     "xpo.reference": parses(xpo.reference, "fill"),
+    "xpo.runs": parses(xpo.runs, "runs_below"),
     "xpo.track": parses(xpo.track, "lacks"),
 }
 
@@ -143,7 +147,7 @@ def test_every_command_works(
         assert re.search(rf"^{command[1]}: .*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif command[0] in ("python", "torchrun"):
         module, *words = command[command.index("-m") + 1 :]
-        OURS[module](words if words or module in ("xpo.train", "xpo.compare") else ["--help"])
+        OURS[module](words if words or module in ("xpo.train", "xpo.compare", "xpo.runs") else ["--help"])
     else:
         assert command[0] in OTHERS
 
@@ -201,6 +205,8 @@ def test_the_commands_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert Path("pairs.parquet").exists()
     run(xpo.compare, monkeypatch, "trained", "trained", "--no-log", "--out", "report")
     assert Path("report/report.html").exists()
+    run(xpo.runs, monkeypatch, ".")
+    assert re.search(r"trained .*finished", capsys.readouterr().out)
     run(xpo.track, monkeypatch, "replay")
     assert "nothing to send" in capsys.readouterr().out
 

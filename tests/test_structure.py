@@ -66,7 +66,7 @@ def test_imports_go_one_way(path: Path):
 def test_what_the_parent_needs_imports_no_torch():
     """`--cfg job` and a wrong word for `xpo.judges` are answered at once; the parent of a sweep holds no memory."""
     code = (
-        "import sys, xpo.train, xpo.launch.sweep, xpo.judges.__main__, hydra_plugins.xpo_launcher;"
+        "import sys, xpo.train, xpo.push, xpo.runs, xpo.launch.sweep, xpo.judges.__main__, hydra_plugins.xpo_launcher;"
         "print(*{'torch', 'transformers', 'datasets', 'mlflow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

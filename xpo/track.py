@@ -18,8 +18,7 @@ from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_client import held_points, naming, reach, tracking_uri
 from xpo.tracking.mlflow_follower import Followed, Follower, in_words
-
-ROOTS = (Path("outputs"), Path("multirun"))
+from xpo.tracking.runs import ROOTS
 
 
 class NotSent(Exception):

@@ -145,7 +145,12 @@ CASES = [
     case("unknown key of a judge", "judge=pair_rm judge.batchsize=2", ["'judge.batchsize'", "'judge.batch_size'"]),
     case("the last word of a key", "seed=1", ["'seed'", "did you mean 'training.seed' or"]),
     case("a short name", "lr=1e-5", ["'lr'", "did you mean 'training.learning_rate'"]),
-    case("no key of its own", "training.report_to=wandb", ["'training.report_to'", "+training.kwargs.report_to="]),
+    case("no key of its own", "training.neftune_noise_alpha=1", ["+training.kwargs.neftune_noise_alpha="]),
+    case(
+        "another group's key",
+        "training.report_to=wandb",
+        ["'training.report_to'", "did you mean 'tracking.report_to'?"],
+    ),
     case(
         "a model as a group", "model=Qwen/Qwen2-0.5B", ["model=Qwen/Qwen2-0.5B", "or give model.name=Qwen/Qwen2-0.5B"]
     ),
@@ -194,12 +199,15 @@ CASES = [
         ["training.kwargs.report_to='clearml'", "is not installed; install it or leave it out"],
         WORKER,
     ),
+    case("an unknown logger", "tracking.report_to=[wandb,tensorbord]", ["report_to='tensorbord'", "'tensorboard'"]),
     case(
         "a hub that is out of reach",
         "experiment=smoke training.push_to_hub=true training.hub_model_id=me/none",
         ["training.push_to_hub=True", "see to the network and to `hf auth login`, or set it to false"],
         WORKER,
     ),
+    case("pairs for no hub", "training.push_pairs=true", ["push_pairs=True has no effect", "python -m xpo.push RUN"]),
+    case("checkpoints for the hub", "training.hub_strategy=checkpoint", ["'checkpoint' is not one of end, every_save"]),
     case("seed of data", "training.data_seed=-1", ["training.data_seed=-1", "at least 0"]),
     case("unknown loss", "loss.loss_type=ippo", ["loss.loss_type='ippo'", "sigmoid, ipo", "did you mean 'ipo'"]),
     case("no LoRA modules", "lora=default lora.target_modules=[]", ["lora.target_modules=[]", "give all-linear"]),

@@ -429,7 +429,7 @@ def test_runs_that_were_started_one_by_one(tmp_path: Path) -> None:
     points = compare(sweep).points  # the first two differ in nothing that changes a number
     assert [(len(point.runs), point.settings["loss"]) for point in points] == [(2, "null"), (1, "selm")]
     RunRecord(name="third", choices={}, finished=False).write(tmp_path / "2")
-    assert find_sweep([str(tmp_path / name) for name in "012"], None, "xpo").runs[2].state == "not finished"
+    assert find_sweep([str(tmp_path / name) for name in "012"], None, "xpo").runs[2].state == "stopped"
     with pytest.raises(ConfigError, match=r"RUN='nowhere' holds no run\.json; give outputs/DATE/TIME"):
         find_sweep(["nowhere", str(tmp_path / "0")], None, "xpo")
 

@@ -10,10 +10,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -795,36 +793,6 @@ def test_no_room_for_the_final_model_is_one_line(
     assert f"kept is {run_dir}/model/checkpoint-1; {remedy}" in line
     assert "make room, and continue with: python -m xpo.train" in line
     assert f"no {lacks}" in json.loads((run_dir / "failure.json").read_text())["reason"]
-
-
-# ---- the hub -----------------------------------------------------------------------------------
-
-
-def test_push_to_hub_uploads_the_finished_model_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Through Trainer's own code; the hub's client is replaced."""
-    uploads: list[dict[str, Any]] = []
-
-    def create_repo(self: Any, repo_id: str, **options: Any) -> SimpleNamespace:
-        return SimpleNamespace(repo_id=repo_id)
-
-    def upload_folder(self: Any, folder_path: str, **options: Any) -> Future[None] | None:
-        uploads.append(options | {"card": (Path(folder_path) / "README.md").read_text()})
-        return None
-
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", create_repo)
-    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    arguments = ["experiment=smoke", "tracking=none", "training.max_steps=1", "training.push_to_hub=true"]
-    arguments += ["training.hub_model_id=me/xpo-tiny", "training.hub_strategy=end", "training.disable_tqdm=true"]
-    run_dir = prepared(arguments, tmp_path / "run")
-    monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
-    with pytest.raises(SystemExit) as exit_of_worker:
-        worker.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert exit_of_worker.value.code == 0
-    assert [upload["repo_id"] for upload in uploads] == ["me/xpo-tiny"]
-    assert "| metric | step 0 | step 1 |" in uploads[0]["card"]
 
 
 @pytest.mark.parametrize(("alpha", "shown"), [("1e-3", "-3.0"), ("0", "null")])

@@ -77,6 +77,7 @@ def test_the_front_matter_names_library_and_base_model(args: XPOConfig, adapter:
         "library_name": library,
         "base_model": "owner/name",
         "tags": ["xpo", "preference-optimization"],
+        "pipeline_tag": "text-generation",
     }
 
 

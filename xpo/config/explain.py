@@ -92,7 +92,7 @@ def _hint(key: str, conf: Path, schema: type) -> str:
     known = valid_keys(conf, schema)
     group, _, word = key.rpartition(".")
     same = [repr(one) for one in known if one.rpartition(".")[2] == _SHORT.get(word, word)]
-    if same and not group:
+    if same and group in ("", "training"):
         return f"; did you mean {' or '.join(same)}?"
     if group == "training" and not get_close_matches(key, known, n=1, cutoff=0.8):
         return f"; other names of TrainingArguments are given as +training.kwargs.{word}=..."

@@ -290,10 +290,11 @@ class TrainingOptions(Options):
     dataloader_drop_last: bool = False
     ddp_timeout: int = 1800
     disable_tqdm: Annotated[bool, Role.OPERATION] = False
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_strategy: str = "every_save"
-    hub_private_repo: bool | None = None
+    push_to_hub: Annotated[bool, Role.LENGTH] = False
+    push_pairs: Annotated[bool, Role.OPERATION] = False
+    hub_model_id: Annotated[str | None, Role.LENGTH] = None
+    hub_strategy: Annotated[str, one_of("end", "every_save"), Role.LENGTH] = "every_save"
+    hub_private_repo: Annotated[bool | None, Role.LENGTH] = None
     kwargs: Annotated[dict[str, Any], _without_keys, Argument(None)] = field(default_factory=dict)
     keep_training_state: Annotated[bool, Role.OPERATION, Argument(None)] = True
     profile: Annotated[bool, Role.OPERATION, Argument(None)] = False
@@ -331,9 +332,18 @@ class SweepOptions(Options):
     rerun: Annotated[bool, Role.OPERATION] = False
 
 
+LOGGERS = ("tensorboard", "trackio", "wandb")
+
+
+def _loggers(key: str, value: Any) -> None:
+    for name in [value] if isinstance(value, str) else value:
+        checks.one_of(key, name, LOGGERS)
+
+
 @dataclass
 class TrackingOptions(Options):
     enabled: Annotated[bool, Role.OPERATION] = True
+    report_to: Annotated[Any, _loggers, Role.OPERATION] = None
     uri: Annotated[str | None, Role.OPERATION] = None
     experiment: Annotated[str, Role.OPERATION] = "xpo"
     run_name: Annotated[str | None, Role.OPERATION] = None

@@ -68,6 +68,9 @@ class TrainSchema:
             raise ConfigError(f"{given} has no effect with training.eval_strategy=no; {remedy}")
         if training.push_to_hub and not training.hub_model_id:
             raise ConfigError("training.push_to_hub=True needs a repository; set training.hub_model_id=owner/name")
+        if training.push_pairs and not training.push_to_hub:
+            given = "training.push_pairs=True has no effect with training.push_to_hub=False"
+            raise ConfigError(f"{given}; set it to true, too, or push later: python -m xpo.push RUN --pairs")
         if never and training.load_best_model_at_end:
             raise ConfigError(f"training.load_best_model_at_end=True needs evaluations; {remedy}")
         if self.evaluation.probe_prompts and self.data.eval is None:

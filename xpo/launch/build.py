@@ -4,11 +4,11 @@ import inspect
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from xpo.config.errors import ConfigError, first_line, nearest
+from xpo.config.options import LOGGERS
 from xpo.config.schema import TrainSchema, trainer_arguments
 from xpo.data.pair_file import NAME
 from xpo.data.prompt_sets import load_prompts
@@ -16,6 +16,7 @@ from xpo.launch.groups import build_group, build_preference, check_target
 from xpo.models.checks import HAS_ADAPTERS
 from xpo.models.loading import is_adapter, load_model, load_tokenizer, loaded, lora_config, policy_directory
 from xpo.models.zero import loading_whole
+from xpo.tracking.hub import make_repositories
 from xpo.training.config import XPOConfig
 from xpo.training.setup import prompt_tokenizer
 from xpo.training.trainer import XPOTrainer
@@ -39,12 +40,17 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
                 f"training.kwargs.{key}={value!r} is not a TrainingArguments name{nearest(key, valid)}; "
                 "correct or remove it"
             )
+    given: dict[str, Any] = {
+        "log_level": "error",
+        "report_to": config.tracking.report_to or "none",
+        "trackio_static_space_id": False,  # or Trackio would push what it has logged along with the model
+    } | config.training.kwargs
     try:
         args = XPOConfig(
             output_dir=str(run_dir / "model"),
             pairs_file=str(run_dir / NAME),
             **dict(trainer_arguments(config)),
-            **{"log_level": "error"} | config.training.kwargs,
+            **given,
         )
     except ConfigError:
         raise
@@ -52,15 +58,14 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
         raise ConfigError(f"training: {first_line(error)}; correct the values under training") from error
     for name in args.report_to or ():
         if name not in get_available_reporting_integrations():
-            raise ConfigError(f"training.kwargs.report_to={name!r} is not installed; install it or leave it out")
-    if args.push_to_hub and args.process_index == 0:
-        try:  # as the Trainer will, when the models have loaded
-            HfApi().create_repo(args.hub_model_id or "model", private=args.hub_private_repo, exist_ok=True)
-        except Exception as error:  # of the hub, its client, or a socket
-            raise ConfigError(
-                f"training.push_to_hub=True: no repository can be made ({first_line(error)}); "
-                "see to the network and to `hf auth login`, or set it to false"
-            ) from error
+            key = "tracking.report_to" if name in LOGGERS else "training.kwargs.report_to"
+            raise ConfigError(f"{key}={name!r} is not installed; install it or leave it out")
+    if args.push_to_hub and args.process_index == 0:  # as the Trainer will, when the models have loaded
+        try:
+            make_repositories(str(args.hub_model_id), args.push_pairs, args.hub_private_repo)
+        except ConfigError as error:
+            later = "set it to false, and push later: python -m xpo.push RUN --to OWNER/NAME"
+            raise ConfigError(f"training.push_to_hub=True: {error}, or {later}") from error
     return args
 
 

@@ -12,7 +12,7 @@ from yaml import YAMLError
 from xpo.config.compose import CONF, checked
 from xpo.config.errors import ConfigError, RunInUse, first_line
 from xpo.config.schema import default_of, flatten, may_change, to_dict
-from xpo.tracking.runs import RunRecord, job_key, resolve_resume
+from xpo.tracking.runs import ROOTS, RunRecord, job_key, resolve_resume
 
 _KEPT = ("hydra.searchpath", "hydra.job.env_set")  # of Hydra's own words: what a run reads of them
 
@@ -55,7 +55,7 @@ def prepare(
         tags=tags or {},
     )
     if schema.training.resume is not None:
-        found = resolve_resume(schema.training.resume, key, [Path("outputs"), Path("multirun"), output_dir])
+        found = resolve_resume(schema.training.resume, key, [*ROOTS, output_dir])
         if found is None:
             if schema.training.resume == "auto" and (output_dir / "run.json").exists():
                 before = RunRecord.read(output_dir)

@@ -49,7 +49,7 @@ def find_trained(name: str, words: Sequence[str] = (), judge: str | None = None)
         (config, _, choices), policy = compose(given), name
     else:
         record = RunRecord.read(run_dir)
-        config, choices = _written(run_dir), record.choices
+        config, choices = written_config(run_dir), record.choices
         policy = str(_last_model(run_dir, record) if path == run_dir else path)
     OmegaConf.update(config, "generation.max_length", _ANY_LENGTH)
     config, chosen = _with_words(config, words)
@@ -67,7 +67,7 @@ def _last_model(run_dir: Path, record: RunRecord) -> Path:
     return model
 
 
-def _written(run_dir: Path) -> DictConfig:
+def written_config(run_dir: Path) -> DictConfig:
     """The configuration that a run has left."""
     file = run_dir / "config.yaml"
     try:

@@ -7,6 +7,7 @@ of Hydra's command line, so that any number of workers can be one run's process 
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -25,11 +26,13 @@ from xpo.launch.build import build_arguments, build_inputs, build_trainer
 from xpo.launch.command import print_error, speak_to_any_console
 from xpo.launch.processes import exit_at_once
 from xpo.models.devices import keep_freed_memory
+from xpo.tracking import loggers
 from xpo.tracking import terminal as report
+from xpo.tracking.hub import push_run
 from xpo.tracking.metrics_log import MetricsLog, evaluations
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.runs import RunRecord, drop_training_state, resumable_checkpoint
-from xpo.training.callbacks import KeepCompletions, KeepMetrics, Profile, StopOnSignal
+from xpo.training.callbacks import KeepCompletions, KeepMetrics, LogCompletionsCallback, Profile, StopOnSignal
 from xpo.training.checkpoints import check_same_zero, is_full_disk
 from xpo.training.trainer import XPOTrainer
 
@@ -155,12 +158,16 @@ def _run(config: TrainSchema, run_dir: Path, stop: StopOnSignal, tracked: list[M
     mlflow_run = _tracking(config, log, record) if config.tracking.enabled and log is not None else None
     if mlflow_run is not None:
         tracked.append(mlflow_run)
+    if args.report_to and main_process:
+        loggers.start(config, args, run_dir, record)
 
     report.say(args, f"Loading {config.model.name}")
     trainer = build_trainer(config, args, inputs, [stop])
     trainer.add_callback(KeepCompletions(trainer.evaluator, run_dir / "completions"))
     if log is not None:
         trainer.add_callback(KeepMetrics(log, mlflow_run))
+    if args.report_to:
+        trainer.add_callback(LogCompletionsCallback(trainer))
     if config.training.profile:
         trainer.add_callback(Profile(run_dir / "profile" / f"rank_{args.process_index}.json.gz"))
     report.say(args, f"Training{f' from {checkpoint}' if checkpoint else ''}")
@@ -247,8 +254,6 @@ def _finish(
     log.sync()
     if mlflow_run is not None:
         mlflow_run.finish()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
     record.finished = True
     record.write(run_dir)
     if not config.training.keep_training_state:
@@ -258,6 +263,18 @@ def _finish(
     report.show_best(history)
     report.show_exploration(history, config.loss.alpha)
     report.show_where(run_dir, mlflow_run.ui_command() if mlflow_run else None)
+    if trainer.args.push_to_hub:
+        _push(trainer, run_dir)
+
+
+def _push(trainer: XPOTrainer, run_dir: Path) -> None:
+    """Sends the model to the hub. A run has finished without it: what the hub does not take can be pushed later."""
+    args = trainer.args
+    try:
+        print("Hub:    ", *push_run(run_dir, str(trainer.hub_model_id), args.push_pairs, args.hub_revision), flush=True)
+    except ConfigError as error:
+        command = shlex.join(["python", "-m", "xpo.push", str(run_dir)])
+        print(f"\n{printable(f'xpo: {error}, and push later: {command}')}", file=sys.stderr)  # behind a bar
 
 
 if __name__ == "__main__":

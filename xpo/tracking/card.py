@@ -1,14 +1,18 @@
-"""The model card: what was trained, how, and what this run itself measured."""
+"""The cards of a model and of its pairs: what was trained, how, and what this run itself measured."""
 
 import re
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+import pyarrow.parquet as pq
+from huggingface_hub import DatasetCardData, ModelCardData
 
 from xpo.tracking.metrics_log import evaluations, measures
 
+_TAGS = ["xpo", "preference-optimization"]
+_PAPER = "[arXiv 2405.21046](https://arxiv.org/abs/2405.21046)"
 _SETTINGS = (
     *("alpha", "beta", "loss_type", "missing_eos_penalty", "learning_rate", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_new_tokens", "temperature", "seed"),
@@ -37,7 +41,8 @@ def model_card(settings: Mapping[str, Any], base_model: str, history: list[dict[
     metadata = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=name if "/" in name else None,  # the hub takes its own names only
-        tags=["xpo", "preference-optimization"],
+        tags=_TAGS,
+        pipeline_tag="text-generation",
     )
     steps = max((entry["step"] for entry in history), default=0)
     rows = "\n".join(f"| {key} | {settings[key]} |" for key in _SETTINGS)
@@ -57,7 +62,7 @@ def model_card(settings: Mapping[str, Any], base_model: str, history: list[dict[
 # {name}, trained with XPO
 
 {steps} optimizer steps of Exploratory Preference Optimization
-([arXiv 2405.21046](https://arxiv.org/abs/2405.21046)).
+({_PAPER}), by xpo {version("xpo")}.
 {measured}
 ## Settings
 
@@ -81,3 +86,33 @@ def _table(history: list[dict[str, Any]], prefix: str) -> str:
         f"\n## Held-out prompts{name}, against the reference\n\n"
         f"| metric | step {first['step']} | step {last['step']} |\n|---|---|---|\n" + "\n".join(rows) + "\n"
     )
+
+
+def pairs_card(pairs: Path, repository: str, model: str) -> str:
+    """A README.md for the data set of a model's pairs, a file of `xpo.data.pair_file.export`."""
+    metadata = DatasetCardData(tags=_TAGS, task_categories=["text-generation"])
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# Preference pairs of {model}
+
+{pq.read_metadata(pairs).num_rows} pairs, drawn and labelled while [{model}](https://huggingface.co/{model}) was trained
+by Exploratory Preference Optimization ({_PAPER}), with xpo {version("xpo")}.
+
+```python
+from datasets import load_dataset
+
+load_dataset("{repository}", split="train")
+```
+
+| column | meaning |
+|---|---|
+| `prompt`, `chosen`, `rejected` | texts, or lists of messages; `chosen` is the completion that has won |
+| `margin` | the judge's log-odds that it wins |
+| `run`, `step`, `epoch` | when the pair was drawn |
+| `*_by` | who drew the completion: `policy`, `reference`, or another sampler |
+| `*_tokens` | its token ids |
+| `*_score` | what the reward model gave it; empty without one |
+| `*_reference_logps` | its summed log-probability under the reference |
+"""

@@ -32,7 +32,7 @@ from xpo.config.compose import hydra_value
 from xpo.config.errors import ConfigError, printable
 from xpo.config.files import matching_files, read_object, write_whole
 from xpo.config.schema import identity
-from xpo.tracking.metrics_log import evaluations, read_metrics
+from xpo.tracking.metrics_log import NAME, evaluations, read_metrics
 
 
 @dataclass
@@ -65,6 +65,9 @@ class RunRecord:
         return shlex.join(["python", "-m", "xpo.train", *self.overrides, *more])
 
 
+ROOTS = (Path("outputs"), Path("multirun"))  # where run directories are looked for
+
+
 def all_runs(roots: Iterable[Path]) -> list[tuple[Path, RunRecord]]:
     """Every run directory below `roots` with its record, the newest first; of a damaged one there is a warning."""
     files = {file.resolve() for root in roots for file in root.rglob("run.json")}
@@ -84,6 +87,22 @@ def in_use(run_dir: Path) -> bool:
             return False
     except Timeout:
         return True
+
+
+def state_of(run_dir: Path, record: RunRecord) -> tuple[str, str | None]:
+    """What became of a run: finished, running, failed, stopped or not started; and why it failed, if it says so."""
+    failure = run_dir / "failure.json"
+    if record.finished:
+        return "finished", None
+    # A worker that starts has no worker.pid yet: looking must not take the lock away from it.
+    if (run_dir / "worker.pid").exists() and in_use(run_dir):
+        return "running", None
+    if failure.exists():
+        try:
+            return "failed", read_object(failure, lambda reason, **_: str(reason))
+        except ConfigError:  # a full disk takes no reason
+            return "failed", None
+    return ("stopped" if (run_dir / NAME).exists() else "not started"), None
 
 
 def job_key(config: dict[str, Any]) -> str:

@@ -39,7 +39,11 @@ def quiet() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for talkative in ("hydra", "datasets"):  # they log the errors that they raise, which are reported here
+    for talkative in (
+        "hydra",
+        "datasets",
+        "huggingface_hub",
+    ):  # they log the errors that they raise, which are reported here
         logging.getLogger(talkative).setLevel(logging.CRITICAL)
     # Under DeepSpeed it compares the accumulation steps with its own, which the Trainer does not use.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)

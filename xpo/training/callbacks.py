@@ -25,7 +25,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
 from xpo.judges.base import asked_to_stop
-from xpo.tracking.completions import COMPLETION_COLUMNS, TABLE_NAME, completion_rows, write_table
+from xpo.tracking.completions import TABLE_NAME, completion_rows, write_table
+from xpo.tracking.loggers import log_completions
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.mlflow_run import MLflowRun
 from xpo.tracking.terminal import show_completions, warn_of_no_bonus
@@ -152,8 +153,8 @@ class KeepCompletions(TrainerCallback):
 
 
 class LogCompletionsCallback(TrainerCallback):
-    """Shows what policy and reference answer at each evaluation: in MLflow or W&B if `report_to` names them, as a table
-    `completions`, else on the terminal.
+    """Shows what policy and reference answer at each evaluation: as a table `completions` in MLflow, W&B, Trackio and
+    TensorBoard, those of them that `report_to` names; else on the terminal.
 
     Args:
         trainer: an XPOTrainer.
@@ -166,6 +167,7 @@ class LogCompletionsCallback(TrainerCallback):
         self, trainer: Any, generation_config: Any = None, num_prompts: int | None = None, freq: int | None = None
     ):
         self.evaluator: Evaluator = trainer.evaluator
+        self.callback_handler = trainer.callback_handler
         self.num_prompts = num_prompts
         self.freq = freq
 
@@ -177,16 +179,7 @@ class LogCompletionsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         rows = completion_rows(self.evaluator.records[: self.num_prompts], state.global_step)
-        if "mlflow" in args.report_to:
-            import mlflow
-
-            columns = dict(zip(COMPLETION_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
-            mlflow.log_table(columns, f"completions_{state.global_step}.json")
-        if "wandb" in args.report_to:
-            import wandb
-
-            wandb.log({"completions": wandb.Table(columns=list(COMPLETION_COLUMNS), data=rows)})
-        if not {"mlflow", "wandb"}.intersection(args.report_to):
+        if not log_completions(rows, state.global_step, args.report_to, self.callback_handler):
             show_completions(self.evaluator.records, len(rows))
 
 

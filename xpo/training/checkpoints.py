@@ -12,25 +12,23 @@ from accelerate.data_loader import get_sampler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
 
 from xpo.config.errors import ConfigError
 from xpo.data.prompt_sets import RepeatedSteps
 from xpo.judges.labelling import Labeller
-from xpo.models.reference import base_model
 from xpo.models.zero import is_divided
-from xpo.tracking.card import model_card
 from xpo.tracking.metrics import Meter
 from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
 from xpo.training import iterations
 from xpo.training.callbacks import print_short_lines
 from xpo.training.config import XPOConfig, value_at
 from xpo.training.pair_memory import PairMemory
+from xpo.training.pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(PushingTrainer):
     """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
 
     Subclasses set `meter`, `labeller` and `memory` before they train. Of each log it prints one short line.
@@ -117,13 +115,6 @@ class ResumableTrainer(Trainer):
             file = (own if own.is_dir() else Path(checkpoint)) / "adapter_model.safetensors"
             set_peft_model_state_dict(model, load_file(file), name)
         return True
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes README.md into the output directory, with the run's own numbers. Arguments are ignored."""
-        if self.is_world_process_zero():
-            name = base_model(self.model).config.name_or_path or type(base_model(self.model)).__name__
-            card = model_card(vars(self.args), name, self.state.log_history, isinstance(self.model, PeftModel))
-            (Path(self.args.output_dir) / "README.md").write_text(card)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -42,7 +42,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
 
     Everything of `transformers.TrainingArguments` applies too. Other defaults than there:
     learning_rate 5e-7, logging_steps 10, bf16 on GPUs that have it, report_to "none",
-    remove_unused_columns and logging_nan_inf_filter False.
+    remove_unused_columns and logging_nan_inf_filter False. hub_strategy is "every_save" or "end": no checkpoints there.
 
     Args:
         alpha: weight of the exploration bonus; a list gives one value per iteration if there are several, or else per
@@ -101,7 +101,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
             from it; False fetches it layer by layer, token after token: slower, in less memory.
         shard_reference: under DeepSpeed, leave each process its part of the reference, brought together when asked.
         pairs_file: keeps every labelled pair of the run, for `xpo.data.pair_file.export` and replay; None keeps none
-            or, for replay, output_dir/pairs.jsonl.
+            or, for replay and push_pairs, output_dir/pairs.jsonl.
+        push_pairs: `push_to_hub` sends the pairs, too, as a data set of their own: hub_model_id + "-pairs".
         disable_dropout: set every dropout of policy and reference to 0; that of adapters stays as configured.
         model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
         trust_remote_code: allow models that bring their own code; no field, as TRL's ModelConfig has one of this name.
@@ -144,6 +145,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     eval_greedy: bool = options.EvaluationOptions.greedy
     probe_prompts: int = options.EvaluationOptions.probe_prompts
     probe_samples: int = options.EvaluationOptions.probe_samples
+    push_pairs: bool = options.TrainingOptions.push_pairs
     pair_forward: str = options.TrainingOptions.pair_forward
     tokens_per_micro_batch: int | None = options.TrainingOptions.tokens_per_micro_batch
     reference_store: str | None = options.ReferenceOptions.store
@@ -207,7 +209,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         check_replay(self.replay, self.replay_ratio, self.replay_window, as_argument)
         moving = (self.sampler, self.sampler_candidates, self.iterations, self.reference_update)
         check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)
-        if self.replays and self.pairs_file is None:
+        if (self.replays or self.push_pairs) and self.pairs_file is None:
             self.pairs_file = str(Path(self.output_dir) / PAIRS)
         check_probe(self.probe_prompts, self.temperature, as_argument)
         if zero:

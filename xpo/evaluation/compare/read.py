@@ -20,7 +20,7 @@ from xpo.config.files import read_object
 from xpo.config.schema import flatten, may_change
 from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.mlflow_client import metric_name, reach, stored_key, tracking_uri
-from xpo.tracking.runs import RunRecord
+from xpo.tracking.runs import RunRecord, state_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,8 +78,8 @@ def from_runs(directories: Sequence[Path], experiment: str) -> Sweep:
     for directory in directories:
         if not (directory / "run.json").is_file():
             raise ConfigError(f"RUN={str(directory)!r} holds no run.json; give outputs/DATE/TIME of runs, or one sweep")
-        state = "finished" if RunRecord.read(directory).finished else "not finished"
-        runs.append(_job({"name": str(directory), "run_dir": directory, "state": state, "reason": None}, directory))
+        state, reason = state_of(directory, RunRecord.read(directory))
+        runs.append(_job({"name": str(directory), "run_dir": directory, "state": state, "reason": reason}, directory))
     configs = [run.config for run in runs if run.config]
     every = {key: None for config in configs for key in config}
     differ = [key for key in every if len({str(config.get(key)) for config in configs}) > 1]
