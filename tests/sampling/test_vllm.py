@@ -1,18 +1,22 @@
 """vLLM draws what the policy says: before training, behind each step, with adapters, after a kill."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from distributed_run import deepspeed_config
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from vllm_run import PROMPTS, policy, trainer_of
 
-from xpo import XPOConfig, XPOTrainer
+from xpo import XPOTrainer
 from xpo.config.errors import ConfigError
-from xpo.models.loading import tiny_tokenizer
 from xpo.models.reference import base_model
 from xpo.sampling.noise import sampling_noise
 from xpo.sampling.sampler import Sampler
@@ -20,45 +24,6 @@ from xpo.sampling.vllm import VLLMSampler, merged_weights
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
-PROMPTS = [f"The {animal} number {i} said" for i in range(16) for animal in ("cat", "dog", "owl", "old horse")]
-
-
-def policy() -> LlamaForCausalLM:
-    """Heads of 64 numbers: vLLM's attention on CPUs knows no 16."""
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config)
-
-
-def trainer_of(directory: Path, model: Any = None, **options: Any) -> XPOTrainer:
-    given = {
-        "use_vllm": True,
-        "vllm_enforce_eager": True,
-        "max_steps": 5,
-        "learning_rate": 1e-2,
-        "max_new_tokens": 12,
-        "max_length": 64,
-        "alpha": 0.1,
-        "save_strategy": "no",
-        "pairs_file": str(directory / "pairs.jsonl"),
-        "disable_tqdm": True,
-    }
-    return XPOTrainer(
-        policy() if model is None else model,
-        reward_model=lambda prompts, completions: [float(text.count("e")) for text in completions],
-        args=XPOConfig(output_dir=str(directory), **given | options),
-        processing_class=tiny_tokenizer(),
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-    )
 
 
 def both(trainer: XPOTrainer, greedy: bool = True, rows: list[int] | None = None) -> tuple[list[Any], list[Any]]:
@@ -114,14 +79,42 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
     assert names == list(policy().state_dict())
 
 
-def test_a_resumed_run_draws_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    whole = trainer_of(tmp_path / "whole", save_strategy="steps", save_steps=2)
-    whole.train()
-    begun = trainer_of(tmp_path / "begun", pairs_file=str(tmp_path / "begun.jsonl"))
-    begun.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    files = [tmp_path / "whole" / "pairs.jsonl", tmp_path / "begun.jsonl"]
-    wanted, found = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
-    assert len(wanted) == 40
-    assert [row["tokens"] for row in found] == [row["tokens"] for row in wanted[16:]]
-    for one, other in zip(whole.model.parameters(), begun.model.parameters(), strict=True):
-        assert torch.equal(one, other)
+RUN = Path(__file__).parent.parent / "vllm_run.py"
+
+
+def command(directory: Path, processes: int = 1, **options: Any) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return [sys.executable, *launcher, str(RUN), str(directory), repr(options)]
+
+
+def drawn(directory: Path) -> list[Any]:
+    lines = (directory / "pairs.jsonl").read_text().splitlines()
+    return [(row["step"], row["row"], row["tokens"]) for row in map(json.loads, lines)]
+
+
+def test_a_killed_run_goes_on_with_the_same_draws_and_weights(tmp_path: Path) -> None:
+    """SIGKILL behind the second of five checkpoints."""
+    kept = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    subprocess.run(command(tmp_path / "whole", **kept), check=True)
+    with subprocess.Popen(command(tmp_path / "killed", **kept)) as process:
+        while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    subprocess.run(command(tmp_path / "killed", **kept, resume=True), check=True)
+    assert len(drawn(tmp_path / "whole")) == 40
+    assert drawn(tmp_path / "killed") == drawn(tmp_path / "whole")
+    files = (tmp_path / run / "checkpoint-5" / "model.safetensors" for run in ("whole", "killed"))
+    wanted, found = map(load_file, files)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize(
+    "engine", [{"ddp_backend": "gloo"}, {"deepspeed": deepspeed_config("zero3")}], ids=["ddp", "zero3"]
+)
+def test_two_processes_draw_what_one_does(tmp_path: Path, engine: dict[str, Any]) -> None:
+    shared = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "use_cpu": True}
+    subprocess.run(command(tmp_path / "one", **shared), check=True)
+    subprocess.run(command(tmp_path / "two", 2, per_device_train_batch_size=4, **shared, **engine), check=True)
+    assert drawn(tmp_path / "two") == drawn(tmp_path / "one")
+    assert len({str(tokens) for _, _, tokens in drawn(tmp_path / "one")}) > 20

@@ -61,7 +61,7 @@ class TrainSchema:
             self.replay.updates,
         )
         check_probe(self.evaluation.probe_prompts, self.generation.temperature)
-        check_engine(self.generation.engine, self.deepspeed.gather_for_generation, self.launch.num_processes)
+        check_engine(self.generation.engine, self.deepspeed.gather_for_generation)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
         if never and training.eval_steps is not None:
@@ -161,14 +161,11 @@ def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
         )
 
 
-def check_engine(engine: str, gather: bool, processes: int, spelled: Spelling = dotted) -> None:
-    """What vLLM cannot do here."""
-    given = f"{spelled('generation.engine')}={engine}"
+def check_engine(engine: str, gather: bool, spelled: Spelling = dotted) -> None:
+    """vLLM is sent whole policies."""
     if engine == "vllm" and not gather:
-        key = spelled("deepspeed.gather_for_generation")
+        given, key = f"{spelled('generation.engine')}={engine}", spelled("deepspeed.gather_for_generation")
         raise ConfigError(f"{given} needs the whole policy and {key}=False; set {key}=True")
-    if engine == "vllm" and processes > 1:
-        raise ConfigError(f"{given} runs in one process and there are {processes}; set it to transformers")
 
 
 def check_probe(prompts: int, temperature: float, spelled: Spelling = dotted) -> None:

@@ -35,6 +35,7 @@ class EngineOptions:
         max_length: tokens of prompt and completion at most.
         dtype: what it computes in.
         seed: of the run.
+        processes: how many train, each with an engine of its own.
         memory: the share of a GPU's memory that it takes, weights included.
         eager: do not compile it.
         sleep: give a GPU's memory back between rollouts.
@@ -44,6 +45,7 @@ class EngineOptions:
     max_length: int
     dtype: torch.dtype
     seed: int
+    processes: int
     memory: float
     eager: bool
     sleep: bool
@@ -179,6 +181,8 @@ def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         model.config.save_pretrained(directory)
         return LLM(
+            # Each process of a group has an engine of its own, on its own device.
+            distributed_executor_backend="external_launcher" if options.processes > 1 else None,
             model=directory,
             load_format="dummy",
             skip_tokenizer_init=True,

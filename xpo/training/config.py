@@ -222,7 +222,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if self.replays and self.pairs_file is None:
             self.pairs_file = str(Path(self.output_dir) / PAIRS)
         check_probe(self.probe_prompts, self.temperature, as_argument)
-        check_engine(self.generation_engine, self.ds3_gather_for_generation, self.world_size, as_argument)
+        check_engine(self.generation_engine, self.ds3_gather_for_generation, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.

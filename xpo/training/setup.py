@@ -259,6 +259,7 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
         max_length=args.max_length,
         dtype=dtype,
         seed=args.seed,
+        processes=args.world_size,
         memory=args.vllm_gpu_memory_utilization,
         eager=args.vllm_enforce_eager,
         sleep=args.vllm_enable_sleep_mode,
