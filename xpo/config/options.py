@@ -196,6 +196,11 @@ class ReplayOptions(Options):
 class GenerationOptions(SamplingOptions):
     batch_size: Annotated[int | None, at_least_one, Argument("generation_batch_size")] = None
     kwargs: Annotated[dict[str, Any], Argument("generation_kwargs")] = field(default_factory=dict)
+    engine: Annotated[str, one_of("transformers", "vllm"), Role.ADDED, Argument("generation_engine")] = "transformers"
+    vllm_eager: Annotated[bool, Role.ADDED, Argument("vllm_enforce_eager")] = False
+    vllm_memory: Annotated[float, checks.fraction, Role.OPERATION, Argument("vllm_gpu_memory_utilization")] = 0.3
+    vllm_sleep: Annotated[bool, Role.OPERATION, Argument("vllm_enable_sleep_mode")] = True
+    vllm_check_steps: Annotated[int | None, at_least_one, Role.OPERATION, Argument("vllm_check_steps")] = 50
 
 
 def is_group(value: Any) -> bool:

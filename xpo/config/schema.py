@@ -61,6 +61,7 @@ class TrainSchema:
             self.replay.updates,
         )
         check_probe(self.evaluation.probe_prompts, self.generation.temperature)
+        check_engine(self.generation.engine, self.deepspeed.gather_for_generation)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
         if never and training.eval_steps is not None:
@@ -161,6 +162,13 @@ def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
             f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
             f"raise {length} or lower {new}"
         )
+
+
+def check_engine(engine: str, gather: bool, spelled: Spelling = dotted) -> None:
+    """vLLM is sent whole policies."""
+    if engine == "vllm" and not gather:
+        given, key = f"{spelled('generation.engine')}={engine}", spelled("deepspeed.gather_for_generation")
+        raise ConfigError(f"{given} needs the whole policy and {key}=False; set {key}=True")
 
 
 def check_probe(prompts: int, temperature: float, spelled: Spelling = dotted) -> None:

@@ -88,7 +88,7 @@ class PairSampler:
             rows = (chosen == at).nonzero()[:, 0].tolist()
             with policy as model:  # even if nothing is drawn here: other processes may need this one
                 if rows:
-                    drawn = self.sampler.sample(model, [step.ids[i] for i in rows], noise[rows], self.device)
+                    drawn = self.draws.sampler.sample(model, [step.ids[i] for i in rows], noise[rows], self.device)
                     tokens |= zip(rows, drawn.ids, strict=True)
         in_order = [tokens[i] for i in range(len(step.ids))]
         return self.sampler.completions(pad_sequence(in_order, True, self.sampler.pad_token_id))

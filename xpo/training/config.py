@@ -16,6 +16,7 @@ from xpo.config.schema import (
     as_argument,
     check_bonus,
     check_deepspeed,
+    check_engine,
     check_iterations,
     check_lengths,
     check_probe,
@@ -109,7 +110,13 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
         reward_weights: of each in a list of reward models; None: all 1.
         judge: the name of a judge, "pair_rm", if none is passed to the trainer.
-        use_vllm: False; for scripts that say so.
+        generation_engine: what draws the policy's completions: "transformers" or "vllm", in the trainer's process. The
+            reference's are transformers' in any case.
+        vllm_enforce_eager: do not compile vLLM's model.
+        vllm_gpu_memory_utilization: the share of a GPU's memory that vLLM takes, weights included.
+        vllm_enable_sleep_mode: vLLM gives a GPU's memory back between rollouts.
+        vllm_check_steps: rollouts between two checks that vLLM's likeliest tokens are the policy's; None for none.
+        use_vllm: True is generation_engine="vllm", as in TRL.
     """
 
     # transformers' own, with other defaults
@@ -142,6 +149,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     chat_template_kwargs: dict[str, Any] | str | None = None
     generation_kwargs: dict[str, Any] | str | None = None
     generation_batch_size: int | None = options.GenerationOptions.batch_size
+    generation_engine: str = options.GenerationOptions.engine
+    vllm_enforce_eager: bool = options.GenerationOptions.vllm_eager
+    vllm_gpu_memory_utilization: float = options.GenerationOptions.vllm_memory
+    vllm_enable_sleep_mode: bool = options.GenerationOptions.vllm_sleep
+    vllm_check_steps: int | None = options.GenerationOptions.vllm_check_steps
     eval_greedy: bool = options.EvaluationOptions.greedy
     probe_prompts: int = options.EvaluationOptions.probe_prompts
     probe_samples: int = options.EvaluationOptions.probe_samples
@@ -168,7 +180,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if self.judge not in (None, "pair_rm"):
             raise ConfigError(f"judge={self.judge!r} is not 'pair_rm'; pass any other judge to the trainer")
         if self.use_vllm:
-            raise ConfigError("use_vllm=True is not supported; leave it out")
+            self.generation_engine = "vllm"
         self.top_k = self.top_k or 0  # TRL has None for all tokens
         # Without this, several processes without a GPU would each believe to be alone. Apple's MPS knows no float64.
         if not torch.accelerator.is_available() or torch.backends.mps.is_available():
@@ -212,6 +224,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if (self.replays or self.push_pairs) and self.pairs_file is None:
             self.pairs_file = str(Path(self.output_dir) / PAIRS)
         check_probe(self.probe_prompts, self.temperature, as_argument)
+        check_engine(self.generation_engine, self.ds3_gather_for_generation, as_argument)
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.

