@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCIENCE := bandit contextual_bandit token_tree
 
-.PHONY: help setup quickstart smoke ui check docs docs-serve test science $(SCIENCE) science-lock clean
+.PHONY: help setup quickstart smoke ui check docs docs-serve test test-vllm science $(SCIENCE) science-lock clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,17 @@ docs-serve: docs ## the documentation on http://localhost:8000
 test: setup ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
+# vLLM's packages for pictures and sound are of CUDA, and break transformers; text needs none of them.
+.venv-vllm/installed: pyproject.toml requirements-vllm.txt
+	$(PYTHON) -m venv --clear .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet -r requirements-vllm.txt -e .
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv-vllm/installed ## the tests of rollouts on vLLM, in an environment of its own (4 GB)
+	.venv-vllm/bin/pytest -m vllm tests/sampling/test_vllm.py
+
 science: setup ## experiments on bandits and a token tree; run again, it goes on
 	$(MAKE) --jobs 2 $(SCIENCE)
 	$(BIN)/python -m experiments.science.leaderboard
@@ -54,4 +65,4 @@ science-lock: setup ## experiments/science/lock, under XPOTrainer: hours on two 
 	$(BIN)/python -m experiments.science.leaderboard
 
 clean: ## remove .venv and what runs left behind
-	rm -rf .venv site outputs multirun/2* mlruns mlflow.db*
+	rm -rf .venv .venv-vllm site outputs multirun/2* mlruns mlflow.db*

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from vllm_run import PROMPTS, policy, trainer_of
 
-from xpo import XPOTrainer
+from xpo import XPOConfig, XPOTrainer
 from xpo.config.errors import ConfigError
 from xpo.models.reference import base_model
 from xpo.sampling.noise import sampling_noise
@@ -63,8 +63,15 @@ def test_weights_that_do_not_follow_are_noticed(tmp_path: Path, monkeypatch: pyt
     trainer = trainer_of(tmp_path, vllm_check_steps=2)
     both(trainer)
     monkeypatch.setattr(trainer.sampler, "_send", lambda model: None)
-    with pytest.raises(ConfigError, match=r"generation.engine=vllm is not the policy: .* nats below"):
+    with pytest.raises(ConfigError, match=r"generation_engine='vllm' is not the policy: .* nats below"):
         trainer.train()
+
+
+def test_what_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no_repeat_ngram_size=2 is not known to vLLM; leave it out, or set"):
+        XPOConfig(output_dir=str(tmp_path), use_vllm=True, generation_kwargs={"no_repeat_ngram_size": 2})
+    with pytest.raises(ConfigError, match="generation_engine=vllm needs the whole policy"):
+        XPOConfig(output_dir=str(tmp_path), use_vllm=True, ds3_gather_for_generation=False)
 
 
 def test_adapters_are_merged(tmp_path: Path) -> None:

@@ -372,7 +372,7 @@ def test_what_stands_for_nothing_in_trls_scripts(make_trainer: TrainerFactory, t
     XPOTrainer(tiny_model(), args=args, data_collator=None, compute_metrics=None, **given)
     with pytest.raises(ConfigError, match=r"compute_metrics=<.* is not used; leave it out"):
         XPOTrainer(tiny_model(), args=args, compute_metrics=lambda _: {}, **given)
-    with pytest.raises(ConfigError, match=r"use_vllm=True is not supported; leave it out"):
+    with pytest.raises(ConfigError, match=r"generation_engine='vllm' is not installed; pip install vllm"):
         XPOConfig(output_dir=str(tmp_path), use_vllm=True)
     with pytest.raises(ConfigError, match=r"judge='openai' is not 'pair_rm'; pass any other judge to the trainer"):
         XPOConfig(output_dir=str(tmp_path), judge="openai")

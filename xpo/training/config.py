@@ -27,6 +27,7 @@ from xpo.data.pair_file import NAME as PAIRS
 from xpo.models.zero import connect, prepare_environment
 from xpo.sampling.completions import tokens_at_once
 from xpo.sampling.sampler import check_generation_kwargs
+from xpo.sampling.vllm import check_vllm
 
 _DICTIONARIES = {  # of options, and an example of each
     "generation_kwargs": "{'no_repeat_ngram_size': 2}",
@@ -225,6 +226,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
             self.pairs_file = str(Path(self.output_dir) / PAIRS)
         check_probe(self.probe_prompts, self.temperature, as_argument)
         check_engine(self.generation_engine, self.ds3_gather_for_generation, as_argument)
+        if self.generation_engine == "vllm":
+            check_vllm(self.generation_kwargs or {})  # type: ignore[arg-type]
         if zero:
             connect(self.device)
         # One process drives one device; several GPUs need a launcher (torchrun, accelerate), not DataParallel.
