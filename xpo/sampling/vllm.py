@@ -111,6 +111,7 @@ class VLLMSampler(Sampler):
                 repetition_penalty=options.repetition_penalty,
                 max_tokens=tokens,
                 stop_token_ids=self.eos_token_ids,
+                ignore_eos=True,  # the one of the model's config, which may not be among these
                 detokenize=False,
                 **further,
             )
