@@ -40,14 +40,14 @@ TASKS = {  # the probability of the hidden sequence under the reference, and its
     "1e-4, length 6": (1e-4, 6),
 }
 REPORTED, TUNED_ON = range(100, 120), TUNING[:8]
-GRID = {  # of alpha, three each
-    "xpo": (1e-3, 3e-3, 1e-2),
-    "selm": (1e-2, 3e-2, 1e-1),
-    "popo": (1.2e-2, 4e-2, 1.2e-1),
-    "geb_p": (1e-1, 3e-1, 1.0),
-    f"geb_p{PER_TOKEN}": (3e-2, 1e-1, 3e-1),
-    "geb_inverse": (1e-6, 1e-5, 1e-4),
-    "geb_arctanh": (3e-3, 1e-2, 3e-2),
+GRID = {  # of alpha, four each
+    "xpo": (1e-3, 3e-3, 1e-2, 3e-2),
+    "selm": (1e-2, 3e-2, 1e-1, 3e-1),
+    "popo": (1.2e-2, 4e-2, 1.2e-1, 4e-1),
+    "geb_p": (3e-2, 1e-1, 3e-1, 1.0),
+    f"geb_p{PER_TOKEN}": (3e-2, 1e-1, 3e-1, 1.0),
+    "geb_inverse": (1e-6, 1e-5, 1e-4, 1e-3),
+    "geb_arctanh": (3e-3, 1e-2, 3e-2, 1e-1),
 }
 FLIPPED = Method("xpo", "reference", -3e-3)
 
