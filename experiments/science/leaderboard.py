@@ -13,7 +13,8 @@ HEAD = """# Leaderboard
 
 Made by `python -m experiments.science.leaderboard`; do not edit. Weights were chosen on seeds that are not in the
 numbers. Values with 95 % intervals. What is "solved", and the tasks: the README of each folder. "second": who draws the
-second completion; the equations: [bonuses.py](../../xpo/objectives/bonuses.py).
+second completion; the equations: [bonuses.py](../../xpo/objectives/bonuses.py). "bonus share", where it was measured:
+the bonus's pull at log pi over the preference loss's, all steps together.
 """
 
 
@@ -24,7 +25,8 @@ def board(path: Path) -> str:
     results = Results(path, seeds)
     text = []
     for task in dict.fromkeys(row.task for row in rows if not row.task.startswith(CONTROL)):
-        lines = [f"| method | second | alpha | {' | '.join(COLUMNS[:-1])} |", "|---|---|---:|" + "---|" * 4]
+        columns = " | ".join([*COLUMNS[:-1], "bonus share"])
+        lines = [f"| method | second | alpha | {columns} |", "|---|---|---:|" + "---|" * 5]
         methods = [method for method in [*BASELINES, *tuned_methods(results, task)] if results.of(task, method)]
         found = [(method, summary(results.of(task, method), results.of(CONTROL + task, method))) for method in methods]
 
@@ -33,7 +35,9 @@ def board(path: Path) -> str:
             return -float(one[1][0].split(" ")[0]), float("inf" if median == "never" else median)
 
         for method, cells in sorted(found, key=order):
-            lines.append(f"| {' | '.join([method.name, method.second, f'{method.alpha:g}', *cells])} |")
+            shares = [row.outcome.bonus_share for row in results.of(task, method)]
+            share = "" if None in shares else f"{sum(shares) / len(shares):.3f}"
+            lines.append(f"| {' | '.join([method.name, method.second, f'{method.alpha:g}', *cells, share])} |")
         text.append(f"## [{path.parent.name}]({path.parent.name}/README.md), {task}\n\n" + "\n".join(lines))
     return "\n\n".join(text)
 

@@ -74,8 +74,16 @@ def test_what_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
         XPOConfig(output_dir=str(tmp_path), use_vllm=True, ds3_gather_for_generation=False)
 
 
-def test_adapters_are_merged(tmp_path: Path) -> None:
-    adapted = get_peft_model(policy(), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    ],
+    ids=["all layers", "DoRA and a trained copy"],
+)
+def test_adapters_are_merged(tmp_path: Path, kind: dict[str, Any]) -> None:
+    adapted = get_peft_model(policy(), LoraConfig(r=4, task_type="CAUSAL_LM", **kind))
     trainer = trainer_of(tmp_path, adapted, learning_rate=5e-2)
     before = both(trainer)
     trainer.train()

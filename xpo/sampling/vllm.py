@@ -5,6 +5,7 @@ The engine has weights of its own. They follow the policy: before each rollout, 
 
 import importlib.util
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class VLLMSampler(Sampler):
             self._send(model)
             self._sent = sums
 
+    @torch.no_grad()
     def _send(self, model: PreTrainedModel) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": merged_weights(model)})
         self._llm.reset_prefix_cache()
@@ -194,15 +196,28 @@ def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names of a checkpoint, LoRA adapters added to the layers that they are in."""
-    adapted = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    """The weights under the names of a checkpoint: adapters added to their layers, trained copies for the originals."""
+    parts = dict(model.named_modules())
     for name, value in model.state_dict().items():
-        owner, _, last = name.rpartition(".base_layer.")
-        if owner in adapted:
-            layer: Any = adapted[owner]
-            if last == "weight":
-                for adapter in layer.active_adapters:
-                    value = value + layer.get_delta_weight(adapter)
-            yield f"{owner}.{last}", value
-        elif not any(name.startswith(f"{other}.") for other in adapted):
+        before, inner, last = name.rpartition(".base_layer.")
+        copied = re.fullmatch(r"(.+)\.modules_to_save\.([^.]+)\.(.+)", name)
+        if inner:
+            layer: Any = parts[before]
+            yield f"{before}.{last}", _merged(layer, value) if last == "weight" else value
+        elif copied is not None:
+            wrapper: Any = parts[copied[1]]
+            if copied[2] in wrapper.active_adapters:
+                yield f"{copied[1]}.{copied[3]}", value
+        elif not re.search(r"\.(original_module|lora_\w+)\.", name):
             yield name, value
+
+
+def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """The weight of a layer with its adapters, LoRA's or its variants' (DoRA), in a new tensor."""
+    weight = weight.detach().clone()
+    for adapter in layer.active_adapters:
+        if adapter in layer.lora_variant:
+            weight = layer.lora_variant[adapter].merge_safe(layer, adapter, weight)
+        else:
+            weight += layer.get_delta_weight(adapter)
+    return weight

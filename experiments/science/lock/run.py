@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
 
 from experiments.science.common import (
     BASELINES,
@@ -29,6 +28,7 @@ from xpo import XPOTrainer
 from xpo.config.compose import checked, compose
 from xpo.launch.build import build_arguments
 from xpo.tracking.terminal import quiet
+from xpo.training.callbacks import PrintLines
 
 HERE = Path(__file__).parent
 PAIRS = 16  # of each lock in a round
@@ -75,7 +75,7 @@ def run(task: str, method: Method, seeds: Sequence[int], *further: str) -> dict[
             callbacks=[watch],
         )
         watch.trainer = trainer
-        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(PrintLines)
         trainer.train()
         rounds = args.max_steps // args.replay_updates
         watch.look(rounds)
