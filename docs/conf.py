@@ -23,7 +23,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = "docs/index"  # the source is the repository, so that pages link to what lies beside docs/
 include_patterns = ["docs/*.md", "CONTRIBUTING.md", "experiments/**/*.md", "xpo/data/assets/*/README.md"]
 exclude_patterns = [".*", "site", "outputs", "multirun", "mlruns", "tests", "conf"]
-exclude_patterns += ["experiments/science/lock"]  # until its figure is there
 myst_heading_anchors = 3
 default_role = "code"  # single backquotes in docstrings
 nitpicky = True
