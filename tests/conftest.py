@@ -1,6 +1,8 @@
 """What the tests share: tiny models, prompts, and a trainer over them. Nothing is downloaded."""
 
+import logging
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only wait for each other
@@ -8,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["XPO_STORES"] = tempfile.mkdtemp(prefix="xpo_stores_")  # not the tester's own
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,19 @@ EVAL_METRICS = {
     "vader",
     "ref_vader",
 }
+
+
+@pytest.fixture(autouse=True)
+def handlers_stay() -> Iterator[None]:
+    """A command's `main` takes over logging and signals, as Hydra does for it: the next test has its own again."""
+    root = logging.getLogger()
+    logs, level = root.handlers[:], root.level
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    root.handlers[:] = logs
+    root.setLevel(level)
+    for number, handler in signals.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,11 @@
 import json
 import logging
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,13 +87,13 @@ Run = Callable[[str], Command]
 @pytest.fixture
 def run(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Run]:
+) -> Run:
     """run("key=value ...") does what `python -m xpo.train key=value ...` does, in this process, without a hub."""
     reached: list[str] = []
 
     def start_worker(run_dir: Path) -> int:
         reached.append(WORKER)
-        root.handlers[:] = [logging.StreamHandler()]  # as in a process of its own, without pytest's and Hydra's
+        logging.getLogger().handlers[:] = [logging.StreamHandler()]  # as in a process of its own, without pytest's and Hydra's
         monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
         with pytest.raises(SystemExit) as exit_of_worker:
             worker.main()
@@ -111,9 +110,6 @@ def run(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # `main` sets it too: this one is taken back
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.invalid")  # a name that never resolves
-    signal_handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    root = logging.getLogger()
-    log_handlers, level = root.handlers[:], root.level  # which Hydra replaces
 
     def run(command: str) -> Command:
         arguments = command.replace("INPUTS", str(inputs)).split()
@@ -125,11 +121,7 @@ def run(
         seconds = time.monotonic() - started
         return Command(end.value.code, seconds, capfd.readouterr().err.splitlines(), reached)  # type: ignore[arg-type]
 
-    yield run
-    root.handlers[:] = log_handlers
-    root.setLevel(level)
-    for number, handler in signal_handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def case(name: str, command: str, words: Sequence[str], reaches: str = COMMAND_LINE, status: int = 2):

@@ -782,11 +782,8 @@ def test_no_room_for_the_final_model_is_one_line(
     arguments = ["experiment=smoke", "tracking=none", "training.max_steps=1", "training.disable_tqdm=true"]
     run_dir = prepared([*arguments, "training.save_steps=1"], tmp_path / "run")
     monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as exit_of_worker:
         worker.main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     assert exit_of_worker.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"xpo: error: no {lacks} ({said[:50]}")
@@ -821,10 +818,5 @@ def test_a_judge_that_exits_ends_the_run_as_an_error_does(status: int, tmp_path:
         sys.exit(status)
 
     monkeypatch.setattr(worker, "_run", leave)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert worker.run(checked(compose(["experiment=smoke"])[0]), tmp_path) == 1
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    assert worker.run(checked(compose(["experiment=smoke"])[0]), tmp_path) == 1
     assert json.loads((tmp_path / "failure.json").read_text())["reason"] == f"SystemExit: {status}"

@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +39,8 @@ def train(run_dir: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     config, _, choices = compose([*words])
     prepare(config, run_dir, choices, [*words])
     monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as exit_of_worker:
         worker.main()
-    for number, before in handlers.items():
-        signal.signal(number, before)
     return int(exit_of_worker.value.code or 0)
 
 

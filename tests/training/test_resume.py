@@ -128,13 +128,10 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 
 @pytest.fixture
-def own_signals() -> Iterator[None]:
-    """Within a test, signals may be a callback's."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def nobody_asked() -> Iterator[None]:
+    """After a test, no signal counts as come."""
     yield
     asked_to_stop.clear()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +142,7 @@ def own_signals() -> Iterator[None]:
 def test_a_run_whose_command_was_killed_stops(
     make_trainer: TrainerFactory,
     monkeypatch: pytest.MonkeyPatch,
-    own_signals: None,
+    nobody_asked: None,
     machine: str,
     alive: bool,
     steps: int,
@@ -164,7 +161,7 @@ def test_a_run_whose_command_was_killed_stops(
     assert trainer.state.global_step == steps
 
 
-def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory, own_signals: None):
+def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: TrainerFactory, nobody_asked: None):
     """Another step might take longer than the time that is left; the checkpoint knows of the evaluation."""
 
     def reward(completions: Sequence[str]) -> list[float]:
