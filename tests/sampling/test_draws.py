@@ -222,6 +222,16 @@ def test_a_second_run_computes_no_reference_again(
     assert evaluations[0] == evaluations[1] == evaluations[2]
 
 
+def test_new_adapters_find_what_the_whole_model_drew(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    """Their reference is the model below them, from the first step on; the store is asked while the trainer is built."""
+    store, config = str(tmp_path / "store"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    for options, rate in (({}, 0.0), ({"peft_config": config}, 1.0)):
+        trainer = make_trainer(**options, reference_store=store)
+        trainer.train()
+        rates = [entry["perf/reference_hit_rate"] for entry in trainer.state.log_history if "loss" in entry]
+        assert rates == [rate, rate]
+
+
 def test_each_epoch_has_draws_of_its_own(make_trainer: TrainerFactory, tmp_path: Path) -> None:
     trainer = make_trainer(max_steps=8, reference_store=str(tmp_path / "store"))  # two epochs of 16 prompts
     trainer.train()

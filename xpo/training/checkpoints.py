@@ -38,6 +38,8 @@ class ResumableTrainer(PushingTrainer):
     meter: Meter
     labeller: Labeller
     memory: PairMemory
+    model: Any = None  # until the Trainer is made, as the next one
+    model_wrapped: Any = None
 
     def __init__(self, **options: Any):
         super().__init__(**options)
