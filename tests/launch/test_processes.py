@@ -171,10 +171,10 @@ def test_the_command_of_a_job(tmp_path: Path):
 
 
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
-    """Its devices, and its share of the cores."""
+    """Its devices, its share of the cores that the command may use, and how long a thread of it waits for work."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    parent = {"XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}"}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    parent = {"XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}", "GOMP_SPINCOUNT": "1000"}
     assert environment(LaunchOptions(), None, 1) == parent | {"XPO_PROCESSES": "1"}
     assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == parent | {
         "XPO_PROCESSES": "2",
@@ -185,6 +185,8 @@ def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
     assert environment(LaunchOptions(devices=[2, 3]), None, 1)["CUDA_VISIBLE_DEVICES"] == "2,3"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert "OMP_NUM_THREADS" not in environment(LaunchOptions(num_processes=2), None, 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert "GOMP_SPINCOUNT" not in environment(LaunchOptions(), None, 1)
 
 
 def test_signals_are_passed_on_and_remembered():

@@ -23,6 +23,9 @@ from xpo.config.files import read_object
 from xpo.config.options import LaunchOptions
 from xpo.tracking.runs import RunRecord, in_use
 
+# Turns that a thread of OpenMP looks for work before it sleeps. Its own default keeps a core for milliseconds: beside
+# two busy processes a step then takes four times as long, alone the same. Measured in docs/speed.md.
+SPINS = "1000"
 _END_S = 30.0  # for killed processes to be gone
 GRACE_S = 120.0  # from the request to stop until a job is killed
 
@@ -174,7 +177,10 @@ def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: i
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     sharers = launch.num_processes * at_once
     if sharers > 1 and "OMP_NUM_THREADS" not in os.environ:
-        added["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // sharers, 1))
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1  # Slurm may give a few
+        added["OMP_NUM_THREADS"] = str(max(cores // sharers, 1))
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}.intersection(os.environ):
+        added["GOMP_SPINCOUNT"] = SPINS
     return added
 
 
