@@ -26,7 +26,7 @@ from xpo.models.batches import batches_by_length
 from xpo.models.loading import load_model, loaded
 from xpo.sampling.noise import EVAL_REFERENCE, PROBE_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
-from xpo.training.setup import build_reference, build_reference_draws, build_sampler
+from xpo.training.setup import build_reference, build_reference_draws, build_samplers
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
     inputs = build_inputs(config, args)
     model = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
-    sampler = build_sampler(args, model, inputs.tokenizer)  # the policy says what ends a completion
+    _, sampler = build_samplers(args, model, inputs.tokenizer)  # the policy says what ends a completion
     if inputs.reference is not None:
         model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)
     draws = build_reference_draws(args, build_reference(args, model, model), sampler)

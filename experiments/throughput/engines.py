@@ -20,7 +20,7 @@ from workloads import MODELS, WORKLOADS, draw_prompts, load_tokenizer, model_dir
 from xpo.config.options import SamplingOptions
 from xpo.models.devices import keep_freed_memory
 from xpo.sampling.sampler import Sampler
-from xpo.sampling.vllm import EngineOptions, VLLMSampler
+from xpo.sampling.vllm import VLLM, EngineOptions
 
 
 def seconds(work: Callable[..., object], *given: object) -> float:
@@ -50,11 +50,12 @@ def main() -> None:
     for name in given.workloads:
         workload = WORKLOADS[name]
         options = SamplingOptions(max_new_tokens=workload.new_tokens, max_length=1024)
-        plain = Sampler(tokenizer, options, eos_token_ids=[len(tokenizer) - 1])  # which nothing ends with
-        engine = EngineOptions(1024, model.dtype, 0, 1, memory=0.3, eager=given.eager, sleep=True, check_steps=None)
+        ends = [len(tokenizer) - 1]  # which nothing ends with
+        engine_options = EngineOptions(1024, model.dtype, 0, 1, 0.3, given.eager, sleep=True, check_steps=None)
+        engine = VLLM(options, ends, {}, engine_options)
         ids = [prompt_ids(tokenizer, prompt) for prompt in draw_prompts(workload, tokenizer, given.prompts)]
         noise = torch.zeros(len(ids), workload.new_tokens)
-        samplers = plain, VLLMSampler(plain, engine)
+        samplers = Sampler(tokenizer, options, ends), Sampler(tokenizer, options, ends, engine=engine)
         rollout = model, ids, noise, device, True  # greedy
         answers = [sampler.sample(*rollout).ids for sampler in samplers]
         assert torch.equal(*answers)
@@ -62,7 +63,7 @@ def main() -> None:
         for _ in range(given.turns):
             for sampler, its in zip(samplers, times, strict=True):
                 its.append(seconds(sampler.sample, *rollout))
-        weights = median(seconds(samplers[1]._send, model) for _ in range(given.turns))
+        weights = median(seconds(engine._send, model) for _ in range(given.turns))
         ours, theirs = map(median, times)
         print(f"{name:8}  {ours:10.2f} s  {theirs:6.2f} s  {ours / theirs:4.2f}  {weights:6.2f} s", flush=True)
 

@@ -223,7 +223,7 @@ def test_a_second_run_computes_no_reference_again(
 
 
 def test_new_adapters_find_what_the_whole_model_drew(make_trainer: TrainerFactory, tmp_path: Path) -> None:
-    """Their reference is the model below them, from the first step on; the store is asked while the trainer is built."""
+    """Their reference is the model below them; the store asks who that is while the trainer is built."""
     store, config = str(tmp_path / "store"), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     for options, rate in (({}, 0.0), ({"peft_config": config}, 1.0)):
         trainer = make_trainer(**options, reference_store=store)

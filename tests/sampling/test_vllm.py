@@ -19,8 +19,7 @@ from xpo import XPOConfig, XPOTrainer
 from xpo.config.errors import ConfigError
 from xpo.models.reference import base_model
 from xpo.sampling.noise import sampling_noise
-from xpo.sampling.sampler import Sampler
-from xpo.sampling.vllm import VLLMSampler, merged_weights
+from xpo.sampling.vllm import VLLM, merged_weights
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -40,8 +39,8 @@ def both(trainer: XPOTrainer, greedy: bool = True, rows: list[int] | None = None
 
 def test_greedy_tokens_are_transformers_before_and_after_training(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
-    assert isinstance(trainer.sampler, VLLMSampler)
-    assert type(trainer.draws.sampler) is Sampler
+    assert isinstance(trainer.sampler.engine, VLLM)
+    assert trainer.draws.sampler.engine is None
     before, wanted = both(trainer)
     assert before == wanted
     trainer.train()
@@ -62,7 +61,7 @@ def test_a_draw_depends_on_its_prompt_and_noise_alone(tmp_path: Path) -> None:
 def test_weights_that_do_not_follow_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of(tmp_path, vllm_check_steps=2)
     both(trainer)
-    monkeypatch.setattr(trainer.sampler, "_send", lambda model: None)
+    monkeypatch.setattr(trainer.sampler.engine, "_send", lambda model: None)
     with pytest.raises(ConfigError, match=r"generation_engine='vllm' is not the policy: .* nats below"):
         trainer.train()
 

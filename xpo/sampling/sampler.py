@@ -1,10 +1,10 @@
-"""Drawing completions with transformers' generate.
+"""Drawing completions, with transformers' generate unless another engine is given.
 
 Notation for shapes: B prompts, P prompt tokens (padded on the left), C completion tokens (padded on the right).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,20 @@ def warpers(options: SamplingOptions) -> LogitsProcessorList:
     return chosen
 
 
+class Engine(Protocol):
+    """Whatever decodes: transformers, as `Sampler` does itself, or vLLM."""
+
+    def draw(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        noise: Tensor,
+        device: torch.device,
+        greedy: bool,
+    ) -> list[Tensor]:
+        """The tokens of a completion for each prompt, an EOS included; arguments as of `Sampler.sample`."""
+
+
 class Sampler:
     """Draws completions. One for a trainer; holds no model.
 
@@ -78,6 +92,7 @@ class Sampler:
         eos_token_ids: the tokens that end a completion.
         batch_size: at most so many prompts in one generate call; None: all at once.
         kwargs: further options of GenerationConfig.
+        engine: what decodes instead of transformers.
     """
 
     def __init__(
@@ -87,12 +102,14 @@ class Sampler:
         eos_token_ids: Sequence[int],
         batch_size: int | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        engine: Engine | None = None,
     ):
         self.tokenizer = tokenizer
         self.options = options
         self.eos_token_ids = list(eos_token_ids)
         self.batch_size = batch_size
         self.kwargs = dict(kwargs or {})
+        self.engine = engine
         self.pad_token_id = tokenizer.pad_token_id
         self.max_new_tokens = options.max_new_tokens
         self.config = GenerationConfig(
@@ -137,12 +154,15 @@ class Sampler:
             device: where the model is.
             greedy: take the likeliest token instead of drawing one.
             synced: the model's parameters are divided among processes (ZeRO-3), which all sample equally many
-                prompts and go on until the last of them is done.
-            streamer: gets the tokens of a single prompt as they come.
+                prompts and go on until the last of them is done. Not with another engine, which needs all of them.
+            streamer: gets the tokens of a single prompt as they come. Not with another engine.
 
         Returns:
             B completions of at most `max_new_tokens` tokens.
         """
+        if self.engine is not None:
+            drawn = self.engine.draw(model, prompts, noise, device, greedy)
+            return self.completions(pad_sequence(drawn, batch_first=True, padding_value=self.pad_token_id).to(device))
         rows: dict[int, Tensor] = {}
         chunk = self.batch_size or len(prompts)
         for part in batches_by_length([len(ids) for ids in prompts], chunk, longest_first=True):

@@ -14,14 +14,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
-from transformers.generation import BaseStreamer
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import SamplingOptions
 from xpo.models.forward import eval_mode
-from xpo.sampling.completions import Completions
-from xpo.sampling.sampler import Sampler
 
 CHECKED = 2, 8  # prompts, and tokens of each, that a check compares
 _KNOWN = {"min_new_tokens": "min_tokens"}  # of `generation_kwargs`, and what vLLM calls them
@@ -53,52 +50,52 @@ class EngineOptions:
     check_steps: int | None
 
 
-class VLLMSampler(Sampler):
-    """Draws the completions of one model, the policy, with vLLM.
+class VLLM:
+    """Draws the completions of one model, the policy, which is whole on this process.
 
     A draw depends on the weights, the prompt and the first number of its noise, which seeds the request: not on the
     batch. They are other draws than those of transformers with the same noise.
 
     Args:
-        sampler: how completions are drawn, with options that `check_vllm` has let pass.
+        options: how tokens are drawn.
+        eos_token_ids: the tokens that end a completion.
+        kwargs: further ones, which `check_vllm` has let pass.
         engine: see there.
     """
 
-    def __init__(self, sampler: Sampler, engine: EngineOptions):
-        super().__init__(sampler.tokenizer, sampler.options, sampler.eos_token_ids, None, sampler.kwargs)
+    def __init__(
+        self, options: SamplingOptions, eos_token_ids: Sequence[int], kwargs: Mapping[str, Any], engine: EngineOptions
+    ):
+        self.options = options
+        self.eos_token_ids = list(eos_token_ids)
+        self.kwargs = kwargs
         self.engine = engine
         self.rollouts = 0  # so far
         self._llm: Any = None
         self._sent: Tensor | None = None  # what the policy's parameters sum up to that the engine has
 
-    def sample(
+    def draw(
         self,
         model: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         noise: Tensor,
         device: torch.device,
-        greedy: bool = False,
-        synced: bool = False,
-        streamer: BaseStreamer | None = None,
-    ) -> Completions:
-        """See `Sampler.sample`; `model` is always the policy, whole on this process."""
-        assert not synced
-        assert streamer is None
+        greedy: bool,
+    ) -> list[Tensor]:
+        """See `xpo.sampling.sampler.Engine`; ConfigError if the engine's weights are found not to be the policy's."""
         self._follow(model)
         if self.engine.check_steps is not None and self.rollouts % self.engine.check_steps == 0:
             self._check(model, prompts[: CHECKED[0]], device)
         self.rollouts += 1
         seeds = (noise[:, 0] * 2**53).long().tolist()
-        drawn = self._draw(prompts, seeds, self.max_new_tokens, 0.0 if greedy else self.options.temperature)
+        drawn = self._draw(prompts, seeds, self.options.max_new_tokens, 0.0 if greedy else self.options.temperature)
         if self._sleeps:
             self._llm.sleep(level=1)
-        rows = [torch.tensor(tokens) for tokens in drawn]
-        return self.completions(pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id).to(device))
+        return [torch.tensor(tokens) for tokens in drawn]
 
     def _draw(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int, temperature: float
     ) -> list[list[int]]:
-        """The tokens of each completion, an EOS included."""
         from vllm import SamplingParams
 
         options, further = self.options, {_KNOWN[key]: value for key, value in self.kwargs.items()}
@@ -144,7 +141,7 @@ class VLLMSampler(Sampler):
     def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
         """ConfigError unless the engine's likeliest tokens are the policy's, up to rounding."""
         tolerance = 1e-2 if self.engine.dtype == torch.float32 else 1.0
-        answers = self._draw(prompts, [0] * len(prompts), min(CHECKED[1], self.max_new_tokens), 0.0)
+        answers = self._draw(prompts, [0] * len(prompts), min(CHECKED[1], self.options.max_new_tokens), 0.0)
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = torch.tensor([[*prompt, *answer]], device=device)
             with eval_mode(model), torch.no_grad():

@@ -38,7 +38,7 @@ from xpo.rewards import RewardModel
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.pairs import PairSampler
 from xpo.sampling.sampler import Sampler
-from xpo.sampling.vllm import EngineOptions, VLLMSampler
+from xpo.sampling.vllm import VLLM, EngineOptions
 from xpo.training.config import XPOConfig
 
 logger = logging.getLogger(__name__)
@@ -241,21 +241,16 @@ def check_unused(*arguments: Any) -> None:
             raise ConfigError(f"{name}={value!r:.40} is not used; leave it out, or pass scorers to measure more")
 
 
-def build_sampler(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> Sampler:
-    """The sampler of these arguments, for the tokens that end a completion of this model."""
-    ends = end_tokens(base_model(model), tokenizer)
-    if args.temperature == 0:
-        logger.warning("xpo: at temperature=0 policy and reference say the same at first: hardly anything is learned")
-    return Sampler(tokenizer, args, ends, args.generation_batch_size, dictionary(args.generation_kwargs))
-
-
 def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[Sampler, Sampler]:
     """What draws the policy's completions, and what draws those of all other models: transformers."""
-    others = build_sampler(args, model, tokenizer)
+    ends, kwargs = end_tokens(base_model(model), tokenizer), dictionary(args.generation_kwargs)
+    if args.temperature == 0:
+        logger.warning("xpo: at temperature=0 policy and reference say the same at first: hardly anything is learned")
+    others = Sampler(tokenizer, args, ends, args.generation_batch_size, kwargs)
     if args.generation_engine == "transformers":
         return others, others
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base_model(model).dtype
-    engine = EngineOptions(
+    options = EngineOptions(
         max_length=args.max_length,
         dtype=dtype,
         seed=args.seed,
@@ -265,7 +260,7 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
         sleep=args.vllm_enable_sleep_mode,
         check_steps=args.vllm_check_steps,
     )
-    return VLLMSampler(others, engine), others
+    return Sampler(tokenizer, args, ends, kwargs=kwargs, engine=VLLM(args, ends, kwargs, options)), others
 
 
 def build_pair_sampler(
