@@ -9,6 +9,7 @@ The first use makes TRL's virtual environment.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -30,7 +31,8 @@ from xpo import XPOConfig
 
 HERE = Path(__file__).parent
 TRL = "1.13.0"
-CONTENDERS = ("trl-default", "xpo-cold", "trl-best", "xpo-warm")  # in turn
+CONTENDERS = ("trl-default", "xpo-cold", "trl-best", "xpo-warm", "xpo-vllm")  # in turn
+COLD = "xpo-cold", "xpo-vllm"  # each with a store of its own, which is empty
 DEFAULTS: dict[str, Any] = {}  # gradient_checkpointing is on, and with it no KV cache in generation
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
 STATIC_CACHE = {"cache_implementation": "static"}
@@ -76,7 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    there = CONTENDERS if importlib.util.find_spec("vllm") else CONTENDERS[:-1]
+    add("--contenders", nargs="+", choices=CONTENDERS, default=list(there))
     add("--steps", type=int, default=8, help="timed optimizer steps of each contender in each round")
     add(
         "--warmup",
@@ -228,6 +231,7 @@ class Bench:
         options = dict(parse_option(option) for option in self.args.xpo)
         xpo = {"generation_kwargs": options.pop("generation_kwargs", {}), "args": options}
         settings = {"trl-default": DEFAULTS, "trl-best": SEARCH[best], "xpo-cold": xpo, "xpo-warm": xpo}
+        settings["xpo-vllm"] = xpo | {"args": options | {"generation_engine": "vllm"}}
         contenders = [name for name in CONTENDERS if name in self.args.contenders]
         turns: dict[str, list[Result]] = {name: [] for name in contenders}
         for turn in range(self.args.rounds):
@@ -238,7 +242,8 @@ class Bench:
             if "xpo-warm" in contenders and "xpo-cold" not in contenders:
                 self.run("xpo-cold", workload, prompts, self.args.steps, xpo, store)  # fills the store, untimed
             for name in contenders:
-                result = self.run(name, workload, prompts, self.args.steps, settings[name], store)
+                its_store = f"{store}.vllm" if name == "xpo-vllm" else store
+                result = self.run(name, workload, prompts, self.args.steps, settings[name], its_store)
                 if result:
                     turns[name].append(result)
                     print(
@@ -333,7 +338,7 @@ class Bench:
         assert self.machine is not None
         rows = []
         for name, result in results.items():
-            needed = needs["trl" if name.startswith("trl") else name.removeprefix("xpo-")]
+            needed = needs["trl" if name.startswith("trl") else "cold" if name in COLD else "warm"]
             for phase, need in needed.items():
                 work = [f"{need['flops'] / 1e9:.4g}", f"{need['bytes'] / 1e9:.4g}"]
                 rows.append([name, phase, *work, *against(need["seconds"], result["phases_mean_s"][phase])])

@@ -51,12 +51,12 @@ def update(forward: Forward, model: nn.Module, batch: dict[str, Tensor], budget:
     device = batch["prompt_ids"].device.type
     model.zero_grad()
     tokens = batch["prompt_mask"].sum(dim=1) + batch["completion_mask"].sum(dim=(0, 2))
-    started = _now(device)
+    started = now(device)
     for rows in token_batches(tokens, range(len(tokens)), budget, forward.way == "packed"):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             logps = forward(model, take_pairs(batch, rows))
         logps.sum().backward()
-    return _now(device) - started
+    return now(device) - started
 
 
 def products(model: PreTrainedModel, tokens: int, completion_tokens: int) -> float:
@@ -70,7 +70,7 @@ def products(model: PreTrainedModel, tokens: int, completion_tokens: int) -> flo
     sizes = {(count, width) for weight, count in zip(weights, counts, strict=True) for width in weight.shape}
     states = {size: torch.randn(size, device=device, dtype=dtype) for size in sizes}
     flops = 0.0
-    started = _now(device)
+    started = now(device)
     for weight, count in zip(weights, counts, strict=True):
         outputs, inputs = weight.shape
         hidden, gradient = states[count, inputs], states[count, outputs]
@@ -78,10 +78,10 @@ def products(model: PreTrainedModel, tokens: int, completion_tokens: int) -> flo
         torch.mm(gradient, weight)
         torch.mm(gradient.T, hidden)
         flops += 6 * count * weight.numel()
-    return flops / (_now(device) - started)
+    return flops / (now(device) - started)
 
 
-def _now(device: str) -> float:
+def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -97,10 +97,10 @@ def compare(
     contenders: dict[str, nn.Module] = {"eager": model, "compiled": torch.compile(model)}
     data = [made_up_batch(lengths, new_tokens, model.config.vocab_size, device) for lengths in batches]
     for name, contender in contenders.items():
-        started = _now(device)
+        started = now(device)
         for batch in data[:3]:  # the first compiles, the second compiles for any number of tokens
             update(forward, contender, batch, budget)
-        print(f"{name}: {_now(device) - started:.0f} s for the first three updates", flush=True)
+        print(f"{name}: {now(device) - started:.0f} s for the first three updates", flush=True)
     turn_rows: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for turn in range(turns):
         lengths, batch = batches[turn % len(batches)], data[turn % len(data)]
