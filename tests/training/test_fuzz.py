@@ -16,7 +16,7 @@ from xpo.models.loading import tiny_model
 
 
 def fuzz(examples: int) -> Any:
-    """The same examples each time; those of all tests together take a minute."""
+    """The same examples each time; those of all tests together take a minute on two cores."""
     unlimited = {"deadline": None, "suppress_health_check": list(HealthCheck)}
     return settings(max_examples=examples, derandomize=True, database=None, **unlimited)
 
@@ -62,13 +62,13 @@ def trained(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, **given: Any) ->
     return True
 
 
-@fuzz(50)
+@fuzz(25)
 @given(RETURNED)
 def test_what_judges_return(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast, value: Any) -> None:
     trained(tmp_path_factory.getbasetemp(), tokenizer, judge=lambda prompts, first, second: value)
 
 
-@fuzz(50)
+@fuzz(25)
 @given(RETURNED)
 def test_what_rewards_return(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast, value: Any) -> None:
     trained(tmp_path_factory.getbasetemp(), tokenizer, reward_model=lambda completions, **_: value)
@@ -90,7 +90,7 @@ MESSAGES = st.fixed_dictionaries({"role": ROLES, "content": TEXTS}) | st.fixed_d
 PROMPTS = st.one_of(TEXTS, st.lists(MESSAGES, max_size=3), ANYTHING)
 
 
-@fuzz(150)
+@fuzz(75)
 @given(st.lists(PROMPTS, min_size=1, max_size=2))
 def test_what_stands_in_prompts(tmp_path_factory: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[Any]) -> None:
     data = [{"prompt": prompt} for prompt in prompts]
