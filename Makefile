@@ -43,15 +43,16 @@ test: setup ## all tests
 	$(BIN)/pytest -n 2 --dist loadfile
 
 # vLLM's packages for pictures and sound are of CUDA, and break transformers; text needs none of them.
-.venv-vllm/installed: pyproject.toml requirements-vllm.txt
+.venv-vllm/installed: pyproject.toml requirements-vllm.txt requirements-offline.txt
 	$(PYTHON) -m venv --clear .venv-vllm
 	.venv-vllm/bin/pip install --quiet --upgrade pip
 	.venv-vllm/bin/pip install --quiet -r requirements-vllm.txt -e .
+	.venv-vllm/bin/pip install --quiet --no-deps -r requirements-offline.txt
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-vllm: .venv-vllm/installed ## the tests of rollouts on vLLM, in an environment of its own (4 GB)
-	.venv-vllm/bin/pytest -m vllm tests/sampling/test_vllm.py
+	.venv-vllm/bin/pytest -m vllm tests/sampling/test_vllm.py tests/test_commands.py
 
 science: setup ## experiments on bandits and a token tree; run again, it goes on
 	$(MAKE) --jobs 2 $(SCIENCE)
