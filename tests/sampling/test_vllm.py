@@ -49,6 +49,18 @@ def test_greedy_tokens_are_transformers_before_and_after_training(tmp_path: Path
     assert after != before
 
 
+def test_options_mean_the_same_and_are_checked_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions longer than those of a check, and a penalty that changes most tokens."""
+    options = {"generation_kwargs": {"min_new_tokens": 12}, "repetition_penalty": 1.3, "vllm_check_steps": 1}
+    trainer = trainer_of(tmp_path, **options)
+    ours, wanted = both(trainer)
+    assert ours == wanted
+    assert ours != both(trainer_of(tmp_path))[1]
+    monkeypatch.setattr(trainer.sampler.engine, "_send", lambda model: None)
+    with pytest.raises(ConfigError, match=r"generation_engine='vllm' is not the policy"):
+        trainer.train()
+
+
 def test_a_draw_depends_on_its_prompt_and_noise_alone(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     together = both(trainer, greedy=False)[0]

@@ -87,31 +87,32 @@ class VLLM:
         if self.engine.check_steps is not None and self.rollouts % self.engine.check_steps == 0:
             self._check(model, prompts[: CHECKED[0]], device)
         self.rollouts += 1
+        options = self.options
+        how = {
+            "temperature": 0.0 if greedy else options.temperature,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+            "min_p": options.min_p or 0.0,
+            "repetition_penalty": options.repetition_penalty,
+            **{_KNOWN[key]: value for key, value in self.kwargs.items()},
+        }
         seeds = (noise[:, 0] * 2**53).long().tolist()
-        drawn = self._draw(prompts, seeds, self.options.max_new_tokens, 0.0 if greedy else self.options.temperature)
+        drawn = self._draw(prompts, options.max_new_tokens, seeds, **how)
         if self._sleeps:
             self._llm.sleep(level=1)
         return [torch.tensor(tokens) for tokens in drawn]
 
-    def _draw(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], tokens: int, temperature: float
-    ) -> list[list[int]]:
+    def _draw(self, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int], **how: Any) -> list[list[int]]:
         from vllm import SamplingParams
 
-        options, further = self.options, {_KNOWN[key]: value for key, value in self.kwargs.items()}
         params = [
             SamplingParams(
                 seed=seed,
-                temperature=temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                min_p=options.min_p or 0.0,
-                repetition_penalty=options.repetition_penalty,
                 max_tokens=tokens,
                 stop_token_ids=self.eos_token_ids,
                 ignore_eos=True,  # the one of the model's config, which may not be among these
                 detokenize=False,
-                **further,
+                **how,
             )
             for seed in seeds
         ]
@@ -139,15 +140,16 @@ class VLLM:
         self._llm.reset_prefix_cache()
 
     def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
-        """ConfigError unless the engine's likeliest tokens are the policy's, up to rounding."""
+        """ConfigError unless the engine's likeliest tokens are the policy's, up to rounding; without other options."""
         tolerance = 1e-2 if self.engine.dtype == torch.float32 else 1.0
-        answers = self._draw(prompts, [0] * len(prompts), min(CHECKED[1], self.options.max_new_tokens), 0.0)
+        tokens = min(CHECKED[1], self.options.max_new_tokens)
+        answers = self._draw(prompts, tokens, [0] * len(prompts), temperature=0.0)
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = torch.tensor([[*prompt, *answer]], device=device)
             with eval_mode(model), torch.no_grad():
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
             lost = logits.amax(1) - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-            if self.options.repetition_penalty == 1.0 and not self.kwargs and lost.max() > tolerance:
+            if lost.max() > tolerance:
                 raise ConfigError(
                     "generation_engine='vllm' is not the policy: a token that it holds for the likeliest is "
                     f"{lost.max():.2f} nats below that; {_OTHER}, and report it"
