@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
@@ -22,6 +23,7 @@ from omegaconf import OmegaConf
 from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import to_dict
+from xpo.data.pair_file import export
 from xpo.judges.base import asked_to_stop
 from xpo.launch.jobs import compare_with_run
 from xpo.tracking.metrics_log import read_metrics
@@ -62,6 +64,18 @@ def test_a_killed_run_resumes_to_the_same_end(runs: Path, moment: str):
     assert pairs[0].count("\n") == (16 if "replay" in runs.name else 32)
     for name, weights in whole["weights"].items():
         assert torch.equal(weights, resumed["weights"][name]), name
+
+
+@pytest.mark.parametrize("moment", MOMENTS + RANDOM)
+def test_the_data_set_of_a_killed_run_is_that_of_the_uninterrupted_one(runs: Path, moment: str, tmp_path: Path):
+    """All columns but the name of the run's directory."""
+    tables = []
+    for name in ("whole", moment):
+        pairs, ties = export([runs / name / "pairs.jsonl"], tmp_path / f"{name}.parquet")
+        assert pairs + ties == (16 if "replay" in runs.name else 32)
+        assert pairs > 0
+        tables.append(pq.read_table(tmp_path / f"{name}.parquet").drop(["run"]))
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("moment", MOMENTS + RANDOM)
