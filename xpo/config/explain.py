@@ -87,7 +87,7 @@ def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
     if parts[0] in _TARGETS and len(parts) == 2:  # another option's, which `_hint` would name
         files = sorted((conf / parts[0]).glob("*.yaml"))
         if having := [path.stem for path in files if parts[1] in set(OmegaConf.load(path))]:
-            return f"{key!r} is a key of {parts[0]}={' and '.join(having)}, and not of the chosen one; see --cfg job"
+            return f"{key!r} is a key of {parts[0]}={', '.join(having)}, and not of the chosen one; see --cfg job"
     return f"unknown config key {key!r}{_hint(key, conf, schema)} (--cfg job lists the keys)"
 
 
