@@ -239,9 +239,13 @@ def summary(rows: Sequence[Row], control: Sequence[Row]) -> list[str]:
 
 
 def table(results: Results, task: str, methods: Sequence[Method]) -> str:
-    """Markdown, a row for each method. p: faster or slower than alpha = 0, Holm's correction over the table."""
+    """Markdown, a row for each method. p: faster or slower without its bonus, Holm's correction over the table.
+
+    That is online DPO where the policy draws both completions, else alpha = 0, with which online DPO is compared, too.
+    """
     others = [method for method in methods if method != BASELINES[1]]
-    tests = [sign_test(results.of(task, method), results.of(task, BASELINES[1])) for method in others]
+    without = {method: BASELINES[method.second != "policy" or method.bonus == "none"] for method in others}
+    tests = [sign_test(results.of(task, method), results.of(task, without[method])) for method in others]
     corrected = dict(zip(others, holm(tests), strict=True))
     best = tuned_methods(results, task)
     lines = [f"| method | second | alpha | {' | '.join(COLUMNS)} |", "|---|---|---:|" + "---|" * len(COLUMNS)]
