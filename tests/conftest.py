@@ -11,8 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["XPO_STORES"] = tempfile.mkdtemp(prefix="xpo_stores_")  # not the tester's own
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -89,17 +91,25 @@ EVAL_METRICS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def handlers_stay() -> Iterator[None]:
-    """A command's `main` takes over logging and signals, as Hydra does for it: the next test has its own again."""
+@contextmanager
+def restored() -> Iterator[None]:
+    """Logging, signals and environment behind the block are those before it: a command's `main` takes them over."""
     root = logging.getLogger()
     logs, level = root.handlers[:], root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
+    with patch.dict(os.environ):
+        yield
     root.handlers[:] = logs
     root.setLevel(level)
     for number, handler in signals.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def restore_process() -> Iterator[None]:
+    """After each test; fixtures of a wider scope do it themselves."""
+    with restored():
+        yield
 
 
 @pytest.fixture(scope="session")

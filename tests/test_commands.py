@@ -6,6 +6,7 @@ process. Of other programs (`OTHERS`) only the words are split: they need a netw
 """
 
 import gzip
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any
 
 import hydra
 import pytest
+from conftest import restored
 from hub_server import serving
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from llm_server import LLMServer, sharpened
@@ -44,7 +46,7 @@ from xpo.launch import worker
 from xpo.launch.processes import Outcome
 from xpo.models.loading import tiny_model, tiny_tokenizer
 from xpo.tracking.metrics_log import read_metrics
-from xpo.tracking.runs import all_runs
+from xpo.tracking.runs import all_runs, last_complete_checkpoint
 
 OTHERS = {".", "cd", "git", "pip", "pre-commit", "hf"}
 PLUGINS = re.compile(r"hydra[./](launcher|sweeper)")  # words of those that need not be installed
@@ -73,7 +75,7 @@ OURS = [(page, words[words.index("-m") + 1 :]) for page, words in COMMANDS if wo
 
 
 def name_of(value: str | list[str]) -> str:
-    """Of a parameter, for pytest."""
+    """What pytest calls a case: its page and its words."""
     return value if isinstance(value, str) else " ".join(value)
 
 
@@ -185,8 +187,8 @@ class InThisThread(Executor):
         return done
 
 
-def in_this_process(patch: pytest.MonkeyPatch) -> None:
-    """Jobs are."""
+def train_in_this_process(patch: pytest.MonkeyPatch) -> None:
+    """Jobs start no processes."""
     patch.setattr(xpo.train, "start_worker", lambda run_dir: InThisProcess(run_dir).wait().status)
     patch.setattr(xpo.launch.sweep, "JobProcess", InThisProcess)
     patch.setattr(xpo.launch.sweep, "ThreadPoolExecutor", InThisThread)
@@ -220,9 +222,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         network.save_pretrained(place / name)
         tiny_tokenizer().save_pretrained(place / name)
     for words in RUNS:
-        with pytest.MonkeyPatch.context() as patch:
+        with restored(), pytest.MonkeyPatch.context() as patch:
             patch.chdir(place)
-            in_this_process(patch)
+            train_in_this_process(patch)
             run(xpo.train, patch, *words, *SMALL, "training.save_steps=1")
     return place
 
@@ -238,7 +240,10 @@ def here(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def made_small(words: list[str], here: Path, llm: str) -> list[str]:
-    """The words of a training command, for seconds, with what is here in place of what is elsewhere."""
+    """The words of a training command, for seconds, with what is here in place of what is elsewhere.
+
+    Its model is always the tiny one. Words of launchers before `-m xpo.train` are not run.
+    """
     if "--multi_gpu" in " ".join(words):  # which starts one process per GPU
         words = [word.replace("--multi_gpu", "--cpu").replace("num_processes=8", "num_processes=1") for word in words]
     words = [STAND_INS.get(word, word.replace("$PWD", str(here))) for word in words]
@@ -251,6 +256,8 @@ def made_small(words: list[str], here: Path, llm: str) -> list[str]:
         key, *values = re.split("[=,]", axis)
         two = axis is axes[0] and not any(word.startswith(TOGETHER) for word in words)
         words[words.index(axis)] = f"{key}={values[0]},{values[-1]}" if two else f"{key}={values[-1]}"
+    if "training.resume=outputs/DATE/TIME" in words:  # whose first step is done
+        words.append("training.max_steps=2")
     if re.search("training.iterations|algorithm_1|selm", given):  # three iterations, two updates each
         words.append("training.max_steps=6")
     keys = {word.partition("=")[0] for word in words}
@@ -291,7 +298,7 @@ def test_every_training_runs(page: str, words: list[str], here: Path, monkeypatc
         if re.search(rf"\b{package}\b", " ".join(words)):
             pytest.importorskip(package)
     if not any(word.startswith(TOGETHER) for word in words):
-        in_this_process(monkeypatch)
+        train_in_this_process(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # as in an activated environment
     before = [run_dir for run_dir, _ in all_runs([here])]
@@ -301,6 +308,10 @@ def test_every_training_runs(page: str, words: list[str], here: Path, monkeypatc
         runs = all_runs([here])
         assert all(record.finished for _, record in runs)
         assert len(runs) > len(before) or "training.resume" in " ".join(words)
+    if "resume" in " ".join(words) and "outputs/DATE" in " ".join(made_small(words, here, "")):
+        assert last_complete_checkpoint(here / "outputs" / "DATE" / "TIME" / "model").name == "checkpoint-2"
+    if "wandb" in " ".join(words):  # as it does when a process ends
+        importlib.import_module("wandb").teardown()
     if "training.push_to_hub=true" in words:
         assert "models/owner/name" in hub.repositories
 

@@ -22,9 +22,7 @@ from xpo.models.loading import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {".", "cd", "git", "pip", "pre-commit", "hf"}
 LANGUAGES = {"sh", "python", "json", "yaml", "text", "{toctree}", "{eval-rst}"}
-HYDRA = re.compile(r"hydra[./](launcher|sweeper)")  # of plugins that need not be installed
 
 
 def blocks(page: Path, language: str = r"\S*") -> Iterator[tuple[str, str]]:

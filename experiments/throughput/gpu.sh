@@ -9,11 +9,11 @@ here=$(dirname "$0")
 export PYTHONPATH=.:${PYTHONPATH:-}
 mkdir -p "$out"
 
-timeout 240 "$python" "$here/gpu.py" "$out/checks.json" --device "$device" --model "$model"
+timeout 200 "$python" "$here/gpu.py" "$out/checks.json" --device "$device" --model "$model"
 
 # UltraFeedback's 60,829 prompts for training, once, in hours of this device. TRL is taken as this python has it.
-timeout 320 "$python" "$here/run.py" --device "$device" --model "$model" --trl-python "${TRL_PYTHON:-$python}" \
-    --workloads ultrafeedback --steps 4 --budget 50 --floor --headline-prompts 60829 --results "$out/comparison"
+timeout 380 "$python" "$here/run.py" --device "$device" --model "$model" --trl-python "${TRL_PYTHON:-$python}" \
+    --workloads ultrafeedback --contenders trl-best xpo-cold --steps 4 --budget 90 --floor --headline-prompts 60829 --results "$out/comparison"
 
 "$python" - "$out" <<'PYTHON'
 import json, sys

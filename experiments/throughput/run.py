@@ -36,7 +36,7 @@ COLD = "xpo-cold", "xpo-vllm"  # each with a store of its own, which is empty
 DEFAULTS: dict[str, Any] = {}  # gradient_checkpointing is on, and with it no KV cache in generation
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
 STATIC_CACHE = {"cache_implementation": "static"}
-SEARCH: dict[str, dict[str, Any]] = {  # for trl-best; the first one, until a search has been run
+SEARCH: dict[str, dict[str, Any]] = {  # for trl-best; one of UNSEARCHED, until a search has been run
     "no checkpointing, static cache": {"args": NO_CHECKPOINTING, "generation_kwargs": STATIC_CACHE},
     "no checkpointing, dynamic cache": {"args": NO_CHECKPOINTING},
     # Fewer rows at a time are padded less.
@@ -58,6 +58,10 @@ SEARCH: dict[str, dict[str, Any]] = {  # for trl-best; the first one, until a se
     },
     "no checkpointing, eager attention": {"args": NO_CHECKPOINTING, "model": {"attn_implementation": "eager"}},
     "checkpointing, KV cache": {"generation_kwargs": {"use_cache": True}},
+}
+UNSEARCHED = {  # a static cache takes no mixed precision, which runs on GPUs have
+    "cpu": "no checkpointing, static cache",
+    "cuda": "no checkpointing, dynamic cache",
 }
 HIT_RATE = "perf/reference_hit_rate"  # logged by xpo
 Result = dict[str, Any]
@@ -227,7 +231,7 @@ class Bench:
 
     def compare(self, workload: str) -> None:
         """Every contender in turn, then the tables and the file."""
-        best = read_json(self.settings_file).get(workload, {}).get("best", next(iter(SEARCH)))
+        best = read_json(self.settings_file).get(workload, {}).get("best", UNSEARCHED[self.args.device])
         options = dict(parse_option(option) for option in self.args.xpo)
         xpo = {"generation_kwargs": options.pop("generation_kwargs", {}), "args": options}
         settings = {"trl-default": DEFAULTS, "trl-best": SEARCH[best], "xpo-cold": xpo, "xpo-warm": xpo}

@@ -135,7 +135,11 @@ CASES = [
     case("unknown key behind +", "+loss.alhpa=1", ["'loss.alhpa'", "did you mean 'loss.alpha'", "--cfg job"]),
     case("unknown key, top level", "+alpha=1", ["'alpha'", "--cfg job"]),
     case("unknown key of a judge", "judge=pair_rm judge.batchsize=2", ["'judge.batchsize'", "'judge.batch_size'"]),
-    case("a key of another option", "judge=lexicon judge.model=x", ["'judge.model'", "llm, local_llm, pair_rm"]),
+    case(
+        "a key of another option",
+        "judge=lexicon judge.model=x",
+        ["'judge.model'", "judge=llm, judge=local_llm, judge=pair_rm, and not"],
+    ),
     case("the last word of a key", "seed=1", ["'seed'", "did you mean 'training.seed' or"]),
     case("a short name", "lr=1e-5", ["'lr'", "did you mean 'training.learning_rate'"]),
     case("no key of its own", "training.neftune_noise_alpha=1", ["+training.kwargs.neftune_noise_alpha="]),

@@ -695,7 +695,9 @@ def test_a_run_is_not_resumed_with_another_model(copied: Path, tmp_path: Path):
 
 def test_a_half_written_checkpoint_is_passed_over(copied: Path, tmp_path: Path):
     """Resuming takes the newest one that is whole."""
-    (copied / "model" / f"checkpoint-{STEPS}" / "trainer_state.json").unlink()
+    last = copied / "model" / f"checkpoint-{STEPS}"
+    shutil.copytree(last, copied / "model" / "checkpoint-1", dirs_exist_ok=True)  # a kill may have left no other one
+    (last / "trainer_state.json").unlink()
     whole = [path for path in (copied / "model").glob("checkpoint-*") if is_complete(path)]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
     prepared([*SMOKE, f"training.resume={copied}"], tmp_path / "unused")

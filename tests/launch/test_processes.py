@@ -173,7 +173,8 @@ def test_the_command_of_a_job(tmp_path: Path):
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch):
     """Its devices, its share of the cores that the command may use, and how long a thread of it waits for work."""
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     parent = {"XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}", "GOMP_SPINCOUNT": "1000"}
     assert environment(LaunchOptions(), None, 1) == parent | {"XPO_PROCESSES": "1"}
     assert environment(LaunchOptions(num_processes=2), [4, 5], 2) == parent | {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import gpt2
+from conftest import TrainerFactory, gpt2
 from transformers import GenerationConfig, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from xpo.config.errors import ConfigError
@@ -269,3 +269,11 @@ def test_both_completions_get_one_width():
     assert first.mask.sum() == 2
     assert second.ids.shape == (1, 5)
     assert first.mask.dtype == torch.bool
+
+
+def test_a_static_cache_takes_no_mixed_precision(make_trainer: TrainerFactory) -> None:
+    """Its keys would be float32 and its values bfloat16, which transformers finds out in the first rollout."""
+    static = {"cache_implementation": "static"}
+    with pytest.raises(ConfigError, match=r"cache_implementation='static' takes no mixed precision .*; leave it out"):
+        make_trainer(bf16=True, generation_kwargs=static)
+    make_trainer(generation_kwargs=static)

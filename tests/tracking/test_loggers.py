@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import json
 import os
-import signal
 import sqlite3
 import struct
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from conftest import restored
 from transformers.integrations.integration_utils import rewrite_logs
 
 from xpo.config.compose import checked, compose
@@ -33,21 +33,18 @@ Points = dict[tuple[str, int], float]  # by name and step
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps that reports to every logger that there is."""
     run_dir = tmp_path_factory.mktemp("day") / "time"
     words = ["experiment=smoke", "tracking=none", f"tracking.report_to={INSTALLED}".replace(" ", "")]
     config, _, choices = compose([*words, "training.disable_tqdm=true"])
     prepare(config, run_dir, choices, words, tags={"xpo.sweep": "a sweep"})
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     alone = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(run_dir / "trackio")}
-    with patch.dict(os.environ, alone), patch.object(sys, "argv", ["xpo.launch.worker", str(run_dir)]):
+    with restored(), patch.dict(os.environ, alone), patch.object(sys, "argv", ["xpo.launch.worker", str(run_dir)]):
         with pytest.raises(SystemExit, match="0"):
             worker.main()
         for name in {"wandb", "trackio"}.intersection(INSTALLED):  # as they do when a process ends
             importlib.import_module(name).finish()
-    for number, before in handlers.items():
-        signal.signal(number, before)
     return run_dir
 
 

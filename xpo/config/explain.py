@@ -86,8 +86,10 @@ def unknown_key(key: str, conf: Path, schema: type = TrainSchema) -> str:
         return "a file of the group 'experiment' puts its keys under experiment; begin it with # @package _global_"
     if parts[0] in _TARGETS and len(parts) == 2:  # another option's, which `_hint` would name
         files = sorted((conf / parts[0]).glob("*.yaml"))
-        if having := [path.stem for path in files if parts[1] in set(OmegaConf.load(path))]:
-            return f"{key!r} is a key of {parts[0]}={', '.join(having)}, and not of the chosen one; see --cfg job"
+        if having := [
+            f"{parts[0]}={path.stem}" for path in files if parts[1] in {*OmegaConf.load(path)} - {"defaults"}
+        ]:
+            return f"{key!r} is a key of {', '.join(having)}, and not of the chosen one; see --cfg job"
     return f"unknown config key {key!r}{_hint(key, conf, schema)} (--cfg job lists the keys)"
 
 

@@ -23,8 +23,8 @@ from xpo.config.files import read_object
 from xpo.config.options import LaunchOptions
 from xpo.tracking.runs import RunRecord, in_use
 
-# Turns that a thread of OpenMP looks for work before it sleeps. Its own default keeps a core for milliseconds: beside
-# two busy processes a step then takes four times as long, alone the same. Measured in docs/speed.md.
+# Turns that a thread of GNU's OpenMP, which torch uses on CPUs, looks for work before it sleeps. By default it keeps a
+# core for milliseconds, and beside two busy processes a step takes four times as long. Measured in docs/speed.md.
 SPINS = "1000"
 _END_S = 30.0  # for killed processes to be gone
 GRACE_S = 120.0  # from the request to stop until a job is killed
@@ -170,7 +170,7 @@ def command(launch: LaunchOptions, run_dir: Path, with_deepspeed: bool) -> list[
 
 
 def environment(launch: LaunchOptions, devices: Sequence[int] | None, at_once: int) -> dict[str, str]:
-    """What a job's processes see beside the environment: number, parent, GPUs, their share of the CPU cores."""
+    """What a job's processes see beside the environment: number, parent, GPUs, share of the CPU cores, patience."""
     added = {"XPO_PROCESSES": str(launch.num_processes), "XPO_PARENT": f"{os.getpid()}@{socket.gethostname()}"}
     devices = launch.devices if devices is None else devices
     if devices is not None:

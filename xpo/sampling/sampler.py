@@ -70,7 +70,7 @@ def warpers(options: SamplingOptions) -> LogitsProcessorList:
 
 
 class Engine(Protocol):
-    """Whatever decodes: transformers, as `Sampler` does itself, or vLLM."""
+    """Decodes in transformers' place, which `Sampler` uses without one: `xpo.sampling.vllm.VLLM`."""
 
     def draw(
         self,
@@ -90,9 +90,9 @@ class Sampler:
         tokenizer: the policy's.
         options: how tokens are drawn; temperature 0 is greedy decoding.
         eos_token_ids: the tokens that end a completion.
-        batch_size: at most so many prompts in one generate call; None: all at once.
+        batch_size: at most so many prompts in one generate call; None: all at once. Nothing to an engine.
         kwargs: further options of GenerationConfig.
-        engine: what decodes instead of transformers.
+        engine: what decodes instead of transformers; its draws are other ones, which `settings` does not say.
     """
 
     def __init__(
@@ -154,13 +154,15 @@ class Sampler:
             device: where the model is.
             greedy: take the likeliest token instead of drawing one.
             synced: the model's parameters are divided among processes (ZeRO-3), which all sample equally many
-                prompts and go on until the last of them is done. Not with another engine, which needs all of them.
-            streamer: gets the tokens of a single prompt as they come. Not with another engine.
+                prompts and go on until the last of them is done. Not with an engine, which needs the whole model.
+            streamer: gets the tokens of a single prompt as they come. Not with an engine.
 
         Returns:
             B completions of at most `max_new_tokens` tokens.
         """
         if self.engine is not None:
+            assert not synced
+            assert streamer is None
             drawn = self.engine.draw(model, prompts, noise, device, greedy)
             return self.completions(pad_sequence(drawn, batch_first=True, padding_value=self.pad_token_id).to(device))
         rows: dict[int, Tensor] = {}

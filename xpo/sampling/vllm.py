@@ -59,17 +59,21 @@ class VLLM:
     Args:
         options: how tokens are drawn.
         eos_token_ids: the tokens that end a completion.
-        kwargs: further ones, which `check_vllm` has let pass.
-        engine: see there.
+        kwargs: further options of generation, which `check_vllm` has let pass.
+        engine_options: of vLLM.
     """
 
     def __init__(
-        self, options: SamplingOptions, eos_token_ids: Sequence[int], kwargs: Mapping[str, Any], engine: EngineOptions
+        self,
+        options: SamplingOptions,
+        eos_token_ids: Sequence[int],
+        kwargs: Mapping[str, Any],
+        engine_options: EngineOptions,
     ):
         self.options = options
         self.eos_token_ids = list(eos_token_ids)
         self.kwargs = kwargs
-        self.engine = engine
+        self.engine_options = engine_options
         self.rollouts = 0  # so far
         self._llm: Any = None
         self._sent: Tensor | None = None  # what the policy's parameters sum up to that the engine has
@@ -83,10 +87,6 @@ class VLLM:
         greedy: bool,
     ) -> list[Tensor]:
         """See `xpo.sampling.sampler.Engine`; ConfigError if the engine's weights are found not to be the policy's."""
-        self._follow(model)
-        if self.engine.check_steps is not None and self.rollouts % self.engine.check_steps == 0:
-            self._check(model, prompts[: CHECKED[0]], device)
-        self.rollouts += 1
         options = self.options
         how = {
             "temperature": 0.0 if greedy else options.temperature,
@@ -97,9 +97,14 @@ class VLLM:
             **{_KNOWN[key]: value for key, value in self.kwargs.items()},
         }
         seeds = (noise[:, 0] * 2**53).long().tolist()
-        drawn = self._draw(prompts, options.max_new_tokens, seeds, **how)
-        if self._sleeps:
-            self._llm.sleep(level=1)
+        with torch.autocast(device.type, enabled=False):  # the engine has a dtype of its own
+            self._follow(model)
+            if self.engine_options.check_steps is not None and self.rollouts % self.engine_options.check_steps == 0:
+                self._check(model, prompts[: CHECKED[0]], device)
+            self.rollouts += 1
+            drawn = self._draw(prompts, options.max_new_tokens, seeds, **how)
+            if self._sleeps:
+                self._llm.sleep(level=1)
         return [torch.tensor(tokens) for tokens in drawn]
 
     def _draw(self, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int], **how: Any) -> list[list[int]]:
@@ -121,12 +126,12 @@ class VLLM:
 
     @property
     def _sleeps(self) -> bool:
-        return self.engine.sleep and torch.cuda.is_available()
+        return self.engine_options.sleep and torch.cuda.is_available()
 
     def _follow(self, model: PreTrainedModel) -> None:
         """The engine awake, with the policy's weights."""
         if self._llm is None:
-            self._llm = start(model, self.engine, self._sleeps)
+            self._llm = start(model, self.engine_options, self._sleeps)
         elif self._sleeps:
             self._llm.wake_up()
         sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in model.parameters()]).cpu()
@@ -141,7 +146,7 @@ class VLLM:
 
     def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
         """ConfigError unless the engine's likeliest tokens are the policy's, up to rounding; without other options."""
-        tolerance = 1e-2 if self.engine.dtype == torch.float32 else 1.0
+        tolerance = 1e-2 if self.engine_options.dtype == torch.float32 else 1.0
         tokens = min(CHECKED[1], self.options.max_new_tokens)
         answers = self._draw(prompts, tokens, [0] * len(prompts), temperature=0.0)
         for prompt, answer in zip(prompts, answers, strict=True):

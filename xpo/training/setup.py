@@ -246,11 +246,17 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
     ends, kwargs = end_tokens(base_model(model), tokenizer), dictionary(args.generation_kwargs)
     if args.temperature == 0:
         logger.warning("xpo: at temperature=0 policy and reference say the same at first: hardly anything is learned")
+    static = "static" in str(kwargs.get("cache_implementation"))
+    if static and (args.bf16 or args.fp16) and base_model(model).dtype == torch.float32:
+        raise ConfigError(
+            f"generation_kwargs: cache_implementation={kwargs['cache_implementation']!r} takes no mixed precision "
+            "(bf16, fp16) over float32 weights; leave it out, or load the model in that dtype"
+        )
     others = Sampler(tokenizer, args, ends, args.generation_batch_size, kwargs)
     if args.generation_engine == "transformers":
         return others, others
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base_model(model).dtype
-    options = EngineOptions(
+    engine_options = EngineOptions(
         max_length=args.max_length,
         dtype=dtype,
         seed=args.seed,
@@ -260,7 +266,7 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
         sleep=args.vllm_enable_sleep_mode,
         check_steps=args.vllm_check_steps,
     )
-    return Sampler(tokenizer, args, ends, kwargs=kwargs, engine=VLLM(args, ends, kwargs, options)), others
+    return Sampler(tokenizer, args, ends, kwargs=kwargs, engine=VLLM(args, ends, kwargs, engine_options)), others
 
 
 def build_pair_sampler(
