@@ -97,12 +97,14 @@ def restored() -> Iterator[None]:
     root = logging.getLogger()
     logs, level = root.handlers[:], root.level
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with patch.dict(os.environ):
-        yield
-    root.handlers[:] = logs
-    root.setLevel(level)
-    for number, handler in signals.items():
-        signal.signal(number, handler)
+    try:
+        with patch.dict(os.environ):
+            yield
+    finally:
+        root.handlers[:] = logs
+        root.setLevel(level)
+        for number, handler in signals.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

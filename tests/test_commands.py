@@ -303,12 +303,13 @@ def test_every_training_runs(page: str, words: list[str], here: Path, monkeypatc
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")  # as in an activated environment
     before = [run_dir for run_dir, _ in all_runs([here])]
     with LLMServer() as llm, serving(monkeypatch, str(here / "cache")) as hub:
-        run(xpo.train, monkeypatch, *made_small(words, here, llm.url))
+        small = made_small(words, here, llm.url)
+        run(xpo.train, monkeypatch, *small)
     if not {"--help", "--cfg"}.intersection(words):
         runs = all_runs([here])
         assert all(record.finished for _, record in runs)
-        assert len(runs) > len(before) or "training.resume" in " ".join(words)
-    if "resume" in " ".join(words) and "outputs/DATE" in " ".join(made_small(words, here, "")):
+        assert len(runs) > len(before) or "training.resume" in " ".join(small)
+    if "training.resume=outputs/DATE/TIME" in small:
         assert last_complete_checkpoint(here / "outputs" / "DATE" / "TIME" / "model").name == "checkpoint-2"
     if "wandb" in " ".join(words):  # as it does when a process ends
         importlib.import_module("wandb").teardown()

@@ -91,9 +91,8 @@ def run(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
 
     def start_worker(run_dir: Path) -> int:
         reached.append(WORKER)
-        logging.getLogger().handlers[:] = [
-            logging.StreamHandler()
-        ]  # as in a process of its own, without pytest's and Hydra's
+        # As in a process of its own: without the handlers of pytest and Hydra.
+        logging.getLogger().handlers[:] = [logging.StreamHandler()]
         monkeypatch.setattr(sys, "argv", ["xpo.launch.worker", str(run_dir)])
         with pytest.raises(SystemExit) as exit_of_worker:
             worker.main()

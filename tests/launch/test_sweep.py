@@ -453,15 +453,15 @@ def judge(prompts, first, second):
 '''
 
 
-@pytest.mark.timeout(900)  # six starts of a process group
+@pytest.mark.timeout(900)  # five starts of a process group
 def test_a_sweep_over_deepspeed_with_a_kill_and_a_crash(tmp_path: Path):
-    """Four jobs under ZeRO-2 on two processes: two finish; the same command again completes the other two only.
+    """Three jobs under ZeRO-2 on two processes: one finishes; the same command again completes the other two only.
 
     In MLflow every step of every job is there exactly once.
     """
     (tmp_path / "mine.py").write_text(JUDGE)
     arguments = [
-        *("-m", "experiment=smoke", "loss.alpha=1e-3,1e-1", "loss.beta=0.05,0.2"),
+        *("-m", "experiment=smoke", "loss.alpha=1e-3,1e-2,1e-1"),
         *("judge=function", "judge.function=mine:judge", "reward_model=none", "evaluation=plain"),
         *("deepspeed=zero2", "launch.num_processes=2", "data.eval=null"),
         *("training.max_steps=6", "training.save_steps=1", "training.disable_tqdm=true"),
@@ -481,16 +481,16 @@ def test_a_sweep_over_deepspeed_with_a_kill_and_a_crash(tmp_path: Path):
 
     status, printed = run()
     jobs = json.loads(next(tmp_path.glob("multirun/*/*/sweep.json")).read_text())["jobs"]
-    assert [job["state"] for job in jobs] == ["finished", "failed", "failed", "finished"], printed[-4000:]
+    assert [job["state"] for job in jobs] == ["finished", "failed", "failed"], printed[-4000:]
     assert jobs[2]["reason"] == "RuntimeError: the judge fell over"
     assert status == 1
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     states = [client.get_run(job["mlflow_run_id"]).info.status for job in jobs]
-    assert states == ["FINISHED", "FAILED", "FAILED", "FINISHED"]
+    assert states == ["FINISHED", "FAILED", "FAILED"]
 
     status, printed = run()
     assert status == 0, printed[-4000:]
-    assert "4 jobs, 2 finished before, 2 go on from a checkpoint" in printed
+    assert "3 jobs, 1 finished before, 2 go on from a checkpoint" in printed
     (experiment,) = client.search_experiments(filter_string="name = 'xpo'")
     runs = client.search_runs([experiment.experiment_id])
     assert sorted(run.info.run_id for run in runs) == sorted(job["mlflow_run_id"] for job in jobs)

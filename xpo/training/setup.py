@@ -242,7 +242,11 @@ def check_unused(*arguments: Any) -> None:
 
 
 def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[Sampler, Sampler]:
-    """What draws the policy's completions, and what draws those of all other models: transformers."""
+    """What draws the policy's completions, and what draws those of all other models: transformers.
+
+    Raises:
+        ConfigError: a static cache under mixed precision, or what the engine cannot do.
+    """
     ends, kwargs = end_tokens(base_model(model), tokenizer), dictionary(args.generation_kwargs)
     if args.temperature == 0:
         logger.warning("xpo: at temperature=0 policy and reference say the same at first: hardly anything is learned")
