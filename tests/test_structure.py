@@ -73,6 +73,15 @@ def test_what_the_parent_needs_imports_no_torch():
     assert done.stdout.split() == []
 
 
+def test_the_library_needs_none_of_what_only_commands_need():
+    """As on a GPU machine without a network, to which few packages are carried."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['hydra', 'mlflow', 'deepspeed']);"
+        "from xpo import XPOConfig, XPOTrainer; XPOConfig(output_dir='x', report_to=[])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("package", ["xpo", "xpo.judges"])
 def test_public_names_are_there_at_first_use(package: str):
     module = importlib.import_module(package)

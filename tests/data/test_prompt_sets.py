@@ -13,8 +13,8 @@ from datasets import Dataset, IterableDataset
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from xpo.config.compose import checked, compose, hydra_value
-from xpo.config.errors import ConfigError
+from xpo.config.compose import checked, compose
+from xpo.config.errors import ConfigError, hydra_value
 from xpo.config.schema import to_dict
 from xpo.data.prompt_sets import EMBEDDED, collate_prompts, load_prompts, prompts_of, tokenize_prompts
 from xpo.data.prompts import PromptEncoder, plain_text, render

@@ -1,7 +1,6 @@
 """From a command line to a checked configuration. Layer 0: no torch."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, hydra_value
 from xpo.config.explain import unknown_key
 from xpo.config.schema import TrainSchema, flatten
 from xpo.config.secrets import no_secret
@@ -61,14 +60,6 @@ def check_hydra() -> None:
     """ConfigError for what Hydra can do, and our runs do not bear."""
     if HydraConfig.get().job.chdir:
         raise ConfigError("hydra.job.chdir=True would move relative paths, mlflow.db among them; leave it out")
-
-
-def hydra_value(text: str) -> str:
-    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
-    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
-        return text
-    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
-    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
 
 
 def without_hydra(config: DictConfig) -> DictConfig:

@@ -20,6 +20,14 @@ def printable(text: object) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", str(text))
 
 
+def hydra_value(text: str) -> str:
+    """A text as the value of an override: quoted where Hydra's grammar would read more into it."""
+    if re.fullmatch(r"[\w/.\-+@]+", text, re.ASCII):
+        return text
+    escaped = re.sub(r'(\\*)"', r"\1\1\"", text)
+    return '"' + re.sub(r"(\\+)$", r"\1\1", escaped) + '"'
+
+
 def first_line(error: BaseException) -> str:
     """The beginning of what an error says; its type if it says nothing."""
     return (printable(error) or type(error).__name__).splitlines()[0]

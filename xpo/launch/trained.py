@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from xpo.config.compose import check_complete, check_secrets, compose, hydra_value
-from xpo.config.errors import ConfigError, first_line
+from xpo.config.compose import check_complete, check_secrets, compose
+from xpo.config.errors import ConfigError, first_line, hydra_value
 from xpo.config.schema import TrainSchema, needs_reward_model
 from xpo.tracking.runs import RunRecord, last_complete_checkpoint
 

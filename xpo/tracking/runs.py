@@ -28,8 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from xpo.config.compose import hydra_value
-from xpo.config.errors import ConfigError, printable
+from xpo.config.errors import ConfigError, hydra_value, printable
 from xpo.config.files import matching_files, read_object, write_whole
 from xpo.config.schema import identity
 from xpo.tracking.metrics_log import NAME, evaluations, read_metrics
