@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCIENCE := bandit contextual_bandit token_tree
 
-.PHONY: help setup quickstart smoke ui check docs docs-serve test test-vllm science $(SCIENCE) science-lock clean
+.PHONY: help setup quickstart smoke ui check docs docs-serve test test-vllm science $(SCIENCE) science-lock science-smollm2 clean
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ $(SCIENCE):
 science-lock: setup ## experiments/science/lock, under XPOTrainer: hours on two cores; run again, it goes on
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.science.lock.run
 	$(BIN)/python -m experiments.science.leaderboard
+
+science-smollm2: setup ## experiments/science/smollm2: 48 runs of SmolLM2, hours on two cores; run again, it goes on
+	$(BIN)/python -m experiments.science.smollm2.run
 
 clean: ## remove .venv and what runs left behind
 	rm -rf .venv .venv-vllm site outputs multirun/2* mlruns mlflow.db*
