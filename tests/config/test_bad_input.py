@@ -242,6 +242,11 @@ CASES = [
     case("no model to ask", "judge=llm", ["judge.model has no value", "give one with judge.model="]),
     case("unknown preference", "preference=sooft", ["preference=sooft", "did you mean 'soft'"]),
     case("scorer without target", "evaluation.scorers.vader=null", ["evaluation.scorers.vader=None", "~evaluation"]),
+    case(
+        "scorer by another's name",
+        "+evaluation.scorers.kl._target_=xpo.rewards.VaderReward",
+        ["evaluation.scorers: 'kl'", "another name"],
+    ),
     # directories
     case("unwritable", "hydra.run.dir=INPUTS/a_file/run", ["hydra.run.dir='", "a_file/run'", "choose another"]),
     case("nothing to resume", "training.resume=nowhere", ["training.resume='nowhere'", "give a run directory"]),

@@ -86,9 +86,18 @@ def test_the_winner_is_chosen(tmp_path: Path) -> None:
     first, second = load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")
     assert (first["prompt"], first["chosen"], first["rejected"], first["margin"]) == ("p", "one", "two", 0.5)
     assert (second["chosen"], second["rejected"], second["margin"]) == ("two", "one", 0.5)
+
     assert (first["chosen_by"], first["chosen_tokens"], first["chosen_score"]) == ("policy", [1, 2], 1.0)
     assert (second["chosen_by"], second["chosen_score"], second["chosen_reference_logps"]) == ("reference", None, -2.0)
     assert first["run"] == tmp_path.name
+
+
+def test_the_margin_is_that_of_the_chosen_one(tmp_path: Path) -> None:
+    """With drawn labels (preference=sampled) the unlikelier one may have won."""
+    written(tmp_path / "pairs.jsonl", pair(1, margin=-2.0), pair(2, label=-1, margin=2.0))
+    export([tmp_path / "pairs.jsonl"], tmp_path / "out.parquet")
+    rows = load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")
+    assert rows["margin"][:] == [-2.0, -2.0]
 
 
 def test_conversations_are_messages(tmp_path: Path) -> None:

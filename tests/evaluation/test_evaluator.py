@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xpo import XPOConfig, XPOTrainer
 from xpo.config.errors import ConfigError
+from xpo.config.options import scorer_name
 from xpo.data.prompt_sets import tokenize_prompts
 from xpo.data.prompts import Prompt, PromptEncoder
 from xpo.evaluation.evaluator import Evaluator, summarize
@@ -265,6 +266,18 @@ def test_missing_scores_are_left_out_of_the_mean(make_trainer: TrainerFactory) -
     assert metrics["eval_invalid_rate"] == pytest.approx(2 / 3)
 
 
+def test_a_tie_threshold_in_units_of_scaled_scores_is_none_of_raw_ones(make_trainer: TrainerFactory) -> None:
+    """Scores of a hundredth: each difference is far below the threshold, which training compares with scaled ones."""
+
+    def reward(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+        return [0.01 * len(text) for text in completions]
+
+    options = {"reward_model": FunctionReward(reward), "eval_dataset": prompts(8), "tie_threshold": 0.5}
+    scaled, raw = (evaluated(make_trainer(normalize_scores=yes, **options))[0] for yes in (True, False))
+    assert scaled["eval_tie_rate"] < 0.5
+    assert raw["eval_tie_rate"] == 1
+
+
 def with_scorer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, scorer: FunctionReward) -> XPOTrainer:
     return XPOTrainer(
         model=tiny_model(),
@@ -293,6 +306,18 @@ def test_further_scorers_see_evaluations_only(tmp_path: Path, tokenizer: PreTrai
     assert metrics["eval_length_of_text"] == pytest.approx(np.mean([len(r["completion"]) for r in records]))
     assert metrics["eval_ref_length_of_text"] == pytest.approx(np.mean([len(r["reference"]) for r in records]))
     assert sorted(scored) == sorted(r[key] for r in records for key in ("completion", "reference"))
+
+
+def test_a_scorer_has_a_name_of_its_own(make_trainer: TrainerFactory) -> None:
+    """Whatever an evaluation measures or writes down without scorers is taken."""
+    trainer = make_trainer(eval_dataset=prompts(3))
+    metrics, records = trainer.evaluate(), trainer.evaluator.records
+    known = {name.removeprefix("eval_") for name in metrics if name != "epoch"} | records[0].keys() | set(trainer.evaluator.measures)
+    assert {"win_rate", "objective", "runtime", "flip_rate", "label", "score"} <= known
+    for name in known:
+        with pytest.raises(ConfigError, match=f"'{name}' is what evaluations call something of their own"):
+            scorer_name("scorers", name)
+    scorer_name("scorers", "length_of_text")
 
 
 def test_a_scorer_with_the_wrong_number_of_scores_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -703,3 +703,17 @@ def test_mlflow_reads_the_completions_of_all_evaluations_as_one_table(
     assert json.loads(TABLE_TAG_VALUE) == [{"path": "eval_completions.json", "type": "table"}]
     files = run.client.list_artifacts(run.run_id, "completions")
     assert [file.path for file in files] == ["completions/step_000001.json", "completions/step_000002.json"]
+
+
+def test_a_resumed_run_has_no_completions_behind_its_checkpoint(make_trainer: TrainerFactory, tmp_path: Path) -> None:
+    """Of steps that it takes anew, or not at all."""
+    options = {"max_steps": 2, "eval_dataset": prompts(3), "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(save_strategy="steps", save_steps=1, **options)
+    trainer.add_callback(KeepCompletions(trainer.evaluator, tmp_path / "completions"))
+    trainer.train()
+    resumed = make_trainer(**options | {"max_steps": 1})
+    resumed.add_callback(KeepCompletions(resumed.evaluator, tmp_path / "completions"))
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
+    files = {file.name: json.loads(file.read_text())["data"] for file in (tmp_path / "completions").iterdir()}
+    assert files.keys() == {"step_000001.json", TABLE_NAME}
+    assert files["step_000001.json"] == files[TABLE_NAME]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TrainerFactory, prompts, step_logs
+from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from datasets import Dataset
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -25,6 +25,7 @@ from xpo.config.errors import ConfigError
 from xpo.models.forward import padding_counts
 from xpo.models.loading import tiny_model, tiny_tokenizer
 from xpo.models.reference import Reference
+from xpo.rewards import FunctionReward, MixReward
 
 
 def lora() -> LoraConfig:
@@ -337,7 +338,8 @@ WATCHED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_metric_that_no_evaluation_has_is_refused(make_trainer: TrainerFactory, several: bool) -> None:
     sets: Any = {"a": prompts(2), "b": prompts(2)} if several else prompts(2)
-    for metric in ("eval_loss", "los", *(["win_rate"] if several else ["a_win_rate"])):
+    wrong = "eval_loss", "los", "score_margins", "score_missing", "win_rate" if several else "a_win_rate"
+    for metric in wrong:
         with pytest.raises(ConfigError, match=rf"metric_for_best_model='{metric}' is not measured; choose one of"):
             make_trainer(eval_dataset=sets, metric_for_best_model=metric, load_best_model_at_end=True, **WATCHED)
     for metric in ("win_rate", "eval_score", "score_margin", "kl", "ref_score"):
@@ -345,6 +347,16 @@ def test_a_metric_that_no_evaluation_has_is_refused(make_trainer: TrainerFactory
         trainer = make_trainer(eval_dataset=sets, metric_for_best_model=name, load_best_model_at_end=True, **WATCHED)
     trainer.train()
     assert trainer.state.best_metric is not None
+
+
+def test_a_part_of_a_mix_is_a_metric(make_trainer: TrainerFactory) -> None:
+    mix = MixReward({"letters": FunctionReward(share_of_e)}, {"letters": 1.0})
+    by = {"metric_for_best_model": "score_letters", "load_best_model_at_end": True, "eval_dataset": prompts(2)}
+    trainer = make_trainer(reward_model=mix, **by, **WATCHED)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    with pytest.raises(ConfigError, match="'score_letter' is not measured"):
+        make_trainer(reward_model=mix, **by | {"metric_for_best_model": "score_letter"}, **WATCHED)
 
 
 def test_the_learning_rate_falls_when_the_win_rate_no_longer_rises(make_trainer: TrainerFactory) -> None:

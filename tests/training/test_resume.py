@@ -30,6 +30,7 @@ from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.runs import (
     RunRecord,
     drop_training_state,
+    has_optimizer,
     job_key,
     last_complete_checkpoint,
     resolve_resume,
@@ -223,6 +224,45 @@ def test_a_finished_run_can_drop_what_only_training_needs(make_trainer: TrainerF
     left = {path.name for path in (tmp_path / "model" / "checkpoint-2").iterdir()}
     assert "model.safetensors" in left
     assert not left & {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+
+
+def test_a_run_has_one_branch(make_trainer: TrainerFactory, caplog: pytest.LogCaptureFixture, nobody_asked: None):
+    """Whoever goes on from an earlier checkpoint, with another alpha perhaps, does not meet the later ones again."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(**options)
+    whole.train()
+    out = Path(whole.args.output_dir)
+    stop = StopOnSignal()
+    branch = make_trainer(callbacks=[stop], alpha=0.1, **options)
+    stop.signal = signal.SIGTERM  # after its first step
+    branch.train(resume_from_checkpoint=str(out / "checkpoint-1"))
+    assert "checkpoint-3 is of before" in caplog.text
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {
+        *("checkpoint-1", "checkpoint-2", "_abandoned-checkpoint-2", "_abandoned-checkpoint-3")
+    }
+    assert last_complete_checkpoint(out) == out / "checkpoint-2"
+    resumed = make_trainer(alpha=0.1, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [log["alpha"] for log in step_logs(resumed)] == [pytest.approx(value) for value in (1e-5, 0.1, 0.1)]
+
+
+def test_a_run_that_keeps_models_only_goes_on_after_a_stop(make_trainer: TrainerFactory, nobody_asked: None):
+    """Its other checkpoints have no optimizer state."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    stop = StopOnSignal()
+
+    def reward(completions: Sequence[str]) -> list[float]:
+        if trainer.state.global_step == 1:
+            stop.signal = signal.SIGTERM
+        return share_of_e([], completions)
+
+    trainer = make_trainer(reward_model=reward, callbacks=[stop], **options)
+    trainer.train()
+    out = Path(trainer.args.output_dir)
+    assert [has_optimizer(out / f"checkpoint-{step}") for step in (1, 2)] == [False, True]
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [log["step"] for log in step_logs(resumed)] == [1, 2, 3]
 
 
 def cut(file: Path) -> None:

@@ -208,8 +208,21 @@ def is_group(value: Any) -> bool:
     return isinstance(value, dict) and bool(value.get("_target_"))
 
 
+# What evaluations measure, and the fields of their records. Names that begin with "score" or "ref_" are theirs, too.
+_MEASURES = "win_rate lose_rate tie_rate invalid_rate flip_rate kl eos_rate length distinct_2 objective runtime"
+_FIELDS = "index prompt completion reference margin label flipped log_ratio ended tokens"
+_TAKEN = frozenset([*_MEASURES.split(), *_FIELDS.split()])
+
+
+def scorer_name(key: str, name: str) -> None:
+    """ConfigError for a scorer whose figures would take the place of others."""
+    if name in _TAKEN or name.startswith(("score", "ref_")):
+        raise ConfigError(f"{key}: {name!r} is what evaluations call something of their own; choose another name")
+
+
 def _scorers(key: str, scorers: Mapping[str, Any]) -> None:
     for name, scorer in scorers.items():
+        scorer_name(key, name)
         if not is_group(scorer):
             where = f"{key}.{name}"
             raise ConfigError(f"{where}={scorer!r} has no _target_; give one, or remove the scorer with ~{where}")

@@ -171,11 +171,10 @@ def _preference(pair: dict[str, Any], chat: bool) -> dict[str, Any]:
     prompt, winner = pair["prompt"], int(pair["winner"] == "second")
     if chat and isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    begun = (
-        prompt[:-1] if chat and prompt[-1]["role"] == "assistant" else prompt
-    )  # the answer goes on with that message
+    # Where the last message is an answer's beginning, the answer goes on with it.
+    begun = prompt[:-1] if chat and prompt[-1]["role"] == "assistant" else prompt
     row = {"prompt": begun} | {name: pair[name] for name in ("step", "epoch")}
-    row["margin"] = abs(pair["margin"])
+    row["margin"] = -pair["margin"] if winner else pair["margin"]  # negative where a drawn label is the unlikelier one
     for name, index in (("chosen", winner), ("rejected", 1 - winner)):
         answer = pair[("first", "second")[index]]
         row[name] = [as_message(prompt, answer)] if chat else answer

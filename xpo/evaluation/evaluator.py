@@ -25,7 +25,7 @@ from xpo.models.batches import shares
 from xpo.models.forward import Forward, eval_mode
 from xpo.models.reference import base_model
 from xpo.models.zero import is_divided, sampling
-from xpo.rewards import RewardModel
+from xpo.rewards import MixReward, RewardModel
 from xpo.rewards.base import one_per_pair
 from xpo.sampling.completions import Completions
 from xpo.sampling.draws import ReferenceDraws
@@ -147,9 +147,12 @@ class Evaluator:
 
     @property
     def measures(self) -> list[str]:
-        """The metrics that an evaluation may have, without its prefix; those of the parts of a mix left out."""
-        scored = self.labeller.reward_model is not None or isinstance(self.labeller.judge, RewardJudge)
-        scores = (["score"] if scored else []) + list(self.scorers)
+        """The metrics that an evaluation may have, without its prefix."""
+        judge, scored = self.labeller.judge, self.labeller.reward_model
+        if scored is None and isinstance(judge, RewardJudge):
+            scored = judge.reward_model
+        parts = [f"score_{name}" for name in scored.models] if isinstance(scored, MixReward) else []
+        scores = (["score"] if scored else []) + parts + list(self.scorers)
         margin = ["flip_rate"] + (["score_margin", "objective"] if scored else [])
         probed = () if self.probe is None else MEASURES
         return [*summarize([]), *margin, *scores, *(f"ref_{name}" for name in scores), *probed]

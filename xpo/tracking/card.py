@@ -109,7 +109,7 @@ load_dataset("{repository}", split="train")
 | column | meaning |
 |---|---|
 | `prompt`, `chosen`, `rejected` | texts, or lists of messages; `chosen` is the completion that has won |
-| `margin` | the judge's log-odds that it wins |
+| `margin` | the judge's log-odds that it wins; negative where a drawn label had it win all the same |
 | `run`, `step`, `epoch` | when the pair was drawn |
 | `*_by` | who drew the completion: `policy`, `reference`, or another sampler |
 | `*_tokens` | its token ids |

@@ -136,14 +136,32 @@ def last_evaluation(run_dir: Path) -> dict[str, float]:
 
 def last_complete_checkpoint(model_dir: Path) -> Path | None:
     """The newest checkpoint-N that is whole: a killed run may leave a half-written one. Others get a warning."""
-    named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
-    numbered = [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
-    for _, path in sorted(numbered, reverse=True):
+    for _, path in sorted(_numbered(model_dir), reverse=True):
         what = damage(path)
         if what is None:
             return path
         print(f"xpo: {path} is passed over: {printable(what)}", file=sys.stderr)
     return None
+
+
+def set_aside(model_dir: Path, step: int) -> list[Path]:
+    """Renames the whole checkpoints behind a step, for a run that goes on from there; returns what they are called now.
+
+    Their weights are those of another run, which the next resume would take for this one's. The underscore keeps them
+    off the hub, and the new name from the Trainer's rotation.
+    """
+    moved = []
+    for number, path in sorted(_numbered(model_dir)):
+        if number > step and is_complete(path):
+            aside = path.with_name(f"_abandoned-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
+
+
+def _numbered(model_dir: Path) -> list[tuple[int, Path]]:
+    named = [(path.name.removeprefix("checkpoint-"), path) for path in model_dir.glob("checkpoint-*")]
+    return [(int(number), path) for number, path in named if number.isdecimal()]  # people keep copies beside them
 
 
 # Of a checkpoint: weights in each form, what else there may be, and what comes with an optimizer's state.

@@ -84,6 +84,7 @@ class StopOnSignal(TrainerCallback):
             self.signal = int(number) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # the run is to go on from this checkpoint
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a signal in an evaluation, the step that it belongs to is the last one."""
@@ -139,17 +140,29 @@ class KeepCompletions(TrainerCallback):
         self.evaluator = evaluator
         self.directory = directory
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run has said nothing yet behind its checkpoint."""
+        files = self.directory.glob("step_*.json") if state.is_world_process_zero else ()
+        later = [file for file in files if int(file.stem.removeprefix("step_")) > state.global_step]
+        for file in later:
+            file.unlink()
+        if later:
+            self._write_table()
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
         rows = completion_rows(self.evaluator.records, state.global_step)
         try:
             write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
-            files = sorted(self.directory.glob("step_*.json"), reverse=True)  # newest first: a table opens at its top
-            every = [row for file in files for row in json.loads(file.read_text())["data"]]
-            write_table(self.directory / TABLE_NAME, every)
+            self._write_table()
         except OSError as error:
             logger.warning("xpo: completions cannot be kept in %s (%s)", self.directory, error.strerror)
+
+    def _write_table(self) -> None:
+        files = sorted(self.directory.glob("step_*.json"), reverse=True)  # newest first: a table opens at its top
+        every = [row for file in files for row in json.loads(file.read_text())["data"]]
+        write_table(self.directory / TABLE_NAME, every)
 
 
 class LogCompletionsCallback(TrainerCallback):

@@ -12,13 +12,14 @@ from accelerate.data_loader import get_sampler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.config.errors import ConfigError
 from xpo.data.prompt_sets import RepeatedSteps
 from xpo.judges.labelling import Labeller
 from xpo.models.zero import is_divided
 from xpo.tracking.metrics import Meter
-from xpo.tracking.runs import damage, is_complete, last_complete_checkpoint
+from xpo.tracking.runs import damage, has_optimizer, is_complete, last_complete_checkpoint, set_aside
 from xpo.training import iterations
 from xpo.training.callbacks import print_short_lines
 from xpo.training.config import XPOConfig, value_at
@@ -26,6 +27,15 @@ from xpo.training.pair_memory import PairMemory
 from xpo.training.pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
+
+
+class OneBranch(TrainerCallback):
+    """A run that goes on from an earlier checkpoint leaves none behind of how it went on before."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step and args.should_save:
+            for path in set_aside(Path(args.output_dir), state.global_step):
+                logger.warning("xpo: the run goes on from step %d; %s is of before", state.global_step, path)
 
 
 class ResumableTrainer(PushingTrainer):
@@ -43,6 +53,7 @@ class ResumableTrainer(PushingTrainer):
 
     def __init__(self, **options: Any):
         super().__init__(**options)
+        self.add_callback(OneBranch())
         print_short_lines(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -64,9 +75,10 @@ class ResumableTrainer(PushingTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def keep_checkpoint(self) -> None:
-        """A checkpoint of the last finished step, unless there is one, for a run that cannot go on."""
-        step = self.state.global_step
-        if step and not is_complete(Path(self.args.output_dir) / f"checkpoint-{step}"):
+        """A checkpoint of the last finished step, unless there is one, for a run that cannot go on now."""
+        step, self.args.save_only_model = self.state.global_step, False
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{step}"
+        if step and not (is_complete(checkpoint) and has_optimizer(checkpoint)):
             self._save_checkpoint(self.model, trial=None)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 
 from xpo.config.errors import ConfigError, first_line
-from xpo.config.options import PreferenceOptions
+from xpo.config.options import PreferenceOptions, scorer_name
 from xpo.data.prompt_sets import PromptDataset, tokenize_prompts
 from xpo.data.store import OFF, open_store
 from xpo.evaluation.evaluator import Evaluator
@@ -228,7 +228,7 @@ def check_metric(args: XPOConfig, held_out: Any, measured: Sequence[str]) -> Non
         return
     metric, sets = args.metric_for_best_model.removeprefix("eval_"), held_out if isinstance(held_out, dict) else [""]
     known = [f"{name}{name and '_'}{each}" for name in sets for each in measured]
-    if metric not in known and "score_" not in metric:  # of a part of a mix
+    if metric not in known:
         some = ", ".join(name for name in known if name.endswith(("win_rate", "_score", "kl")))
         raise ConfigError(f"metric_for_best_model={args.metric_for_best_model!r} is not measured; choose one of {some}")
 
@@ -297,9 +297,16 @@ def build_evaluator(
     draws: ReferenceDraws,
     forwards: tuple[Forward, Forward],
 ) -> Evaluator:
-    """The evaluator of these arguments: its labels are hard, without the missing-EOS penalty, on raw scores."""
+    """The evaluator of these arguments: its labels are hard, without the missing-EOS penalty, on raw scores.
+
+    Raises:
+        ConfigError: a scorer has the name of another measure.
+    """
+    for name in scorers:
+        scorer_name("scorers", name)
     gather = args.ds3_gather_for_generation
-    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=args.tie_threshold))
+    threshold = 0.0 if args.normalize_scores else args.tie_threshold  # which is not in the unit of raw scores then
+    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=threshold))
     probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples, gather) if args.probe_prompts else None
     return Evaluator(sampler, draws, forwards, labeller, scorers, args.eval_greedy, gather, args.shard_reference, probe)
 
