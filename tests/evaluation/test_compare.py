@@ -418,8 +418,8 @@ def test_a_sweep_that_was_moved(tmp_path: Path) -> None:
 def test_runs_that_were_started_one_by_one(tmp_path: Path) -> None:
     """What they differ in are the keys: an option of a group stands for its values, operation and seeds count not."""
     jobs = [
-        job("wwll", loss__alpha=0.0, loss__bonus="none", tracking__experiment="a", training__max_steps=4),
-        job("wwwl", loss__alpha=0.0, loss__bonus="none", tracking__experiment="b", training__max_steps=8),
+        job("wwll", loss__alpha=0.0, loss__bonus="none", tracking__experiment="a", training__save_steps=4),
+        job("wwwl", loss__alpha=0.0, loss__bonus="none", tracking__experiment="b", training__save_steps=8),
         job("wlll", loss__alpha=0.1, loss__bonus="selm", training__beta1=0.5),
     ]
     make_sweep(tmp_path, [], jobs)
@@ -432,6 +432,16 @@ def test_runs_that_were_started_one_by_one(tmp_path: Path) -> None:
     assert find_sweep([str(tmp_path / name) for name in "012"], None, "xpo").runs[2].state == "stopped"
     with pytest.raises(ConfigError, match=r"RUN='nowhere' holds no run\.json; give outputs/DATE/TIME"):
         find_sweep(["nowhere", str(tmp_path / "0")], None, "xpo")
+
+
+def test_runs_are_not_pooled_that_differ_in_numbers(tmp_path: Path) -> None:
+    """Within one option of a group, or in their steps."""
+    jobs = [job("wl", loss__alpha=alpha, training__max_steps=steps) for alpha, steps in ((0.1, 4), (0.2, 4), (0.2, 8))]
+    make_sweep(tmp_path, [], [*jobs, job("wl", loss__alpha=0.2, training__max_steps=8)])
+    RunRecord(name="third", choices={"loss": "selm"}, finished=True).write(tmp_path / "3")
+    sweep = find_sweep([str(tmp_path / name) for name in "0123"], None, "xpo")
+    assert sorted(sweep.keys) == ["judge", "loss", "loss.alpha", "training.max_steps"]
+    assert [len(point.runs) for point in compare(sweep).points] == [1, 1, 1, 1]
 
 
 def test_the_newest_sweep_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -666,6 +676,23 @@ def test_by_name_from_mlflow(
     assert (tmp_path / "compare" / "2026-11-22 19-15-04" / "report.html").is_file()
     command("2026-11-22 19-15-04", "--tracking-uri", tracked[1], "--no-log", "--out", "elsewhere")
     assert (tmp_path / "elsewhere" / "table.csv").is_file()
+
+
+def test_a_job_that_was_run_again_counts_once(tracked: tuple[Path, str]) -> None:
+    """As with sweep.rerun=true: of each job the newest that has finished, or else the newest."""
+    client = MlflowClient(tracked[1])
+    experiment = client.create_experiment("again")
+    for name, key, status in (
+        ("one", "a", "FINISHED"),
+        ("two", "b", "FINISHED"),
+        ("three", "c", "FAILED"),
+        ("one again", "a", "FINISHED"),
+        ("two again", "b", "FAILED"),
+        ("three again", "c", "KILLED"),
+    ):
+        run_id = client.create_run(experiment, run_name=name, tags={"xpo.sweep": "s", "xpo.job_key": key}).info.run_id
+        client.set_terminated(run_id, status)
+    assert [run.name for run in from_mlflow("s", tracked[1], "again").runs] == ["one again", "two", "three again"]
 
 
 def test_a_server_that_is_gone_is_a_warning(

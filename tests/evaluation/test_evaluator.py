@@ -312,7 +312,11 @@ def test_a_scorer_has_a_name_of_its_own(make_trainer: TrainerFactory) -> None:
     """Whatever an evaluation measures or writes down without scorers is taken."""
     trainer = make_trainer(eval_dataset=prompts(3))
     metrics, records = trainer.evaluate(), trainer.evaluator.records
-    known = {name.removeprefix("eval_") for name in metrics if name != "epoch"} | records[0].keys() | set(trainer.evaluator.measures)
+    known = (
+        {name.removeprefix("eval_") for name in metrics if name != "epoch"}
+        | records[0].keys()
+        | set(trainer.evaluator.measures)
+    )
     assert {"win_rate", "objective", "runtime", "flip_rate", "label", "score"} <= known
     for name in known:
         with pytest.raises(ConfigError, match=f"'{name}' is what evaluations call something of their own"):

@@ -84,8 +84,14 @@ def from_runs(directories: Sequence[Path], experiment: str) -> Sweep:
     every = {key: None for config in configs for key in config}
     differ = [key for key in every if len({str(config.get(key)) for config in configs}) > 1]
     groups = {key for key in differ if "." not in key}
-    # An option of a group stands for its values.
-    keys = [key for key in differ if key.partition(".")[0] not in groups - {key} and not may_change(key)]
+
+    def said(key: str) -> bool:
+        """Whether the option of its group stands for it: each has one value of it."""
+        group = key.partition(".")[0]
+        both = {(str(config.get(group)), str(config.get(key))) for config in configs}
+        return group in groups - {key} and len(both) == len({option for option, _ in both})
+
+    keys = [key for key in differ if not said(key) and (key == "training.max_steps" or not may_change(key))]
     keys = [key for key in keys if key not in ("experiment", "training.seed", "tracking", "launch", "sweep")]
     for config in configs:
         config.update({key: config.get(key, "null") for key in keys})
@@ -219,7 +225,15 @@ def from_mlflow(name: str, uri: str, experiment: str) -> Sweep:
         )
     # The newest run has the keys of the last command; older ones may have been finished by an earlier one.
     keys = [key for key in mine[-1].data.tags.get("xpo.sweep_keys", "").split(",") if key]
-    read = [_with_swept(_stored(client, run), keys) for run in tqdm(mine, desc="Reading", leave=False, disable=None)]
+    jobs: dict[str, StoredRun] = {}
+    for run in mine:  # with sweep.rerun=true, jobs are there again: of each the newest that has finished, or the newest
+        key = run.data.tags.get("xpo.job_key", run.info.run_id)
+        if key not in jobs or run.info.status == "FINISHED" or jobs[key].info.status != "FINISHED":
+            jobs[key] = run
+    read = [
+        _with_swept(_stored(client, run), keys)
+        for run in tqdm(jobs.values(), desc="Reading", leave=False, disable=None)
+    ]
     return Sweep(name, None, keys, read, uri, experiment)
 
 
