@@ -505,6 +505,17 @@ def test_a_run_without_a_checkpoint_starts_again_where_it_is(tmp_path: Path, cap
         prepared(["experiment=smoke", f"training.resume={tmp_path / 'run'}"], tmp_path / "other")
 
 
+def test_a_job_of_a_sweep_that_is_resumed_alone_stays_one(tmp_path: Path):
+    """Its name and its place in MLflow; not with another value, which is another run."""
+    prepared(["experiment=smoke"], tmp_path / "run")
+    record = RunRecord.read(tmp_path / "run")
+    record.name, record.tags = "alpha=1", {"xpo.sweep": "s"}
+    record.write(tmp_path / "run")
+    for words, name, tags in (([], "alpha=1", {"xpo.sweep": "s"}), (["loss.beta=0.7"], "beta=0.7", {})):
+        resumed = prepared(["experiment=smoke", *words, f"training.resume={tmp_path / 'run'}"], tmp_path / "other")
+        assert (RunRecord.read(resumed).name, RunRecord.read(resumed).tags) == (name, tags)
+
+
 # ---- sweeps ------------------------------------------------------------------------------------
 
 

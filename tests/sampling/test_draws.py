@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 
+from xpo import XPOTrainer
 from xpo.config.errors import ConfigError
 from xpo.config.options import GenerationOptions
 from xpo.data.store import Store
@@ -211,6 +212,9 @@ def test_a_second_run_computes_no_reference_again(
         if rate == 1.0:
             assert id(trainer.reference.frozen) not in drawn
     assert step_logs(without) == step_logs(cold) == step_logs(warm)  # to the last bit
+    drawn_each = [tokens_of_steps(trainer) for trainer in (without, cold, warm)]
+    assert drawn_each[0] == pytest.approx(drawn_each[1])
+    assert all(found < both for both, found in zip(*drawn_each[1:], strict=True))  # the policy's alone
     evaluations = [
         [
             {k: v for k, v in entry.items() if "runtime" not in k}
@@ -220,6 +224,13 @@ def test_a_second_run_computes_no_reference_again(
         for trainer in (without, cold, warm)
     ]
     assert evaluations[0] == evaluations[1] == evaluations[2]
+
+
+def tokens_of_steps(trainer: XPOTrainer) -> list[float]:
+    """How many tokens were generated in each step."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    phases = [f"perf/{phase}_s" for phase in ("rollout", "preference", "reference", "update")]
+    return [log["perf/tokens_per_s"] * sum(log[phase] for phase in phases) for log in logs]
 
 
 def test_new_adapters_find_what_the_whole_model_drew(make_trainer: TrainerFactory, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,12 +21,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kill_and_resume import KINDS, MOMENTS, RANDOM
 from omegaconf import OmegaConf
 
+from xpo import XPOTrainer
 from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
 from xpo.config.schema import to_dict
 from xpo.data.pair_file import export
 from xpo.judges.base import asked_to_stop
 from xpo.launch.jobs import compare_with_run
+from xpo.sampling.draws import ReferenceDraws
 from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.runs import (
     RunRecord,
@@ -263,6 +266,33 @@ def test_a_run_that_keeps_models_only_goes_on_after_a_stop(make_trainer: Trainer
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=True)
     assert [log["step"] for log in step_logs(resumed)] == [1, 2, 3]
+
+
+def test_a_stream_goes_on_within_its_first_pass(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch):
+    """Each pass has draws of its own, from its first step; in a later one a run would begin the pass again."""
+    options = {"max_steps": 5, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 1}
+    passes: list[int] = []
+    original = ReferenceDraws.draw
+
+    def draw(this: ReferenceDraws, prompts: Any, seed: int, stream: int, number: int, *rest: Any, **more: Any) -> Any:
+        passes.append(number)
+        return original(this, prompts, seed, stream, number, *rest, **more)
+
+    monkeypatch.setattr(ReferenceDraws, "draw", draw)
+
+    def trainer() -> XPOTrainer:
+        return make_trainer(train_dataset=prompts(4).to_iterable_dataset(), save_total_limit=5, **options)
+
+    whole = trainer()
+    whole.train()
+    assert passes == [0, 0, 1, 1, 2]
+    out = Path(whole.args.output_dir)
+    with pytest.raises(ConfigError, match="is of a later pass of a stream"):
+        trainer().train(resume_from_checkpoint=str(out / "checkpoint-3"))
+    for step in (2, 1):
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(out / f"checkpoint-{step}"))
+        assert step_logs(resumed) == step_logs(whole)
 
 
 def cut(file: Path) -> None:

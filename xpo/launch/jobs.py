@@ -66,8 +66,11 @@ def prepare(
         resumed, checkpoint = found[0].absolute(), found[1] and found[1].absolute()
         if schema.training.resume is not None and checkpoint is None:
             print(f"xpo: {found[0]} has no checkpoint, starting from the beginning", file=sys.stderr)
+        before = RunRecord.read(resumed)
         if not compare_with_run(resolved, resumed):  # other settings are another curve
-            record.mlflow_run_id = RunRecord.read(resumed).mlflow_run_id
+            record.mlflow_run_id = before.mlflow_run_id
+            if tags is None:  # the job of a sweep stays one
+                record.name, record.tags = before.name, before.tags
         record.resume_from = str(checkpoint) if checkpoint else None
         if output_dir.is_dir() and not any(output_dir.iterdir()):
             output_dir.rmdir()  # Hydra's directory for this command, of no use

@@ -13,6 +13,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
 
 from xpo.config.errors import ConfigError
 from xpo.data.prompt_sets import RepeatedSteps
@@ -38,6 +39,18 @@ class OneBranch(TrainerCallback):
                 logger.warning("xpo: the run goes on from step %d; %s is of before", state.global_step, path)
 
 
+class StreamPasses(TrainerCallback):
+    """The epoch at the beginning of a stream's later passes, which the Trainer counts from behind their first step."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._begun = False
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._begun:
+            state.epoch = float(int(state.epoch or 0) + 1)
+        self._begun = True
+
+
 class ResumableTrainer(PushingTrainer):
     """A Trainer whose checkpoints hold, for each process, what the meter and the labeller need to go on.
 
@@ -54,6 +67,8 @@ class ResumableTrainer(PushingTrainer):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.add_callback(OneBranch())
+        if not has_length(self.train_dataset):
+            self.add_callback(StreamPasses())
         print_short_lines(self)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -70,6 +85,12 @@ class ResumableTrainer(PushingTrainer):
             if what := damage(Path(resume_from_checkpoint)):
                 raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
+            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
+            if not has_length(self.train_dataset) and (state["epoch"] or 0) >= 1:
+                raise ConfigError(  # the Trainer would begin the pass with its first prompt
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} is of a later pass of a stream, where no run goes "
+                    "on exactly; give a data set with a length, or start a new run with this model"
+                )
         self.meter.load_state(Meter().state())  # this trainer may have trained before
         self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -142,7 +163,7 @@ class ResumableTrainer(PushingTrainer):
         elif first is not None:  # more processes than before share what was scored
             if rank < first["processes"]:
                 raise ConfigError(f"resume: {checkpoint!r} lacks xpo_state_{rank}.json; give another checkpoint")
-            self.labeller.scale.moments = first["scale"]
+            self.labeller.scale.moments, self.labeller.in_vain = first["scale"], first.get("in_vain", 0)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # They are on the device. Under DeepSpeed in bf16 the Trainer would round the reference's log-probabilities.

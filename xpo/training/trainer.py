@@ -176,7 +176,7 @@ class XPOTrainer(ResumableTrainer):
         batch = pairs.tensors()
         with self.meter.timed("reference"):
             reference_logps = self.reference_logps(batch, range(len(step.ids)))
-        self.meter.tokens += sum(int(one.mask.sum()) for one in drawn)
+        self.meter.tokens += sum(int(one.mask.sum()) for one in drawn) - int(drawn[1].mask[: len(fresh)][~fresh].sum())
         hits = {"perf/reference_hit_rate": mean_of((~fresh).float())}
         self.meter.add(rollout_metrics(pairs, labelled, self.accelerator) | hits)
         self.memory.keep(step, pairs, labelled, reference_logps, self.state)
