@@ -8,13 +8,13 @@ what it takes to send the policy's weights to vLLM, once for each optimizer step
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 from transformers import AutoModelForCausalLM
+from update import now
 from workloads import MODELS, WORKLOADS, draw_prompts, load_tokenizer, model_directory, prompt_ids
 
 from xpo.config.options import SamplingOptions
@@ -23,10 +23,10 @@ from xpo.sampling.sampler import Sampler
 from xpo.sampling.vllm import VLLM, EngineOptions
 
 
-def seconds(work: Callable[..., object], *given: object) -> float:
-    started = time.perf_counter()
+def seconds(device: torch.device, work: Callable[..., object], *given: object) -> float:
+    started = now(device.type)
     work(*given)
-    return time.perf_counter() - started
+    return now(device.type) - started
 
 
 def main() -> None:
@@ -62,8 +62,8 @@ def main() -> None:
         times: list[list[float]] = [[], []]
         for _ in range(given.turns):
             for sampler, its in zip(samplers, times, strict=True):
-                its.append(seconds(sampler.sample, *rollout))
-        weights = median(seconds(engine._send, model) for _ in range(given.turns))
+                its.append(seconds(device, sampler.sample, *rollout))
+        weights = median(seconds(device, engine._send, model) for _ in range(given.turns))
         ours, theirs = map(median, times)
         print(f"{name:8}  {ours:10.2f} s  {theirs:6.2f} s  {ours / theirs:4.2f}  {weights:6.2f} s", flush=True)
 

@@ -149,6 +149,8 @@ class Bench:
         self.tokenizer = load_tokenizer(self.model)
         self.shape = read_shape(self.model)
         self.machine = measure(self.shape, args.device) if args.floor else None
+        if args.device == "cuda":
+            torch.cuda.empty_cache()  # the contenders are other processes
         args.results.mkdir(parents=True, exist_ok=True)
         self.file = args.results / f"{device_name(args.device)}-{args.model}.json"
         self.settings_file = args.results / f"{device_name(args.device)}-{args.model}-search.json"

@@ -155,6 +155,16 @@ def test_sampling_options_bite(tokenizer, model):
     assert draw(sampler(tokenizer), model).texts != greedy
 
 
+def test_nothing_changes_under_deterministic_algorithms(tokenizer, model):
+    """On a GPU, sums along the vocabulary are then computed on the CPU."""
+    free = draw(sampler(tokenizer, top_p=0.7), model).texts
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert draw(sampler(tokenizer, top_p=0.7), model).texts == free
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_extra_generation_options_reach_generate(tokenizer, model):
     likeliest = draw(sampler(tokenizer), model, greedy=True).ids[0, 0].item()
     suppressed = draw(sampler(tokenizer, kwargs={"suppress_tokens": [likeliest]}), model, greedy=True)

@@ -1,14 +1,20 @@
-"""Linear layers laid out for decoding on a CPU. Layer 0: torch only.
+"""Linear layers laid out for decoding. Layer 0: torch only.
 
-Decoding multiplies a few rows with every weight of the model, token after token. The general matrix product
-reorders the weights each time, which costs more than the product: at 16 rows it reads them at 3 GB/s where memory
-gives 19. oneDNN keeps weights in its own order instead; reordering them once costs as much as three or four tokens.
+Decoding multiplies a few rows with every weight of the model, token after token, so what is done to the weights each
+time counts more than the product:
+
+- The general matrix product on a CPU reorders them, which costs more than the product: at 16 rows it reads them at
+  3 GB/s where memory gives 19. oneDNN keeps weights in its own order instead; reordering them once costs as much as
+  three or four tokens.
+- Autocast rounds them, and remembers the result only of weights that have gradients: not of a reference's, nor of those
+  below adapters.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xpo.models.logprobs import replaced_forward
@@ -18,25 +24,27 @@ MOST_ROWS = 128  # beyond so many rows, the plain product is as fast
 
 
 @contextmanager
-def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within, large linear layers in float32 on a CPU use a reordered copy of their weights; others are as ever.
+def decoding_linears(model: nn.Module, rows: int) -> Iterator[None]:
+    """Within, large linear layers in float32 use copies of their weights: on a CPU reordered ones; under autocast, and
+    frozen, rounded ones. Others are as ever.
 
-    The weights must not change within. Results differ by rounding.
+    The weights must not change within. Reordered ones give results that differ by rounding, rounded ones the same.
 
     Args:
         model: any module.
         rows: of the inputs that will come most often; others are welcome.
     """
     with ExitStack() as stack:
-        if rows <= MOST_ROWS and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
-            for module in model.modules():
-                if type(module) is nn.Linear and _is_worth_it(module.weight):
+        for module in model.modules():
+            if type(module) is nn.Linear and module.weight.dtype == torch.float32 and module.weight.numel() >= SMALLEST:
+                device = module.weight.device.type
+                if torch.is_autocast_enabled(device):
+                    if not module.weight.requires_grad:
+                        forward = _rounded_forward(module, torch.get_autocast_dtype(device))
+                        stack.enter_context(replaced_forward(module, forward))
+                elif device == "cpu" and rows <= MOST_ROWS and torch.backends.mkldnn.is_available():
                     stack.enter_context(replaced_forward(module, _packed_forward(module, rows)))
         yield
-
-
-def _is_worth_it(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= SMALLEST
 
 
 def _packed_forward(module: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
@@ -49,3 +57,8 @@ def _packed_forward(module: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
         return torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
 
     return forward
+
+
+def _rounded_forward(module: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    weight, bias = (None if part is None else part.detach().to(dtype) for part in (module.weight, module.bias))
+    return lambda values: F.linear(values, weight, bias)

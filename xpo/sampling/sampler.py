@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import (
     BaseStreamer,
+    LogitsProcessor,
     MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -26,7 +27,7 @@ from xpo.models.forward import eval_mode
 from xpo.models.logprobs import completion_lengths, having, length_mask, positions
 from xpo.sampling.completions import Completions, token_batches, tokens_at_once
 from xpo.sampling.kv_cache import prefill, roomy_cache
-from xpo.sampling.linears import packed_linears
+from xpo.sampling.linears import decoding_linears
 from xpo.sampling.noise import InverseTransformSampler
 
 # Options of GenerationConfig that would change what a rollout is: one sampled completion per prompt.
@@ -55,6 +56,16 @@ def check_generation_kwargs(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{given} is no option of GenerationConfig{nearest(key, known)}; correct or remove it")
 
 
+class _OnCPU(LogitsProcessor):
+    """Another one, where CUDA's sums refuse to run (full_determinism)."""
+
+    def __init__(self, processor: LogitsProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.processor(input_ids.cpu(), scores.cpu()).to(scores.device)
+
+
 def warpers(options: SamplingOptions) -> LogitsProcessorList:
     """The transformations of the logits before a token is drawn, in transformers' order."""
     chosen = LogitsProcessorList()
@@ -63,7 +74,8 @@ def warpers(options: SamplingOptions) -> LogitsProcessorList:
     if options.top_k:
         chosen.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1.0:
-        chosen.append(TopPLogitsWarper(options.top_p))
+        nucleus = TopPLogitsWarper(options.top_p)
+        chosen.append(_OnCPU(nucleus) if torch.are_deterministic_algorithms_enabled() else nucleus)
     if options.min_p is not None:
         chosen.append(MinPLogitsWarper(options.min_p))
     return chosen
@@ -189,7 +201,7 @@ class Sampler:
             processors = warpers(self.options)
             processors.append(InverseTransformSampler(noise, ids.shape[1]))
         # A checkpoint ships defaults (top_k=20, say), which `generate` would take for what the config leaves open.
-        own, decoding = having(model, "generation_config", self.config), packed_linears(model, len(ids))
+        own, decoding = having(model, "generation_config", self.config), decoding_linears(model, len(ids))
         with eval_mode(model), torch.no_grad(), own, decoding:
             sequences = model.generate(
                 input_ids=ids,

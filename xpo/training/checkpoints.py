@@ -88,8 +88,8 @@ class ResumableTrainer(PushingTrainer):
             state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
             if not has_length(self.train_dataset) and (state["epoch"] or 0) >= 1:
                 raise ConfigError(  # the Trainer would begin the pass with its first prompt
-                    f"resume_from_checkpoint={resume_from_checkpoint!r} is of a later pass of a stream, where no run goes "
-                    "on exactly; give a data set with a length, or start a new run with this model"
+                    f"resume_from_checkpoint={resume_from_checkpoint!r} is of a later pass of a stream, where no run "
+                    "goes on exactly; give a data set with a length, or start a new run with this model"
                 )
         self.meter.load_state(Meter().state())  # this trainer may have trained before
         self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
