@@ -152,8 +152,8 @@ class Evaluator:
         if scored is None and isinstance(judge, RewardJudge):
             scored = judge.reward_model
         parts = [f"score_{name}" for name in scored.models] if isinstance(scored, MixReward) else []
-        scores = (["score"] if scored else []) + parts + list(self.scorers)
-        margin = ["flip_rate"] + (["score_margin", "objective"] if scored else [])
+        scores = (["score"] if scored is not None else []) + parts + list(self.scorers)
+        margin = ["flip_rate"] + (["score_margin", "objective"] if scored is not None else [])
         probed = () if self.probe is None else MEASURES
         return [*summarize([]), *margin, *scores, *(f"ref_{name}" for name in scores), *probed]
 

@@ -147,22 +147,23 @@ class KeepCompletions(TrainerCallback):
         for file in later:
             file.unlink()
         if later:
-            self._write_table()
+            self._write({})
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        rows = completion_rows(self.evaluator.records, state.global_step)
+        if state.is_world_process_zero:
+            rows = completion_rows(self.evaluator.records, state.global_step)
+            self._write({f"step_{state.global_step:06d}.json": rows})
+
+    def _write(self, new: dict[str, list[list[Any]]]) -> None:
+        """New files, and the table of all."""
         try:
-            write_table(self.directory / f"step_{state.global_step:06d}.json", rows)
-            self._write_table()
+            for name, rows in new.items():
+                write_table(self.directory / name, rows)
+            files = sorted(self.directory.glob("step_*.json"), reverse=True)  # newest first: a table opens at its top
+            every = [row for file in files for row in json.loads(file.read_text())["data"]]
+            write_table(self.directory / TABLE_NAME, every)
         except OSError as error:
             logger.warning("xpo: completions cannot be kept in %s (%s)", self.directory, error.strerror)
-
-    def _write_table(self) -> None:
-        files = sorted(self.directory.glob("step_*.json"), reverse=True)  # newest first: a table opens at its top
-        every = [row for file in files for row in json.loads(file.read_text())["data"]]
-        write_table(self.directory / TABLE_NAME, every)
 
 
 class LogCompletionsCallback(TrainerCallback):
