@@ -60,8 +60,8 @@ def plot(tables: dict[str, Sequence[Row]], path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (name, rows) in zip(figure.subplots(1, len(tables), sharey=True), tables.items(), strict=True):
         for number, (method, runs) in enumerate(by_method(rows).items()):
-            style = {"marker": "os"[number > 6], "color": COLOURS[number % 7], "markersize": 5, "linestyle": "none"}
-            axes.plot(values(runs, "kl"), gains(runs), label=method, **style)
+            colour = (*COLOURS, "#999999")[number]
+            axes.plot(values(runs, "kl"), gains(runs), "o", color=colour, markersize=5, label=method)
         axes.set(title=f"{name} prompts", xlabel="KL from the reference, nats a completion")
     figure.axes[0].set_ylabel("gain in held-out score")
     figure.axes[-1].legend(fontsize=7, frameon=False)
