@@ -11,7 +11,7 @@ from xpo.sampling import sampler as drawing
 from xpo.sampling.completions import Completions, PairBatch, joined, same_width, take_pairs, token_batches
 from xpo.sampling.kv_cache import roomy_cache
 from xpo.sampling.noise import InverseTransformSampler, sampling_noise
-from xpo.sampling.sampler import Sampler, check_generation_kwargs
+from xpo.sampling.sampler import Sampler, check_generation_kwargs, warpers
 
 KEY = (42, 3, 0)
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15]]
@@ -160,6 +160,7 @@ def test_nothing_changes_under_deterministic_algorithms(tokenizer, model):
     free = draw(sampler(tokenizer, top_p=0.7), model).texts
     torch.use_deterministic_algorithms(True)
     try:
+        assert "_OnCPU" in [type(one).__name__ for one in warpers(GenerationOptions(top_p=0.7))]
         assert draw(sampler(tokenizer, top_p=0.7), model).texts == free
     finally:
         torch.use_deterministic_algorithms(False)

@@ -85,8 +85,8 @@ class ResumableTrainer(PushingTrainer):
             if what := damage(Path(resume_from_checkpoint)):
                 raise ConfigError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {what}; give another checkpoint")
             check_same_zero(Path(resume_from_checkpoint), self.args)
-            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())
-            if not has_length(self.train_dataset) and (state["epoch"] or 0) >= 1:
+            state = Path(resume_from_checkpoint) / "trainer_state.json"
+            if not has_length(self.train_dataset) and (TrainerState.load_from_json(str(state)).epoch or 0) >= 1:
                 raise ConfigError(  # the Trainer would begin the pass with its first prompt
                     f"resume_from_checkpoint={resume_from_checkpoint!r} is of a later pass of a stream, where no run "
                     "goes on exactly; give a data set with a length, or start a new run with this model"

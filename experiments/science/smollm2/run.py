@@ -1,6 +1,7 @@
 """SmolLM2-135M under the bonuses, on ordinary prompts and on those whose good answers are rare: see README.md."""
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -14,13 +15,18 @@ from typing import NamedTuple
 
 from experiments.science.common import write_block
 from experiments.science.smollm2.report import Row, plot, table
+from xpo.config.errors import hydra_value
+from xpo.config.files import write_whole
 
 HERE = Path(__file__).parent
 WORK = Path("multirun/smollm2")  # of runs under way; what they leave is in runs.csv
 PAIRS, STEPS, SEEDS = 6, 24, (1, 2, 3)
 PROMPTS = {
     "ordinary": [],
-    "hidden": [f"data.train={HERE / 'hidden_train.jsonl'}", f"data.eval={HERE / 'hidden_heldout.jsonl'}"],
+    "hidden": [
+        f"data.{part}={hydra_value(str(HERE / f'hidden_{split}.jsonl'))}"
+        for part, split in (("train", "train"), ("eval", "heldout"))
+    ],
 }
 METHODS = {
     "alpha = 0": ["loss=no_exploration"],
@@ -77,12 +83,11 @@ def compute(path: Path) -> list[Row]:
     with ThreadPool(2) as pool:
         for cell, new in zip(todo, pool.imap(run, todo), strict=True):
             rows.append(new)
-            whole = path.with_suffix(".new")  # a kill leaves the old or the new file
-            with whole.open("w", newline="") as file:
-                writer = csv.DictWriter(file, new, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            whole.replace(path)
+            text = io.StringIO()
+            writer = csv.DictWriter(text, new, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_whole(path, text.getvalue())
             print(*cell, new["score"], flush=True)
     return rows
 
