@@ -91,6 +91,27 @@ def test_position_bias_invalid_verdicts_and_a_judge_that_stops(tmp_path: Path) -
     assert not (tmp_path / "out" / "calibration.png").exists()
 
 
+def test_a_drawn_order_shows_no_flips(tmp_path: Path) -> None:
+    (tmp_path / "my_judges.py").write_text(JUDGES)
+    (tmp_path / "conf" / "judge").mkdir(parents=True)
+    (tmp_path / "conf" / "judge" / "first_wins.yaml").write_text("_target_: my_judges.FirstWins\nboth_orders: false\n")
+    pairs = rows_in(tmp_path, *[{"prompt": str(i), "first": "a", "second": "b"} for i in range(20)])
+    done = command(
+        tmp_path,
+        "judge=first_wins",
+        "judge@other=length_controlled",
+        "judge@other.judge=first_wins",
+        "other.coefficient=0.0",
+        f"pairs={pairs}",
+        f"hydra.searchpath=[file://{tmp_path}/conf]",
+        "hydra.run.dir=out",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [report[key]["flips"]["cases"] for key in ("judge", "other")] == [0, 0]
+    assert report["judge"]["ties"]["value"] == 0
+
+
 @pytest.fixture
 def root_logger() -> Iterator[None]:
     """What Hydra changes of logging, in this process, is put back."""

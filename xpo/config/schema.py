@@ -122,6 +122,12 @@ def needs_reward_model(judge: dict[str, Any]) -> bool:
     return own or any(needs_reward_model(value) for value in judge.values() if isinstance(value, dict))
 
 
+def draws_the_order(judge: dict[str, Any]) -> bool:
+    """Whether a judge, or one of those it is made of, is asked in one order, drawn by the texts whichever comes first."""
+    one = judge.get("both_orders") is False
+    return one or any(draws_the_order(value) for value in judge.values() if isinstance(value, dict))
+
+
 def to_dict(config: TrainSchema) -> dict[str, Any]:
     """The configuration as plain containers, as it is written to config.yaml."""
     return asdict(config)

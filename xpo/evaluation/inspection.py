@@ -26,13 +26,16 @@ class Judged(NamedTuple):
 
     name: str
     margin: Tensor  # see `Judge.margins`, (N,)
-    flipped: Tensor  # see `Verdicts`; from asking with the completions swapped if the judge asks one order, (N,)
+    flipped: Tensor  # see `Verdicts`; from asking with the completions swapped if the judge looks at one order, (N,)
     seconds: float  # for each pair, swapped questions left out
     stopped: str | None  # why the judge could not go on, if so
 
 
-def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
-    """All verdicts of a judge; what it said before it could not go on is kept."""
+def ask(judge: Judge, pairs: list[Pair], name: str, swap: bool) -> Judged:
+    """All verdicts of a judge; what it said before it could not go on is kept.
+
+    `swap` says that a judge which does not look at both orders is asked with the completions swapped, too.
+    """
     margin, flipped = torch.full((2, len(pairs)), torch.nan)
     seconds, done, stopped = 0.0, 0, None
     with tqdm(total=len(pairs), desc=name, leave=False) as bar:
@@ -43,7 +46,7 @@ def ask(judge: Judge, pairs: list[Pair], name: str) -> Judged:
             try:
                 one, flips = judge.verdicts(prompts, first, second)[:2]
                 seconds, done = seconds + time.perf_counter() - started, done + len(prompts)
-                if flips.isnan().all():  # it asks one order, or does not look at it: does its verdict turn?
+                if swap and flips.isnan().all():  # does its verdict turn?
                     other = judge.margins(prompts, second, first)
                     known = one.isfinite() & other.isfinite()
                     flips = torch.where(known, (one.sign() != -other.sign()).float(), torch.nan)

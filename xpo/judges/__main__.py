@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from xpo.config.compose import CONF, check_complete
 from xpo.config.errors import ConfigError
-from xpo.config.schema import InspectSchema, is_group, needs_reward_model
+from xpo.config.schema import InspectSchema, draws_the_order, is_group, needs_reward_model
 from xpo.launch.command import exit_status, print_error, run_composed
 from xpo.launch.processes import exit_statuses
 
@@ -55,7 +55,8 @@ def inspect(config: DictConfig) -> int:
         name, reward_model = runtime.choices["judge" if key == "judge" else "judge@other"], {}
         if needs_reward_model(group):
             name, reward_model = f"{name} ({runtime.choices['reward_model']})", schema.reward_model
-        judged[key] = ask(build_preference(group, reward_model)[1], pairs, name)
+        # An order that is drawn stays the same for swapped completions, and their verdict could not but turn.
+        judged[key] = ask(build_preference(group, reward_model)[1], pairs, name, swap=not draws_the_order(group))
         if judged[key].stopped:
             print_error(f"{judged[key].stopped}; what follows is of the pairs before")
     figures, out = report(pairs, judged), Path(runtime.output_dir)
