@@ -107,7 +107,7 @@ def test_a_drawn_order_shows_no_flips(tmp_path: Path) -> None:
         "hydra.run.dir=out",
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN
     assert [report[key]["flips"]["cases"] for key in ("judge", "other")] == [0, 0]
     assert report["judge"]["ties"]["value"] == 0
 

@@ -2,9 +2,10 @@
 
 import glob
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from xpo.config.errors import ConfigError, first_line
 
@@ -24,6 +25,15 @@ def write_whole(path: Path, text: str) -> None:
     unfinished = path.with_name(f"{path.name}.part")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """Numbers, lists and dicts as JSON can say them, which knows neither NaN nor infinity: None instead."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_object(path: Path, build: Callable[..., T]) -> T:

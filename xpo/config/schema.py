@@ -123,7 +123,7 @@ def needs_reward_model(judge: dict[str, Any]) -> bool:
 
 
 def draws_the_order(judge: dict[str, Any]) -> bool:
-    """Whether a judge, or one of those it is made of, is asked in one order, drawn by the texts whichever comes first."""
+    """Whether a judge, or one of those it is made of, is asked in one order, drawn by the texts alone."""
     one = judge.get("both_orders") is False
     return one or any(draws_the_order(value) for value in judge.values() if isinstance(value, dict))
 

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from xpo.config.errors import ConfigError
+from xpo.config.files import without_nan
 from xpo.config.options import GenerationOptions
 from xpo.data.prompts import Prompt, PromptEncoder
 from xpo.judges.labelling import Labeller
@@ -114,7 +115,7 @@ class Conversation:
         winner, margin, scores = verdict or Verdict(None, math.nan, None)
         first, second = (answer.texts[0] for answer in turn.answers.values())
         row = {"prompt": turn.prompt, "first": first, "second": second, "winner": winner, "by": list(turn.answers)}
-        return row | {"margin": _finite(margin), "score": [_finite(score) for score in scores or (math.nan, math.nan)]}
+        return row | without_nan({"margin": margin, "score": list(scores or (None, None))})
 
     def reset(self) -> None:
         """Forgets all messages but the system's."""
@@ -155,7 +156,3 @@ class _Stream(TextStreamer):
 
 def _message(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN

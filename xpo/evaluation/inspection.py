@@ -1,7 +1,6 @@
 """What a judge is worth: its verdicts on given pairs, the figures that they make, and how these look."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from xpo.config.errors import JudgeStopped
+from xpo.config.files import without_nan
 from xpo.data.pairs import Pair
 from xpo.evaluation.agreement import accuracy, agreement, calibration, share
 from xpo.judges.base import Judge
@@ -88,16 +88,12 @@ def write(out: Path, pairs: list[Pair], judged: dict[str, Judged], figures: dict
     """verdicts.jsonl, report.json and, where the truth is known, calibration.png."""
     with (out / "verdicts.jsonl").open("w") as file:
         for i, pair in enumerate(pairs):
-            verdicts = {key: _number(judge.margin[i].item()) for key, judge in judged.items()}
-            flips = {f"{key}_flipped": _number(judge.flipped[i].item()) for key, judge in judged.items()}
-            file.write(json.dumps(pair._asdict() | verdicts | flips) + "\n")
-    (out / "report.json").write_text(json.dumps(figures, indent=1))
+            verdicts = {key: judge.margin[i].item() for key, judge in judged.items()}
+            flips = {f"{key}_flipped": judge.flipped[i].item() for key, judge in judged.items()}
+            file.write(json.dumps(pair._asdict() | without_nan(verdicts | flips)) + "\n")
+    (out / "report.json").write_text(json.dumps(without_nan(figures), indent=1))
     if any(figures[key]["calibration"] for key in judged):
         plot({judge.name: figures[key]["calibration"] for key, judge in judged.items()}, out / "calibration.png")
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
 
 
 def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:

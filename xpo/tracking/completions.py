@@ -1,12 +1,11 @@
 """Tables of completions, as the MLflow UI compares them side by side."""
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from xpo.config.files import write_whole
+from xpo.config.files import without_nan, write_whole
 
 COMPLETION_COLUMNS = ("prompt", "completion", "reference", "verdict", "score", "ref_score", "step")
 TABLE_NAME = "eval_completions.json"  # of all evaluations
@@ -17,8 +16,7 @@ def completion_rows(records: Iterable[dict[str, Any]], step: int) -> list[list[A
     verdicts = {1.0: "policy", -1.0: "reference", 0.0: "none"}
     rows = []
     for record in records:
-        given = (record.get("score"), record.get("ref_score"))
-        scores = [score if score is not None and math.isfinite(score) else None for score in given]
+        scores = without_nan([record.get("score"), record.get("ref_score")])
         texts = [record[name] for name in ("prompt", "completion", "reference")]
         rows.append([*texts, verdicts[record["label"]], *scores, step])
     return rows

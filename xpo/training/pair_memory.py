@@ -1,6 +1,5 @@
 """The labelled pairs of a run: kept in a file, and recalled from it."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.config.errors import ConfigError
+from xpo.config.files import without_nan
 from xpo.data.pair_file import PairFile
 from xpo.judges.labelling import Labelled
 from xpo.models.batches import padded
@@ -69,7 +69,7 @@ class PairMemory(TrainerCallback):
                 "score": scores,
                 "reference_logps": reference_logps[:, i].tolist(),
             }
-            rows.append({name: _finite(value) for name, value in row.items()})
+            rows.append(without_nan(row))
         gathered = sorted(gather_object(rows), key=lambda row: row["row"])
         if self.file is not None:
             self.file.append(gathered)
@@ -150,10 +150,3 @@ def as_batch(rows: Sequence[dict[str, Any]], steps: int, pad_token_id: int, devi
         "age": torch.tensor([steps + 1 - row["step"] for row in rows], dtype=torch.float32),
     }
     return {name: values.to(device) for name, values in batch.items()}
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
