@@ -5,6 +5,7 @@ replaced (`STAND_INS`, `SMALL`): models are tiny, prompts are files, the servers
 process. Of other programs (`OTHERS`) only the words are split: they need a network, another machine or another tool.
 """
 
+import glob
 import gzip
 import importlib
 import json
@@ -135,7 +136,13 @@ STAND_INS = {
     "sweep.seeds=3": "sweep.seeds=2",
     "launch.num_processes=8": "launch.num_processes=2",
     "elsewhere/outputs": "multirun",
-    "training.resume=outputs/2026-11-27/02-40": "training.resume=outputs/DATE/TIME",
+    "training.resume=outputs/2026-11-27/02-40-13": "training.resume=outputs/DATE/TIME",
+}
+STAND_INS |= {  # of a real run
+    "pairs=outputs/DATE/TIME/completions/step_000018.json": "pairs=outputs/DATE/TIME/completions/step_000001.json",
+    "training.max_steps=-1": "training.max_steps=6",
+    "training.gradient_accumulation_steps=16": "training.gradient_accumulation_steps=1",
+    "generation.max_new_tokens=512": "generation.max_new_tokens=4",
 }
 TOGETHER = ("deepspeed=", "launch.num_processes=")  # words of jobs of several processes
 RUNS = (
@@ -339,7 +346,8 @@ OTHER_WORDS = {
 def test_every_other_command_of_ours_runs(page: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch):
     """Where a sentence names a command and no more, its --help."""
     module, more, left = OTHER_COMMANDS[words[0]]
-    line = shlex.join(STAND_INS.get(word, word.replace("$PWD", str(here))) for word in words[1:])
+    given = [STAND_INS.get(word, word.replace("$PWD", str(here))) for word in words[1:]]
+    line = shlex.join(name for word in given for name in (sorted(glob.glob(word)) if "*" in word else [word]))
     for there, stand_in in OTHER_WORDS.items():
         line = line.replace(there, stand_in)
     with serving(monkeypatch, str(here / "cache")) as hub:
