@@ -54,7 +54,8 @@ def run(out: Path, pairs: int, accumulation: int, words: list[str]) -> None:
         max_steps=8,
         per_device_train_batch_size=pairs,
         gradient_accumulation_steps=accumulation,
-        per_device_eval_batch_size=2,
+        per_device_eval_batch_size=4,
+        generation_batch_size=2 if "synced" in words else None,  # in an evaluation, rank 0 has a batch more than rank 1
         max_new_tokens=6,
         max_length=128,
         optim="sgd",

@@ -23,7 +23,8 @@ from xpo.evaluation.probe import Probe
 from xpo.launch.build import build_arguments, build_inputs
 from xpo.launch.command import exit_status, speak_to_any_console
 from xpo.models.batches import batches_by_length
-from xpo.models.loading import load_model, loaded
+from xpo.models.loading import end_tokens, load_model, loaded, with_pad_token
+from xpo.models.reference import base_model
 from xpo.sampling.noise import EVAL_REFERENCE, PROBE_REFERENCE, REFERENCE
 from xpo.tracking import terminal as report
 from xpo.training.setup import build_reference, build_reference_draws, build_samplers
@@ -49,12 +50,15 @@ def main() -> None:
 
 def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     """Computes what the store lacks, and says how much that was."""
+    config.training.push_to_hub = config.training.push_pairs = False  # it makes nothing to push
     args = build_arguments(config, Path("outputs"))
     if args.reference_store in OFF:
         raise ConfigError("reference.store='off' leaves nothing to fill; name a file with reference.store=...")
     inputs = build_inputs(config, args)
     model = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
-    _, sampler = build_samplers(args, model, inputs.tokenizer)  # the policy says what ends a completion
+    # The policy says what ends a completion.
+    tokenizer = with_pad_token(inputs.tokenizer, end_tokens(base_model(model), inputs.tokenizer))
+    _, sampler = build_samplers(args, model, tokenizer)
     if inputs.reference is not None:
         model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)
     draws = build_reference_draws(args, build_reference(args, model, model), sampler)

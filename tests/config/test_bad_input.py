@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that names key, value and remedy, a non-zero exit, before any model loads."""
 
+import errno
 import json
 import logging
 import re
@@ -17,6 +18,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from xpo import train
+from xpo.config.compose import CONF
+from xpo.config.explain import explain
 from xpo.data.prompts import Prompt
 from xpo.launch import build, worker
 from xpo.launch import processes as launch
@@ -524,6 +527,30 @@ def test_nothing_can_be_kept(run: Run, inputs: Path, monkeypatch: pytest.MonkeyP
     (line,) = run(words or RUN).stderr
     assert "a_file/cache cannot be written (Not a directory)" in line
     assert "set HF_HOME, XPO_CACHE and XPO_STORES" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left", "out/run.json"), "out/run.json has no room left; make room, and"),
+        (OSError(errno.EACCES, "Permission denied", "out"), "hydra.run.dir='out' cannot be written (Permission denied"),
+        (OSError(errno.ENOENT, "No such file", "out/checkpoint-3"), "out/checkpoint-3: No such file"),
+        (ConnectionError("nobody there"), None),
+    ],
+)
+def test_trouble_with_files_is_told_as_what_it_is(error: OSError, message: str | None):
+    said = explain(error, CONF)
+    assert (said is None) if message is None else str(said).startswith(message)
+
+
+def test_a_reader_that_goes_ends_a_command_quietly():
+    """As `python -m xpo.chat RUN --prompt ... | head -1`. What is left to be flushed goes nowhere."""
+    code = (
+        "import sys; from xpo.launch.command import exit_status; "
+        "status = exit_status(BrokenPipeError(32, 'Broken pipe')); print('lost'); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
 
 
 def test_a_hub_that_accepts_and_never_answers(run: Run, monkeypatch: pytest.MonkeyPatch):

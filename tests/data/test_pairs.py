@@ -71,6 +71,8 @@ def test_completions_of_a_run_have_the_winner_of_its_judge(tmp_path: Path) -> No
         ({"chosen": "a", "rejected": "b"}, "row 0 has no prompt; add the column"),
         ({"chosen": [USER, answer("a")], "rejected": [answer("b")]}, "begin with different messages"),
         ({"prompt": "p", "chosen": [USER, answer("a"), USER], "rejected": [USER, answer("b")]}, "has 2 messages"),
+        ({"prompt": 5, "first": "a", "second": "b"}, "row 0: prompt=5 is neither text nor a list of messages"),
+        ({"prompt": ["p"], "chosen": "a", "rejected": "b"}, "row 0: prompt=['p'] is neither text nor a list"),
         ({"prompt": "p", "first": "a", "second": "b", "winner": "a"}, "winner='a' is not one of first, second, tie"),
     ],
 )

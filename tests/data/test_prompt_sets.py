@@ -339,6 +339,31 @@ def test_a_directory_gives_the_split_that_was_asked_for(write: Callable[..., str
         assert load_prompts("data.train", str(tmp_path / "set"), split)["prompt"][:] == [prompt]
 
 
+def test_nothing_is_left_in_the_cache_of_datasets(
+    write: Callable[..., str], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Each run would leave a copy of all prompts that no other finds."""
+    dataset = load_prompts("data.train", write("some.jsonl", [{"prompt": "a"}, {"prompt": "a longer one"}]))
+    cache = Path(dataset.cache_files[0]["filename"]).parent
+    before = set(cache.iterdir())
+    assert len(tokenize_prompts(dataset, tokenizer, 2, "drop")) == 1
+    assert set(cache.iterdir()) == before
+    assert datasets.is_caching_enabled()
+
+
+def test_several_data_sets_in_a_directory_are_named(tmp_path: Path) -> None:
+    """As openai/gsm8k has main and socratic."""
+    for name in ("main", "socratic"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"prompt": "a"}\n')
+    parts = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("main", "socratic"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    with pytest.raises(ConfigError) as caught:
+        load_prompts("data.train", str(tmp_path))
+    assert "it is several data sets, 'main', 'socratic'; name the files of one, as in data.train='" in str(caught.value)
+    assert load_prompts("data.train", str(tmp_path / "main" / "*.jsonl"))["prompt"][:] == ["a"]
+
+
 def test_errors_of_data_name_the_key_and_the_remedy(write: Callable[..., str], tmp_path: Path) -> None:
     write("set/train.jsonl", [{"prompt": "learn"}])
     (tmp_path / "empty").mkdir()

@@ -86,6 +86,16 @@ def test_special_tokens_that_are_meant(tokenizer: PreTrainedTokenizerFast, caplo
     assert not caplog.text
 
 
+def test_a_prompt_that_has_been_through_a_template_is_begun_once() -> None:
+    """By tokenizers that begin a text with a token which their template writes, too, as Llama 3's."""
+    tokenizer = appending()  # begins with <|im_start|>, as does its template
+    rendered = render(tokenizer, [user("sea")])
+    ids = PromptEncoder(tokenizer, special_tokens="parse")(rendered)
+    assert ids == PromptEncoder(tokenizer)([user("sea")])
+    assert ids[:2].count(START) == 1
+    assert PromptEncoder(tokenizer, special_tokens="parse")("sea")[0] == START
+
+
 def test_a_completion_cannot_pose_as_structure(tokenizer: PreTrainedTokenizerFast) -> None:
     config = LlamaConfig(
         vocab_size=288, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
 from xpo.data.store import Store
 from xpo.judges import CachedJudge, FunctionJudge, Judge, PairwiseJudge
+from xpo.launch.groups import build_preference
 from xpo.rewards import CachedReward, FunctionReward, RewardModel
 
 
@@ -141,6 +143,30 @@ def test_scores_are_computed_once(tmp_path: Path) -> None:
         scores = CachedReward(Length(), tmp_path / "s").scores(["p"] * 4, ["a", "bb", "broken", "a"])
         torch.testing.assert_close(scores, torch.tensor([1 / 3, 2 / 3, float("nan"), 1 / 3]), equal_nan=True)
     assert scored == ["a", "bb", "broken", "broken"]
+
+
+def test_scores_may_be_a_list(tmp_path: Path) -> None:
+    class Listing(RewardModel):
+        fingerprint = "listing"
+
+        def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Any:
+            return [len(text) for text in completions]
+
+    assert CachedReward(Listing(), tmp_path / "s").scores(["p"] * 2, ["a", "bb"]).tolist() == [1, 2]
+
+
+def test_a_part_that_can_be_kept_is_enough(tmp_path: Path) -> None:
+    """Of a mix whose other part is a function, which has no fingerprint."""
+    parts = {
+        "words": {"_target_": "xpo.rewards.VaderReward"},
+        "mine": {"_target_": "xpo.rewards.FunctionReward", "function": "builtins:max"},
+    }
+    mix = {"_target_": "xpo.rewards.MixReward", "models": parts, "weights": {"words": 1.0, "mine": 1.0}}
+    judge = {"_target_": "xpo.judges.RewardJudge", "cache": str(tmp_path / "v")}
+    scorer, _ = build_preference(judge, mix)
+    assert type(scorer.models["words"]) is CachedReward
+    with pytest.raises(ConfigError, match="has nothing to keep"):
+        build_preference(judge, parts["mine"])
 
 
 def test_state_is_the_judges(tmp_path: Path) -> None:

@@ -171,6 +171,10 @@ def listing(*tokens: tuple[Any, Any], text: Any = "A") -> dict[str, Any]:
         ([("A", -0.5), ("x", -3.0), ("B", -9999.0)], 2.5),  # OpenAI: too improbable to have a number
         ([("A", -0.5), ("x", -3.0), ("B", -math.inf)], 2.5),
         ([("A", 0), ("B", -1)], 1.0),
+        # p(B) is at most what A leaves, if nothing else is listed: .75 / .25, and 1 / 1e-6 at the most
+        ([("A", math.log(0.75))], math.log(3)),
+        ([(" B", math.log(0.5)), ("B", math.log(0.25))], -math.log(3)),
+        ([("A", 0.0), ("B", -9999.0), ("x", -9999.0)], math.log(1e6)),
     ],
 )
 def test_log_odds_of_listed_tokens(tokens: list[tuple[str, float]], value: float):
@@ -296,6 +300,16 @@ def test_a_question_that_fails_is_no_verdict_and_harms_no_other(
 
     margin, flipped, _ = judge.verdicts(PROMPTS, FIRST, SECOND)
     assert margin.isnan().tolist() == flipped.isnan().tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("fault", ["500", "hang", "reset"])
+def test_a_question_that_fails_alone_does_not_stop_the_run(server: LLMServer, fault: str):
+    """As after a resume, when a cache has the others of its step: the server answers another."""
+    judge = judge_at(server, max_retries=0, timeout_s=0.4)
+    server.faults = one_question(fault, PROMPTS[2])
+    server.hang_s = 1
+    assert judge.preferences(PROMPTS[2:3], FIRST[2:3], SECOND[2:3]).isnan().all()
+    assert judge.requests == 1
 
 
 def test_one_failed_order_spoils_the_pair(server: LLMServer):

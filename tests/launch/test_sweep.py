@@ -1,5 +1,6 @@
 """Sweeps: what runs, what is skipped, what goes on, and what is said about it."""
 
+import errno
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from xpo.config.options import LaunchOptions
 from xpo.launch import processes as launch
 from xpo.launch import sweep
 from xpo.launch.processes import Outcome
-from xpo.launch.sweep_record import short_name
+from xpo.launch.sweep_record import Sweep, short_name
 from xpo.tracking.metrics_log import MetricsLog
 from xpo.tracking.runs import RunRecord, resolve_resume
 
@@ -269,6 +270,24 @@ def test_a_job_that_fails_costs_itself_only(command: Command, capfd: pytest.Capt
     printed = capfd.readouterr().out
     assert "a2: failed: the loss is nan [at step 2]" in printed
     assert "Repeat the command to finish the rest." in printed
+
+
+def test_a_full_disk_costs_the_record_and_no_job(
+    command: Command, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The others run, and their table is printed."""
+    write = Sweep.write
+
+    def fills_up(self: Sweep, directory: Path, jobs: Any) -> None:
+        if any(job.state == "finished" for job in jobs):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, directory, jobs)
+
+    monkeypatch.setattr(Sweep, "write", fills_up)
+    assert command("loss.alpha=1,2") == 0
+    printed = capfd.readouterr()
+    assert "sweep.json cannot be written (No space left on device)" in printed.err
+    assert printed.out.count("finished") >= 2
 
 
 def test_a_signal_ends_the_whole_sweep(command: Command):

@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import made_checkpoint
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from trained_run import adapted_model, finish, finished_run
 from transformers import PreTrainedModel
 
 from xpo.config.errors import ConfigError
+from xpo.config.options import ModelOptions
 from xpo.evaluation.conversation import POLICY, REFERENCE, Conversation
 from xpo.judges import RewardJudge
 from xpo.launch.conversation import build_conversation
 from xpo.launch.trained import find_trained
-from xpo.models.loading import tiny_model, tiny_tokenizer
+from xpo.models.loading import load_model, tiny_model, tiny_tokenizer
 from xpo.rewards import VaderReward
 
 PROMPT = [{"role": "user", "content": "How are you?"}]
@@ -154,6 +155,23 @@ def test_adapters_of_a_run_are_off_while_the_reference_speaks(adapters: Path) ->
     loaded = PeftModel.from_pretrained(tiny_model(), adapters / "model").get_base_model()
     assert logits(conversation, POLICY) == first_logits(loaded, conversation)
     assert logits(conversation, POLICY) != logits(conversation, REFERENCE)
+
+
+def test_the_code_of_a_base_model_is_fetched_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it is trusted: without it, a model of the hub that brings its own cannot be loaded below adapters."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"), ModelOptions())
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapters")
+    asked = []
+
+    def fetch(key: str, name: str, with_code: bool = False) -> str:
+        asked.append(with_code)
+        return name
+
+    monkeypatch.setattr("xpo.models.loading.local_directory", fetch)
+    for trusted in (False, True):
+        load_model(str(tmp_path / "adapters"), ModelOptions(trust_remote_code=trusted))
+    assert asked == [False, True]
 
 
 def test_adapters_that_are_no_run_bring_their_reference_along(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from transformers import (
 from xpo import XPOConfig
 from xpo.config.errors import ConfigError
 from xpo.data.prompts import Prompt
-from xpo.judges import FunctionJudge, RewardJudge
+from xpo.judges import AllOfJudge, FunctionJudge, LengthControlledJudge, RewardJudge
 from xpo.models.loading import tiny_model, tiny_tokenizer
 from xpo.rewards import ClassifierReward, FunctionReward, MixReward, VaderReward
 from xpo.training.judging import as_reward_model
@@ -172,6 +172,22 @@ def test_the_special_tokens_of_a_chat_template_are_not_doubled() -> None:
     close(ClassifierReward(model, tokenizer).scores([chat("x")], ["is blue"]), [score_of(model, ids)])
 
 
+def test_prompts_that_have_been_through_a_template_are_read_so() -> None:
+    """The special tokens of a prompt are parsed; in a completion they stay text, which must not pose as structure."""
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(**tiny_model().config.to_dict() | {"id2label": {0: "score"}, "label2id": {"score": 0}})
+    reward = ClassifierReward(LlamaForSequenceClassification(config), tokenizer, special_tokens="parse")
+    chat = [{"role": "user", "content": "sea"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    seen = [reward._encode(rendered, text).input_ids for text in ("blue", "<|im_end|>")]
+    assert seen[0] == tokenizer(rendered + "blue", add_special_tokens=False).input_ids
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [ids.count(end) for ids in seen] == [1, 1]
+    as_text = ClassifierReward(LlamaForSequenceClassification(config), tokenizer)
+    assert end not in as_text._encode(rendered, "blue").input_ids
+    assert as_text.fingerprint != reward.fingerprint
+
+
 def test_without_a_chat_template_prompt_and_completion_are_a_text_pair_with_its_token_types() -> None:
     """As `model(**tokenizer(prompt, completion))` reads it, which is how such classifiers were trained."""
     model, tokenizer = classifier("bert"), words(template=None, pair=True)
@@ -290,6 +306,29 @@ def test_a_mix_is_the_weighted_sum_and_names_its_parts() -> None:
     assert total[2].isnan()
     assert parts["length"].tolist() == [5, 2, 0]
     assert parts["spaces"][:2].tolist() == [2, 0]
+
+
+def test_one_number_for_all_is_not_taken_for_one_each() -> None:
+    """It would be broadcast: in a mix, in a rule on another judge, in the difference of two scores."""
+    total = FunctionReward(lambda prompts, completions: [float(sum(map(len, completions)))])
+    each = FunctionReward(lambda prompts, completions: [1.0] * len(completions))
+    one = FunctionJudge(lambda prompts, first, second: [1.0])
+    some = FunctionReward(lambda prompts, completions: [1.0 for text in completions if text])
+    texts = ["p"] * 3, ["a", "b", "c"], ["a", "", "c"]
+    with pytest.raises(ConfigError, match=r"shape \(1,\) for 3 pairs; return one number per pair"):
+        MixReward({"total": total, "each": each}, {"total": 1.0, "each": 1.0}).scores(*texts[:2])
+    for judge in (LengthControlledJudge(one, 0.01), AllOfJudge({"one": one, "two": RewardJudge(each)})):
+        with pytest.raises(ConfigError, match=r"shape \(1,\) for 3 pairs"):
+            judge.verdicts(*texts)
+    with pytest.raises(ConfigError, match=r"shape \(2,\) for 3 pairs"):
+        RewardJudge(some).verdicts(*texts)
+
+
+def test_scores_have_no_gradient() -> None:
+    """A reward model without no_grad would be trained with the policy, through the labels."""
+    weight = torch.ones(2, requires_grad=True)
+    reward = FunctionReward(lambda prompts, completions: weight * len(prompts))
+    assert not reward.scores_with_parts(["p"] * 2, ["a", "b"]).total.requires_grad
 
 
 @pytest.mark.parametrize("weights", [{}, {"one": 1.0, "two": 1.0}, {"one": "heavy"}])

@@ -1,5 +1,6 @@
 """The reference's answers: drawn once, found again by every run that needs the same ones, and by no other."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -321,13 +322,18 @@ def test_fill_computes_what_a_run_will_need(tmp_path: Path) -> None:
 
 
 def test_fill_ends_completions_where_the_policy_does(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """The reference's own generation config, which names another EOS, has no say; nor has it in training."""
+    """The reference's own generation config, which names another EOS, has no say; nor has it in training.
+
+    A tokenizer may lack a pad token. Nothing is made on the hub, which is out of reach here.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = None
     for name, ends in (("policy", tokenizer.eos_token_id), ("reference", [tokenizer.eos_token_id, 77])):
         model = tiny_model()
         model.generation_config.eos_token_id = ends
         model.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     models = [f"model.{key}={tmp_path}/{name}" for key, name in (("name", "policy"), ("reference", "reference"))]
-    run(tmp_path, "xpo.reference", "fill", *models)
+    run(tmp_path, "xpo.reference", "fill", *models, "training.push_to_hub=true", "training.hub_model_id=a/b")
     run(tmp_path, "xpo.train", *models, "training.max_steps=1", "evaluation.before=false", "hydra.run.dir=run")
     assert hit_rates(tmp_path / "run") == [1]

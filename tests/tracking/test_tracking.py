@@ -452,6 +452,11 @@ def test_params_that_are_none_are_left_out_and_the_others_are_text(start: Start)
     assert stored(run).data.params == {"list": "[1e-05, 1e-06]", "flag": "False", "empty": ""}
 
 
+def test_a_name_that_is_too_long_for_some_databases_is_cut(uri: str, new_log: Callable[[], MetricsLog]) -> None:
+    run = MLflowRun(uri, "xpo", "x" * 300, params={}, tags={}, log=new_log())
+    assert stored(run).info.run_name == "x" * 250
+
+
 def test_a_run_has_its_name_and_tags(start: Start) -> None:
     run = start(tags={"xpo.sweep": "alpha"})
     run.set_tag("error", "none")

@@ -1,5 +1,6 @@
 """Hydra's errors in one line, with the nearest valid word. Layer 0: no torch."""
 
+import errno
 import inspect
 import re
 from collections.abc import Sequence
@@ -38,7 +39,13 @@ def explain(error: BaseException, conf: Path, arguments: Sequence[str] = (), sch
     if isinstance(error, MissingConfigException):
         return _missing_option(error, conf, schema)
     if isinstance(error, OSError):
-        return f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error.filename or 'the disk'} has no room left; make room, and repeat the command"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
+            return (
+                f"hydra.run.dir={error.filename!r} cannot be written ({error.strerror}); choose another hydra.run.dir"
+            )
+        return f"{error.filename}: {error.strerror}" if error.filename else None
     if isinstance(error, OverrideParseException):
         reason = first_line(chain[1] if len(chain) > 1 else error)
         return f"{error.override!r} cannot be read ({reason}); write key=value, special characters as 'key=\"a=b\"'"

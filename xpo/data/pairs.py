@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from xpo.config.errors import ConfigError
-from xpo.data.prompt_sets import load_rows
+from xpo.data.prompt_sets import check_prompt, load_rows
 from xpo.data.prompts import Prompt, coin
 
 _WINNERS = {"first": 1.0, "second": -1.0, "tie": 0.0, None: 0.0}
@@ -58,6 +58,8 @@ def _kept_completions(path: Path) -> list[dict[str, Any]]:
 
 
 def _pair(where: str, row: dict[str, Any], seed: int) -> Pair:
+    if not isinstance(row.get("prompt"), str | None):
+        check_prompt(row["prompt"], where)
     if row.get("chosen") is not None and row.get("rejected") is not None:
         prompt, chosen, rejected = _preference(where, row)
         in_order = coin(seed, prompt, chosen, rejected)

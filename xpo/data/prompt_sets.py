@@ -2,8 +2,10 @@
 
 import glob
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,7 +84,11 @@ def load_rows(key: str, name: str, split: str = "train") -> Dataset:
         dataset = load_dataset(**source)
         dataset.data.validate(full=True)  # that texts are UTF-8
     except Exception as error:  # no such split, no data files, or whatever pyarrow and json raise, wrapped
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        said = str(error.__cause__ or error) or type(error).__name__
+        reason = said.splitlines()[0]
+        if configurations := re.search(r"configs: \[(.*?)\]", said):
+            reason = f"it is several data sets, {configurations[1]}"
+            remedy = f"name the files of one, as in {key}='{source['path']}/main/*.parquet'"
         raise ConfigError(f"{key}={name!r}{failed}: {reason}; {remedy}") from error
     return dataset
 
@@ -173,9 +179,9 @@ def tokenize_prompts(
         before[equal] += 1
         return {"prompt": row["prompt"], "prompt_ids": ids, "occurrence": before[equal] - 1}
 
-    # Seconds of work; a cache on disk would tie it to the tokenizer's hash for little gain.
-    options: dict[str, Any] = {} if streamed else {"load_from_cache_file": False, "desc": "Tokenizing prompts"}
-    tokenized = dataset.map(tokenize, with_indices=True, **options)
+    options: dict[str, Any] = {} if streamed else {"desc": "Tokenizing prompts"}
+    with _no_cache():
+        tokenized = dataset.map(tokenize, with_indices=True, **options)
     if special and encode.as_text:
         logger.warning(
             "%s: what reads like a special token in %d of %d prompts is text; if it is meant: special_tokens=parse",
@@ -183,8 +189,8 @@ def tokenize_prompts(
         )
     if overflow != "drop":
         return tokenized
-    options.pop("desc", None)
-    kept = tokenized.filter(lambda ids: len(ids) <= max_prompt_length, input_columns="prompt_ids", **options)
+    with _no_cache():
+        kept = tokenized.filter(lambda ids: len(ids) <= max_prompt_length, input_columns="prompt_ids")
     if streamed or len(kept) == len(tokenized):
         return kept
     given, dropped = len(tokenized), len(tokenized) - len(kept)
@@ -194,6 +200,21 @@ def tokenize_prompts(
         )
     logger.warning("%s: dropped %d of %d prompts longer than %d tokens", key, dropped, given, max_prompt_length)
     return kept
+
+
+@contextmanager
+def _no_cache() -> Iterator[None]:
+    """What is made within lies in a temporary directory that ends with the process, not in the cache of `datasets`.
+
+    It is seconds of work, and the cache would know it by this process alone: each run would leave its own there.
+    """
+    enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_caching()
 
 
 def collate_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

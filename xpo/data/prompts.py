@@ -104,7 +104,9 @@ class PromptEncoder:
 
     def __call__(self, prompt: Prompt, completion: str | None = None) -> list[int]:
         if isinstance(prompt, str):
-            return self.before + self._ids(render(self.tokenizer, prompt, completion), self.as_text)
+            ids = self._ids(render(self.tokenizer, prompt, completion), self.as_text)
+            begun = ids[: len(self.before)] == self.before  # a prompt that has been through a template
+            return ids if begun else self.before + ids
         if self.tokenizer.chat_template is None:
             raise ConfigError(
                 f"the tokenizer of {self.tokenizer.name_or_path!r} has no chat template for conversational prompts; "

@@ -47,7 +47,7 @@ def ask(judge: Judge, pairs: list[Pair], name: str, swap: bool) -> Judged:
                 one, flips = judge.verdicts(prompts, first, second)[:2]
                 seconds, done = seconds + time.perf_counter() - started, done + len(prompts)
                 if swap and flips.isnan().all():  # does its verdict turn?
-                    other = judge.margins(prompts, second, first)
+                    other = judge.verdicts(prompts, second, first).margin
                     known = one.isfinite() & other.isfinite()
                     flips = torch.where(known, (one.sign() != -other.sign()).float(), torch.nan)
             except JudgeStopped as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt
-from xpo.rewards.base import Scores, numbers
+from xpo.rewards.base import Scores, one_per_pair
 
 asked_to_stop: list[int] = []  # signals that ask for the end of the run: who waits for others gives up soon
 
@@ -38,7 +38,7 @@ class Judge(ABC):
 
     def verdicts(self, prompts: Sequence[Prompt], first: Sequence[str], second: Sequence[str]) -> Verdicts:
         """The margins, and where the verdict depends on the order of the completions, if that is known."""
-        margin = numbers("judge", self.margins(prompts, first, second))
+        margin = one_per_pair("judge", self.margins(prompts, first, second), prompts)
         return Verdicts(margin, torch.full_like(margin, torch.nan))
 
     def check_data(self, key: str, dataset: PromptDataset) -> None:  # noqa: B027  # most take any prompts

@@ -35,6 +35,7 @@ IN_VAIN = 16  # questions in a row without a verdict, after which no other is ex
 OURS = {"model", "messages", "logprobs", "top_logprobs", "stream", "n"}  # fields that reading an answer rests on
 GRACE_S = 5.0  # for answers that are under way when a signal asks for the end
 KEY_PIECE = 8  # characters of a key in a row, which nobody may see
+LEAST_LEFT = 1e-6  # of the first token's probability for what is not listed
 LEAST_SHARE = 0.001  # of the first token's probability that A and B have together, where it is a verdict
 
 
@@ -158,7 +159,7 @@ class LLMJudge(PairwiseJudge):
         hopeless = self._in_vain >= IN_VAIN
         # A few questions may be too long: a server that refuses them is not useless for that.
         refused = all(answer.status in REFUSALS for answer in answers)
-        if not any(answer.heard for answer in answers) and (hopeless or not refused):
+        if not any(answer.heard for answer in answers) and (hopeless or not (refused or self._lives())):
             remedy = "see to the server or to judge.request" if refused else "see to the server"
             raise JudgeStopped(
                 f"judge.base_url={self.base_url!r} answered none of {len(texts)} questions "
@@ -245,7 +246,11 @@ class LLMJudge(PairwiseJudge):
         finally:
             to_ask.clear()  # nobody waits for the rest
 
-    def _ask(self, text: str, with_logprobs: bool = True) -> Answer:
+    def _lives(self) -> bool:
+        """Whether the server answers another question: then the others failed by what they ask."""
+        return self._ask("Say A.", retried=False).heard
+
+    def _ask(self, text: str, with_logprobs: bool = True, retried: bool = True) -> Answer:
         """One question. Never raises: whatever goes wrong with it concerns its pair only."""
         from openai import APIStatusError, OpenAIError
 
@@ -254,7 +259,8 @@ class LLMJudge(PairwiseJudge):
         if with_logprobs:
             fields |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         try:
-            response = self._client.chat.completions.with_raw_response.create(
+            client = self._client if retried else self._client.with_options(max_retries=0)
+            response = client.chat.completions.with_raw_response.create(
                 model=self.model,
                 messages=[{"role": "user", "content": text}],
                 extra_body={name: value for name, value in fields.items() if value is not None},
@@ -318,7 +324,10 @@ def log_odds(choice: dict[str, Any], masked: Callable[[str], str] = str) -> floa
     if logsumexp([*a, *b]) < math.log(LEAST_SHARE):
         likeliest = masked(max(listed, key=lambda entry: entry[1])[0])
         raise ValueError(f"A and B have less than {LEAST_SHARE:.1%} of the probability; the likeliest is {likeliest!r}")
-    bound = min(logprob for _, logprob in listed)
+    if any(token.strip() not in ("A", "B") for token, _ in listed):
+        bound = min(logprob for _, logprob in listed)
+    else:  # a letter that is not listed has at most what the other leaves
+        bound = math.log(max(1 - sum(math.exp(logprob) for _, logprob in listed), LEAST_LEFT))
     return float(logsumexp(a or [bound]) - logsumexp(b or [bound]))
 
 

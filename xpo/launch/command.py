@@ -38,6 +38,9 @@ def exit_status(error: Exception, schema: type = TrainSchema) -> int:
     if isinstance(error, JobFailed):
         print_error(error)
         return 1
+    if isinstance(error, BrokenPipeError):  # who reads has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     message = explain(error, CONF, sys.argv[1:], schema)
     if message is None:
         raise error

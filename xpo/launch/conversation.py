@@ -20,7 +20,15 @@ from xpo.launch.groups import build_preference, check_target
 from xpo.launch.trained import NAME, Trained
 from xpo.models.checks import check_tokens
 from xpo.models.devices import chosen_device
-from xpo.models.loading import end_tokens, is_adapter, load_model, load_tokenizer, loaded, policy_directory
+from xpo.models.loading import (
+    end_tokens,
+    is_adapter,
+    load_model,
+    load_tokenizer,
+    loaded,
+    policy_directory,
+    with_pad_token,
+)
 from xpo.models.reference import base_model
 from xpo.sampling.sampler import check_generation_kwargs
 
@@ -64,8 +72,7 @@ def build_conversation(trained: Trained, with_reference: bool = True) -> tuple[C
         said[REFERENCE] = f"{begun or base_model(policy).config.name_or_path}, without adapters"
     check_tokens(policy, reference, tokenizer)
     ends = end_tokens(base_model(policy), tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+    tokenizer = with_pad_token(tokenizer, ends)
     conversation = Conversation(
         models=models,
         tokenizer=tokenizer,

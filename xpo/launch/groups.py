@@ -45,15 +45,15 @@ def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | N
     others (a mix, a rule) asks them. An inner judge may have a `cache` of its own. ConfigError if there is nothing to
     remember, or if an argument is wrong.
     """
-    cache = judge.get("cache", "off")
+    cache, kept = judge.get("cache", "off"), list[str]()
     # A judge of its own comes first: it is where a missing key or server is noticed at once.
     if needs_reward_model(judge):
-        scorer = build_group(reward_model, None, cache)
-        made = build_group(judge, scorer, cache)
+        scorer = build_group(reward_model, None, cache, kept)
+        made = build_group(judge, scorer, cache, kept)
     else:
-        made = build_group(judge, None, cache)
-        scorer = build_group(reward_model, None, cache) if is_group(reward_model) else None
-    if cache not in OFF and made.fingerprint is None and not isinstance(scorer, CachedReward):
+        made = build_group(judge, None, cache, kept)
+        scorer = build_group(reward_model, None, cache, kept) if is_group(reward_model) else None
+    if cache not in OFF and not kept:
         raise ConfigError(
             f"judge.cache={cache!r} has nothing to keep: {type(made).__name__} has no fingerprint; "
             "define its property `fingerprint`, or set judge.cache=off"
@@ -61,15 +61,20 @@ def build_preference(judge: Group, reward_model: Group) -> tuple[RewardModel | N
     return scorer, made
 
 
-def build_group(group: Group, reward_model: RewardModel | None = None, cache: Any = "off") -> Any:
-    """What a group makes, from what its inner groups make. RewardJudge gets `reward_model` unless it has one."""
+def build_group(
+    group: Group, reward_model: RewardModel | None = None, cache: Any = "off", kept: list[str] | None = None
+) -> Any:
+    """What a group makes, from what its inner groups make. RewardJudge gets `reward_model` unless it has one.
+
+    `kept` gets the names of those that remember what they said.
+    """
     cache = group.get("cache", cache)
     inner: dict[str, Any] = {}
     for name, value in group.items():
         if is_group(value):
-            inner[name] = build_group(value, reward_model, cache)
+            inner[name] = build_group(value, reward_model, cache, kept)
         elif isinstance(value, dict) and any(is_group(part) for part in value.values()):
-            inner[name] = {key: build_group(part, reward_model, cache) for key, part in value.items()}
+            inner[name] = {key: build_group(part, reward_model, cache, kept) for key, part in value.items()}
     if group["_target_"] == REWARD_JUDGE and "reward_model" not in inner:
         inner["reward_model"] = reward_model
     plain = {name: value for name, value in group.items() if name not in inner and name != "cache"}
@@ -80,4 +85,6 @@ def build_group(group: Group, reward_model: RewardModel | None = None, cache: An
     made = make(**inner)
     if cache in OFF or inner or made.fingerprint is None:
         return made
+    if kept is not None:
+        kept.append(type(made).__name__)
     return CachedJudge(made, cache) if isinstance(made, Judge) else CachedReward(made, cache)

@@ -205,7 +205,7 @@ class Runner:
         job.state, job.reason, job.seconds = outcome.state, outcome.reason, time.monotonic() - started
         with self._writing, self._lock:
             self.report.say(number, count, job, outcome.state + (f": {outcome.reason}" if outcome.reason else ""))
-            self.sweep.write(self.directory, self.jobs)
+            self._record()
 
     def _stop(self, number: int) -> None:
         for process in list(self._running):
@@ -228,7 +228,14 @@ class Runner:
         if before and self.sweep.tracking_uri:
             set_tags(self.sweep.tracking_uri, before, self.sweep.tags())
         with self._lock:
+            self._record()
+
+    def _record(self) -> None:
+        """Writes the sweep down, under a lock. A full disk costs the file, not the other jobs and the table."""
+        try:
             self.sweep.write(self.directory, self.jobs)
+        except OSError as error:
+            print(f"xpo: {self.directory}/sweep.json cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:

@@ -32,6 +32,13 @@ def shares(count: int, batch: int, rank: int, world: int) -> tuple[list[Sequence
     return [mine[i : i + batch] or [0] for i in range(0, of_rank_0, batch)], math.ceil(len(mine) / batch)
 
 
+def most(number: int, device: torch.device) -> int:
+    """The largest number of all processes of the group."""
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def padded(rows: Sequence[Sequence[int]], pad: int = 0, side: str = "right") -> tuple[Tensor, Tensor]:
     """Token ids as one tensor, and which of them are real, (N, L) each. A real token may be equal to `pad`."""
     lengths = [len(row) for row in rows]

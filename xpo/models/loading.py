@@ -3,7 +3,7 @@
 import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -68,7 +68,8 @@ def from_directory(directory: str, **options: Any) -> PreTrainedModel | PeftMode
     if not is_adapter(directory):
         return AutoModelForCausalLM.from_pretrained(directory, **options)
     base = PeftConfig.from_pretrained(directory).base_model_name_or_path
-    where = local_directory(f"base_model_name_or_path in {directory}/adapter_config.json", base or "")
+    key, code = f"base_model_name_or_path in {directory}/adapter_config.json", bool(options.get("trust_remote_code"))
+    where = local_directory(key, base or "", with_code=code)
     return PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(where, **options), directory, is_trainable=True
     )
@@ -98,6 +99,13 @@ def tokenizer_of(model: PreTrainedModel | PeftModel | str, given: Any) -> PreTra
     name = model if isinstance(model, str) else base_model(model).config.name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name) if given is None else given
     return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> PreTrainedTokenizerBase:
+    """The tokenizer; if it has no pad token, with the first of those that end a completion, which masks tell apart."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return tokenizer
 
 
 def loaded(key: str, name: str, load: Callable[..., T], *arguments: Any) -> T:

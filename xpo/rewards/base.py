@@ -32,7 +32,7 @@ class RewardModel(ABC):
 
     def scores_with_parts(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Scores:
         """The scores, and what they are made of."""
-        return Scores(numbers("reward_model", self.scores(prompts, completions)), {})
+        return Scores(one_per_pair("reward_model", self.scores(prompts, completions), prompts), {})
 
     def check_data(self, key: str, dataset: PromptDataset) -> None:  # noqa: B027  # most take any prompts
         """ConfigError for a data set, called `key`, whose prompts it cannot score; before anything is sampled."""
@@ -53,7 +53,7 @@ def numbers(key: str, values: Any) -> Tensor:
         values = torch.tensor([_number(key, value) for value in listed])
     if values.is_complex():
         raise ConfigError(f"{key} returned a tensor of {values.dtype}; return real numbers")
-    return values.float().cpu()
+    return values.detach().float().cpu()
 
 
 def one_per_pair(key: str, values: Any, prompts: Sequence[Prompt]) -> Tensor:

@@ -24,7 +24,7 @@ class CachedReward(RewardModel):
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         texts = list(zip(prompts, completions, strict=True))
-        return self._scores.columns(texts, lambda *columns: (self.reward_model.scores(*columns),))[0]
+        return self._scores.columns(texts, lambda *columns: self.reward_model.scores_with_parts(*columns)[:1])[0]
 
     def check_data(self, key: str, dataset: PromptDataset) -> None:
         self.reward_model.check_data(key, dataset)

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from xpo.config.errors import ConfigError, first_line
+from xpo.config.options import DataOptions
 from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Prompt, PromptEncoder, plain_text
 from xpo.models.batches import batches_by_length, padded
@@ -36,13 +37,20 @@ class ClassifierReward(RewardModel):
         tokenizer: its tokenizer.
         batch_size: texts in one forward pass.
         max_length: tokens of a text at most; longer ones lose their beginning.
+        special_tokens: what reads like a special token in a prompt is "text", or it is one: "parse". In a completion it
+            is text.
 
     Raises:
         ConfigError: the classifier has more than two labels.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, max_length: int = 2048
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 16,
+        max_length: int = 2048,
+        special_tokens: str = DataOptions.special_tokens,
     ):
         if model.config.num_labels > 2:
             raise ConfigError(
@@ -52,7 +60,7 @@ class ClassifierReward(RewardModel):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = copy.deepcopy(tokenizer)  # may be the policy's own, which must not change
         self.tokenizer.truncation_side = "left"
-        self.encode = PromptEncoder(self.tokenizer)
+        self.encode = PromptEncoder(self.tokenizer, special_tokens)
         self.batch_size = batch_size
         self.max_length = min(max_length, tokenizer.model_max_length, _positions(model, max_length))
         # BERT tells the texts of a pair apart by token types; others refuse or misread them.
@@ -69,6 +77,7 @@ class ClassifierReward(RewardModel):
         max_length: int = 2048,
         tokenizer: PreTrainedTokenizerBase | None = None,
         trust_remote_code: bool = False,
+        special_tokens: str = DataOptions.special_tokens,
     ) -> "ClassifierReward":
         """Loads a classifier by hub name or from a local directory, with its own tokenizer unless one is given.
 
@@ -94,7 +103,7 @@ class ClassifierReward(RewardModel):
             raise ConfigError(
                 f"reward_model.model={model!r} has no trained {min(missing)}; point it at a sequence classifier"
             )
-        return cls(classifier.to(where), tokenizer, batch_size, max_length)
+        return cls(classifier.to(where), tokenizer, batch_size, max_length, special_tokens)
 
     def scores(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> Tensor:
         encoded = [self._encode(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -111,8 +120,14 @@ class ClassifierReward(RewardModel):
                 self.encode(prompt, "")
 
     def _encode(self, prompt: Prompt, completion: str) -> BatchEncoding:
+        ids: list[int] | None = None
         if not isinstance(prompt, str) and self.tokenizer.chat_template is not None:
-            ids = self.encode(prompt, completion)[-self.max_length :]
+            ids = self.encode(prompt, completion)
+        elif isinstance(prompt, str) and not self.encode.as_text:
+            text = self.tokenizer(completion, add_special_tokens=False, split_special_tokens=True)
+            ids = self.encode(prompt) + text.input_ids
+        if ids is not None:
+            ids = ids[-self.max_length :]
             return BatchEncoding({"input_ids": ids, "token_type_ids": [0] * len(ids)})
         options = {"return_token_type_ids": self.token_types, "max_length": self.max_length}
         options["split_special_tokens"] = True  # as in PromptEncoder: a completion must not pose as structure
@@ -143,7 +158,8 @@ class ClassifierReward(RewardModel):
     @property
     def fingerprint(self) -> str:
         vocabulary, template = sorted(self.tokenizer.get_vocab().items()), self.tokenizer.chat_template
-        return digest("classifier, contents as text", model_digest(self.model), vocabulary, (template, self.max_length))
+        kind = f"classifier, contents {'as text' if self.encode.as_text else 'parsed'}"
+        return digest(kind, model_digest(self.model), vocabulary, (template, self.max_length))
 
 
 def _positions(model: PreTrainedModel, otherwise: int) -> int:

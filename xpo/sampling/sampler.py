@@ -22,7 +22,7 @@ from transformers.generation import (
 from xpo.config.errors import ConfigError, nearest
 from xpo.config.options import SamplingOptions
 from xpo.data.prompts import Batch
-from xpo.models.batches import batches_by_length, padded
+from xpo.models.batches import batches_by_length, most, padded
 from xpo.models.forward import eval_mode
 from xpo.models.logprobs import completion_lengths, having, length_mask, positions
 from xpo.sampling.completions import Completions, token_batches, tokens_at_once
@@ -165,8 +165,8 @@ class Sampler:
             noise: see `sampling_noise`, (B, max_new_tokens).
             device: where the model is.
             greedy: take the likeliest token instead of drawing one.
-            synced: the model's parameters are divided among processes (ZeRO-3), which all sample equally many
-                prompts and go on until the last of them is done. Not with an engine, which needs the whole model.
+            synced: the model's parameters are divided among processes (ZeRO-3), which all sample some prompts and go
+                on until the last of them is done. Not with an engine, which needs the whole model.
             streamer: gets the tokens of a single prompt as they come. Not with an engine.
 
         Returns:
@@ -179,7 +179,10 @@ class Sampler:
             return self.completions(pad_sequence(drawn, batch_first=True, padding_value=self.pad_token_id).to(device))
         rows: dict[int, Tensor] = {}
         chunk = self.batch_size or len(prompts)
-        for part in batches_by_length([len(ids) for ids in prompts], chunk, longest_first=True):
+        parts = list(batches_by_length([len(ids) for ids in prompts], chunk, longest_first=True))
+        if synced:  # others may have a batch more, which needs this one's company
+            parts += parts[-1:] * (most(len(parts), device) - len(parts))
+        for part in parts:
             ids, mask = self.pad_prompts([prompts[i] for i in part], device)
             generated = self._generate(model, ids, mask, noise[part].to(device), greedy, synced, streamer)
             rows |= zip(part, generated, strict=True)

@@ -3,6 +3,7 @@
 The engine has weights of its own. They follow the policy: before each rollout, those that have changed are sent again.
 """
 
+import copy
 import importlib.util
 import os
 import re
@@ -13,10 +14,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.config.options import SamplingOptions
 from xpo.models.forward import eval_mode
 
@@ -181,22 +184,47 @@ def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as directory:
-        model.config.save_pretrained(directory)
-        return LLM(
-            # Each process of a group has an engine of its own, on its own device.
-            distributed_executor_backend="external_launcher" if options.processes > 1 else None,
-            model=directory,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            generation_config="vllm",  # none of the model's own
-            dtype=str(options.dtype).removeprefix("torch."),
-            max_model_len=options.max_length,
-            seed=options.seed,
-            enforce_eager=options.eager,
-            gpu_memory_utilization=options.memory,
-            enable_sleep_mode=sleeps,
-            disable_log_stats=True,
-        )
+        merged_config(model).save_pretrained(directory)
+        try:
+            return LLM(
+                # Each process of a group has an engine of its own, on its own device.
+                distributed_executor_backend="external_launcher" if options.processes > 1 else None,
+                model=directory,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                generation_config="vllm",  # none of the model's own
+                dtype=str(options.dtype).removeprefix("torch."),
+                max_model_len=options.max_length,
+                seed=options.seed,
+                enforce_eager=options.eager,
+                gpu_memory_utilization=options.memory,
+                enable_sleep_mode=sleeps,
+                disable_log_stats=True,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"generation_engine='vllm' does not start ({first_line(error)}); if memory is lacking, change "
+                f"vllm_gpu_memory_utilization={options.memory} (generation.vllm_memory); else {_OTHER}"
+            ) from error
+
+
+def check_merged(model: PreTrainedModel) -> None:
+    """ConfigError for adapters that `merged_weights` cannot add to their layers."""
+    for name, part in model.named_modules():
+        is_lora = isinstance(part, LoraLayer) and not any(part.lora_bias.values())
+        if isinstance(part, BaseTunerLayer) and not is_lora:
+            raise ConfigError(
+                f"generation_engine='vllm' knows LoRA and DoRA without lora_bias, not the {type(part).__name__} at "
+                f"{name}; use these, or {_OTHER}"
+            )
+
+
+def merged_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The configuration of what `merged_weights` yields: adapters on embeddings or head untie the two."""
+    config, ends = copy.deepcopy(model.config), (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(part, BaseTunerLayer | ModulesToSaveWrapper) for part in ends):
+        config.tie_word_embeddings = False
+    return config
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

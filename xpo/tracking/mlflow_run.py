@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MAX_NAME = 250  # characters of a run's name that PostgreSQL and MySQL keep
 _MAX_PARAM = 6000  # characters of a value that MLflow keeps
 _MAX_REASON = 1000  # characters of what MLflow says; the remedy comes last
 _FLUSH_SECONDS = 2.0
@@ -72,7 +73,7 @@ class MLflowRun:
         try:
             self.client, self.experiment_id = self._connect(experiment)
             if not run_id or not self._exists(run_id):
-                run_id = self.client.create_run(self.experiment_id, run_name=run_name).info.run_id
+                run_id = self.client.create_run(self.experiment_id, run_name=run_name[:_MAX_NAME]).info.run_id
             self.run_id = run_id
             run = self.client.get_run(run_id)
             held = mlflow_client.held_points(self.client, run)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from torch.profiler import profile, supported_activities
 from transformers import (
     PrinterCallback,
@@ -25,6 +24,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from xpo.evaluation.evaluator import Evaluator
 from xpo.judges.base import asked_to_stop
+from xpo.models.batches import most
 from xpo.tracking.completions import TABLE_NAME, completion_rows, write_table
 from xpo.tracking.loggers import log_completions
 from xpo.tracking.metrics_log import MetricsLog
@@ -79,9 +79,7 @@ class StopOnSignal(TrainerCallback):
         if self.signal is None and self._is_orphan():
             self.signal = signal.SIGTERM
         if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
-            number = torch.tensor(self.signal or 0, device=args.device)
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-            self.signal = int(number) or None
+            self.signal = most(self.signal or 0, args.device) or None
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
             args.save_only_model = False  # the run is to go on from this checkpoint

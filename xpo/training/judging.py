@@ -92,10 +92,13 @@ def as_reward_model(
             logger.warning("xpo: reward_model=%r has no tokenizer; it reads with the policy's", name)
             tokenizer = fallback()
     if isinstance(reward_model, str):
-        return ClassifierReward.from_pretrained(reward_model, device=str(args.device), tokenizer=tokenizer)
+        device, special = str(args.device), args.special_tokens
+        return ClassifierReward.from_pretrained(
+            reward_model, device=device, tokenizer=tokenizer, special_tokens=special
+        )
     if isinstance(reward_model, PreTrainedModel):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(reward_model.config.name_or_path)
-        return ClassifierReward(reward_model.to(args.device), tokenizer)
+        return ClassifierReward(reward_model.to(args.device), tokenizer, special_tokens=args.special_tokens)
     if callable(reward_model):
         return FunctionReward(reward_model)
     raise ConfigError(

@@ -31,14 +31,14 @@ from xpo.models.checks import (
 from xpo.models.forward import Forward
 from xpo.models.hub import local_directory
 from xpo.models.iterates import PastPolicies
-from xpo.models.loading import end_tokens, from_directory, is_adapter, tokenizer_of
+from xpo.models.loading import end_tokens, from_directory, is_adapter, tokenizer_of, with_pad_token
 from xpo.models.reference import Reference, base_model
 from xpo.models.zero import divide, frozen_copy, gathered, loading_whole
 from xpo.rewards import RewardModel
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.pairs import PairSampler
 from xpo.sampling.sampler import Sampler
-from xpo.sampling.vllm import VLLM, EngineOptions
+from xpo.sampling.vllm import VLLM, EngineOptions, check_merged
 from xpo.training.config import XPOConfig
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,7 @@ def prepare_models(
             ref_model = load_by_name("ref_model", ref_model, args)
     check_models(model, ref_model, peft_config, args.max_length)
     tokenizer = tokenizer_of(model, tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(end_tokens(base_model(model), tokenizer)[0])
+    tokenizer = with_pad_token(tokenizer, end_tokens(base_model(model), tokenizer))
     check_tokens(model, ref_model, tokenizer)
     if args.disable_dropout:
         for part in [model] if ref_model is None else [model, ref_model]:
@@ -259,6 +258,7 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
     others = Sampler(tokenizer, args, ends, args.generation_batch_size, kwargs)
     if args.generation_engine == "transformers":
         return others, others
+    check_merged(base_model(model))
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base_model(model).dtype
     engine_options = EngineOptions(
         max_length=args.max_length,
