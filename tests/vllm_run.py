@@ -16,7 +16,7 @@ from xpo.models.loading import tiny_tokenizer
 PROMPTS = [f"The {animal} number {i} said" for i in range(16) for animal in ("cat", "dog", "owl", "old horse")]
 
 
-def policy() -> LlamaForCausalLM:
+def policy(tied: bool = False) -> LlamaForCausalLM:
     """Heads of 64 numbers: vLLM's attention on CPUs knows no 16."""
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer()),
@@ -27,6 +27,7 @@ def policy() -> LlamaForCausalLM:
         eos_token_id=0,
         pad_token_id=0,
         bos_token_id=None,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config)
