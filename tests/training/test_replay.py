@@ -450,11 +450,6 @@ def test_a_stream_cannot_be_repeated(make_trainer: TrainerFactory) -> None:
         make_trainer(replay_updates=2, train_dataset=prompts(16).to_iterable_dataset())
 
 
-def test_batches_made_by_length_cannot_be_repeated(make_trainer: TrainerFactory) -> None:
-    with pytest.raises(ConfigError, match="replay_updates=2 does not go with train_sampling_strategy='batch_reb"):
-        make_trainer(replay_updates=2, train_sampling_strategy="batch_rebalance")
-
-
 def test_more_iterations_than_an_epoch_has_steps(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(iterations=5, max_steps=-1, num_train_epochs=1)
     with pytest.raises(ConfigError, match="iterations=5 is more than the 4 steps of the run hold"):

@@ -202,6 +202,38 @@ def test_a_signal_in_an_evaluation_ends_the_run_with_its_step(make_trainer: Trai
         assert ours.get("loss/dpo") == theirs.get("loss/dpo")
 
 
+BEST = {"save_strategy": "best", "metric_for_best_model": "tie_rate", "eval_strategy": "steps", "eval_steps": 1}
+EPOCHS = {"save_strategy": "epoch", "load_best_model_at_end": True, "eval_strategy": "epoch"}
+
+
+@pytest.mark.parametrize("kind", [BEST, EPOCHS], ids=["best", "epoch"])
+def test_a_stop_has_its_checkpoint_and_no_evaluation_of_its_own(
+    make_trainer: TrainerFactory, tmp_path: Path, kind: dict[str, Any], nobody_asked: None
+):
+    """Where the Trainer saves only what is best, and where it would end the epoch with an evaluation."""
+
+    def reward(completions: Sequence[str]) -> list[float]:
+        if stop is not None and trainer.state.global_step == 2 and len(completions) == 4:
+            stop.signal = signal.SIGTERM  # in the third of four steps
+        return [1.0] * len(completions)
+
+    options = kind | {"eval_dataset": prompts(3), "max_steps": -1, "num_train_epochs": 1, "reward_model": reward}
+    stop: StopOnSignal | None = None
+    whole = make_trainer(**options, output_dir=str(tmp_path / "whole"))
+    whole.train()
+    stop = StopOnSignal()
+    trainer = make_trainer(callbacks=[stop], **options)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert last_complete_checkpoint(Path(trainer.args.output_dir)).name == "checkpoint-3"
+    stop = None
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(resumed.state.log_history, whole.state.log_history, strict=True):
+        assert set(ours) == set(theirs)
+        assert ours.get("loss/xpo") == theirs.get("loss/xpo")
+
+
 def test_other_errors_of_a_checkpoint_are_errors(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch):
     """Only a full disk is waited out."""
 

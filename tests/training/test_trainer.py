@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from xpo import ConfigError, XPOConfig, XPOTrainer
+from xpo.config.compose import checked, compose
+from xpo.launch.build import build_arguments
 from xpo.models.loading import tiny_model
 from xpo.training.config import value_at
 
@@ -534,6 +536,52 @@ def test_a_stream_that_ends_takes_no_part_of_a_step(make_trainer):
     trainer.compute_loss = compute_loss
     trainer.train()
     assert seen == [0, 0, 1, 1]
+
+
+def test_a_stream_without_a_whole_step_is_refused(make_trainer):
+    """The Trainer would end without a step, as if all were well."""
+    trainer = make_trainer(train_dataset=prompts(3).to_iterable_dataset(), gradient_accumulation_steps=2)
+    with pytest.raises(ConfigError, match="train_dataset ends before the first step of 8 prompts; give more"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"save_strategy": "best"}, "save_strategy='best' needs evaluations; set eval_strategy='steps'"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect on pairs; .* labels='soft'"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' is not supported"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance' is not supported"),
+        ({"optim": "schedule_free_adamw"}, "optim='schedule_free_adamw' is not supported: its weights in training"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type='cosine_with_min_lr' .* is no schedule"),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 2}}, "'num_cycles': 2.* correct them"),
+        ({"max_steps": -1, "num_train_epochs": 1.5, "alpha": [1e-5, 1e-6, 0]}, "alpha=.* 3 values for num_train_ep"),
+    ],
+)
+def test_what_transformers_know_and_this_trainer_does_not_do(make_trainer, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(**options)
+
+
+def test_what_may_be_given_of_all_that(make_trainer, tmp_path: Path):
+    """Values for each epoch that comes; the best by a metric that nobody names; no checks of vLLM."""
+    make_trainer(max_steps=-1, num_train_epochs=1.5, alpha=[1e-5, 1e-6])
+    best = make_trainer(save_strategy="best", eval_strategy="steps", eval_steps=1, eval_dataset=prompts(3))
+    assert best.args.metric_for_best_model == "win_rate"
+    assert XPOConfig(output_dir=str(tmp_path), vllm_check_steps=None).vllm_check_steps is None
+    config = checked(compose(["experiment=smoke", "generation.vllm_check_steps=null"])[0])
+    assert build_arguments(config, tmp_path).vllm_check_steps is None
+
+
+def test_an_optimizer_that_is_not_there_is_one_line(make_trainer):
+    trainer = make_trainer(optim="grokadamw")
+    with pytest.raises(ConfigError, match="optim='grokadamw' with optim_args=None cannot be made"):
+        trainer.train()
+
+
+def test_there_is_nothing_to_predict(make_trainer):
+    with pytest.raises(ConfigError, match="call evaluate"):
+        make_trainer().predict(prompts(2))
 
 
 def test_half_written_checkpoints_are_passed_over(make_trainer, tmp_path: Path):

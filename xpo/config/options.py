@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import Enum, auto
 from functools import partial
-from typing import Annotated, Any, ClassVar, NamedTuple, get_type_hints
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 from omegaconf import MISSING
 
@@ -54,10 +54,11 @@ class Key(NamedTuple):
     check: Check | None
     role: Role
     argument: str | None
+    nullable: bool
 
     def check_value(self, spelled: str, value: Any) -> None:
-        """ConfigError if a value is out of range; null is in range where it is the default."""
-        if self.check is not None and not (value is None and self.default is None):
+        """ConfigError if a value is out of range; null is in range where the type has it, or it is the default."""
+        if self.check is not None and not (value is None and (self.nullable or self.default is None)):
             self.check(spelled, value)
 
 
@@ -87,7 +88,8 @@ def keys(group: type[Options]) -> list[Key]:
         role = declared.pop(Role, Role.IDENTITY)
         argument = declared.pop(Argument, Argument(one.name if group.ARE_ARGUMENTS else None)).name
         check = next(iter(declared.values()), None)
-        found.append(Key(group.group(), one.name, one.default, check, role, argument))
+        nullable = type(None) in get_args(getattr(hints[one.name], "__origin__", hints[one.name]))
+        found.append(Key(group.group(), one.name, one.default, check, role, argument, nullable))
     return found
 
 

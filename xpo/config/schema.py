@@ -3,6 +3,7 @@
 A value of the wrong type or out of range raises ConfigError before anything is loaded.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
@@ -49,7 +50,7 @@ class TrainSchema:
         own_scores = self.judge["_target_"] == REWARD_JUDGE and "reward_model" not in self.judge
         check_scaling(self.preference, own_scores)
         check_bonus(self.loss)
-        check_weights(self.loss, training.iterations)
+        check_weights(self.loss, training.iterations, training.max_steps, training.num_train_epochs)
         check_lengths(self.generation)
         check_replay(self.replay.pairs, self.replay.ratio, self.replay.window)
         check_iterations(
@@ -74,6 +75,8 @@ class TrainSchema:
             raise ConfigError(f"{given}; set it to true, too, or push later: python -m xpo.push RUN --pairs")
         if never and training.load_best_model_at_end:
             raise ConfigError(f"training.load_best_model_at_end=True needs evaluations; {remedy}")
+        if never and training.save_strategy == "best":
+            raise ConfigError(f"training.save_strategy=best needs evaluations; {remedy}")
         if self.evaluation.probe_prompts and self.data.eval is None:
             given = f"evaluation.probe_prompts={self.evaluation.probe_prompts}"
             raise ConfigError(f"{given} needs held-out prompts and data.eval=None; set data.eval")
@@ -142,10 +145,10 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def trainer_arguments(config: TrainSchema) -> Iterator[tuple[str, Any]]:
-    """The arguments of XPOConfig that a configuration gives, by name; null and {} leave XPOConfig's own default."""
+    """The arguments of XPOConfig that a configuration gives, by name; null and {} only where they are no default."""
     for key in _KEYS:
         value = vars(vars(config)[key.group])[key.name]
-        if key.argument is not None and value is not None and value != {}:
+        if key.argument is not None and value != {} and not (value is None and key.default is None):
             yield key.argument, value
 
 
@@ -195,14 +198,18 @@ def check_bonus(options: LossOptions, spelled: Spelling = dotted) -> None:
         )
 
 
-def check_weights(options: LossOptions, iterations: int, spelled: Spelling = dotted) -> None:
-    """A value for each iteration, the last one for the rest, but none for one that never comes."""
+def check_weights(
+    options: LossOptions, iterations: int, max_steps: int, epochs: float, spelled: Spelling = dotted
+) -> None:
+    """A value for each iteration, or else epoch, the last one for the rest, but none for one that never comes."""
+    by_epoch = iterations == 1 and max_steps == -1
+    name, times = ("training.num_train_epochs", epochs) if by_epoch else ("training.iterations", iterations)
     for key in ("alpha", "beta"):
         values = vars(options)[key]
-        if isinstance(values, Sequence) and 1 < iterations < len(values):
+        if isinstance(values, Sequence) and (by_epoch or iterations > 1) and math.ceil(times) < len(values):
             raise ConfigError(
-                f"{spelled(f'loss.{key}')}={values!r} has {len(values)} values for {spelled('training.iterations')}="
-                f"{iterations}; give one for each at most"
+                f"{spelled(f'loss.{key}')}={values!r} has {len(values)} values for {spelled(name)}={times}; "
+                "give one for each at most"
             )
 
 

@@ -89,6 +89,11 @@ class StopOnSignal(TrainerCallback):
         if self.in_training and args.save_strategy != SaveStrategy.BEST:  # which would save the best only
             self.on_step_end(args, state, control)
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A run that stops within an epoch has its checkpoint, and no evaluation that an uninterrupted run lacks."""
+        if self.signal is not None and (state.epoch or 0) % 1:
+            control.should_evaluate = control.should_save = False
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_training = False
 

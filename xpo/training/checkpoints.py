@@ -8,14 +8,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.data_loader import get_sampler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import SaveStrategy, has_length
+from transformers.training_args import OptimizerNames
 
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.data.prompt_sets import RepeatedSteps
 from xpo.judges.labelling import Labeller
 from xpo.models.zero import is_divided
@@ -94,6 +96,26 @@ class ResumableTrainer(PushingTrainer):
         self.meter.load_state(Meter().state())  # this trainer may have trained before
         self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """ConfigError for one that is not installed, or does not know its options."""
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(
+                f"optim={OptimizerNames(self.args.optim).value!r} with optim_args={self.args.optim_args!r} cannot be "
+                f"made ({first_line(error)}); choose another, or mend that"
+            ) from error
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """ConfigError: prompts have no labels to predict."""
+        raise ConfigError('predict() has nothing to do here; call evaluate(dataset, metric_key_prefix="test")')
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        stops = self.control.should_save and self.control.should_training_stop
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if stops and self.args.save_strategy == SaveStrategy.BEST:  # the Trainer has kept this step only if it is best
+            self.keep_checkpoint()
 
     def keep_checkpoint(self) -> None:
         """A checkpoint of the last finished step, unless there is one, for a run that cannot go on now."""

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from xpo.config import options
-from xpo.config.errors import ConfigError
+from xpo.config.errors import ConfigError, first_line
 from xpo.config.schema import (
     GROUPS,
     as_argument,
@@ -191,7 +192,8 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if self.bf16 is None:
             gpu = torch.cuda.is_available() and not (self.fp16 or self.use_cpu)
             self.bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-        wants_metric = self.load_best_model_at_end or self.lr_scheduler_type == "reduce_lr_on_plateau"
+        follows_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        wants_metric = self.load_best_model_at_end or follows_metric or self.save_strategy == "best"
         if wants_metric and self.metric_for_best_model is None:
             self.metric_for_best_model = "win_rate"
         if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
@@ -207,10 +209,11 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if zero:
             prepare_environment(self.use_cpu)
         TrainingArguments.__post_init__(self)  # makes dictionaries of those given as JSON
-        if self.lr_scheduler_type == "reduce_lr_on_plateau":  # of a metric that may be better the greater it is
+        if follows_metric:  # which may be better the greater it is
             mode = {"mode": "max" if self.greater_is_better else "min"}
             self.lr_scheduler_kwargs = mode | (self.lr_scheduler_kwargs or {})  # type: ignore[operator]
         self._check_dictionaries()
+        self._check_inherited()
         self._take_generation_kwargs()
         for group in GROUPS:
             for key in options.keys(group):
@@ -218,7 +221,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                     key.check_value(key.argument, vars(self)[key.argument])
         check_lengths(self, as_argument)
         check_bonus(self, as_argument)
-        check_weights(self, self.iterations, as_argument)
+        check_weights(self, self.iterations, self.max_steps, self.num_train_epochs, as_argument)
         check_replay(self.replay, self.replay_ratio, self.replay_window, as_argument)
         moving = (self.sampler, self.sampler_candidates, self.iterations, self.reference_update)
         check_iterations(*moving, self.max_steps, self.replay_updates, as_argument)
@@ -250,6 +253,34 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
     def tokens_at_once(self) -> int:
         """Tokens of a pass through a model: `tokens_per_micro_batch`, or what suits the device."""
         return self.tokens_per_micro_batch or tokens_at_once(self.device)
+
+    def _check_inherited(self) -> None:
+        """ConfigError for what TrainingArguments know and this trainer does not do, and for a schedule that fails."""
+        if self.save_strategy == "best" and self.eval_strategy == "no":
+            raise ConfigError("save_strategy='best' needs evaluations; set eval_strategy='steps'")
+        if self.label_smoothing_factor:
+            raise ConfigError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no effect on pairs; leave it out, or set "
+                "labels='soft' (preference=soft)"
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ConfigError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} is not supported, as lengths are known only "
+                "when completions are drawn; choose 'random' or 'sequential'"
+            )
+        if "schedule_free" in self.optim:
+            raise ConfigError(
+                f"optim={OptimizerNames(self.optim).value!r} is not supported: its weights in training are "
+                "not those to evaluate and keep; choose another, such as 'adamw_torch'"
+            )
+        try:
+            unused = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+            get_scheduler(self.lr_scheduler_type, unused, 0, 10**6, self.lr_scheduler_kwargs)
+        except (ValueError, TypeError, ImportError) as error:
+            raise ConfigError(
+                f"lr_scheduler_type={SchedulerType(self.lr_scheduler_type).value!r} with lr_scheduler_kwargs="
+                f"{self.lr_scheduler_kwargs!r} is no schedule ({first_line(error)}); correct them"
+            ) from error
 
     def _check_dictionaries(self) -> None:
         for name, example in _DICTIONARIES.items():

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState, set_seed
 
 from xpo.config.errors import ConfigError, first_line
 from xpo.config.options import PreferenceOptions, scorer_name
@@ -209,14 +209,18 @@ def check_batches(args: XPOConfig, train: PromptDataset) -> None:
     given = f"replay_updates={args.replay_updates}"
     if not isinstance(train, Dataset):
         raise ConfigError(f"{given} needs a train_dataset of known length; give one, or replay_updates=1")
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ConfigError(
-            f"{given} does not go with train_sampling_strategy='batch_rebalance', which makes batches of its own; "
-            "choose another, or replay_updates=1"
-        )
     if len(train) < args.pairs_of_a_step:
         raise ConfigError(
             f"{given} needs whole steps, of {args.pairs_of_a_step} prompts, and train_dataset has {len(train)}; lower "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+
+
+def check_stream(args: XPOConfig, state: TrainerState) -> None:
+    """ConfigError for a stream without a whole step: for less the Trainer takes none, and would end untrained."""
+    if state.global_step == 0:
+        raise ConfigError(
+            f"train_dataset ends before the first step of {args.pairs_of_a_step} prompts; give more prompts, or lower "
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
 

@@ -154,7 +154,7 @@ class XPOTrainer(ResumableTrainer):
         """
         step = self.prompt_queue.step(epoch_iterator, num_batches, self.state)
         if not step.sizes or (len(step.sizes) < num_batches and not has_length(self.train_dataset)):
-            # At the end of a stream the Trainer takes no step for less than a whole one.
+            setup.check_stream(self.args, self.state)
             return [], None
         if self.is_deepspeed_enabled:
             check_engine(self.model_wrapped, self.args.deepspeed_plugin.deepspeed_config, self.args.world_size)
