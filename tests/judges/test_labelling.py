@@ -254,8 +254,8 @@ def test_prompts_and_texts_reach_the_judge_in_order() -> None:
 
 @pytest.mark.parametrize("answer", [[1.0], [1.0, 2.0, 3.0], torch.ones(2, 1), torch.tensor(1.0)])
 def test_another_number_of_verdicts_or_scores_than_pairs_is_refused(answer: list[float] | Tensor) -> None:
-    message = r" returned a tensor of shape \(.*\) for 2 pairs; return one number per pair, shape \(2,\)"
-    with pytest.raises(ConfigError, match=f"judge.function{message}"):
+    message = r"returned a tensor of shape \(.*\) for 2 pairs; return one number per pair, shape \(2,\)"
+    with pytest.raises(ConfigError, match=f"judge {message}"):
         judged(FunctionJudge(lambda prompts, first, second: answer), count=2)
-    with pytest.raises(ConfigError, match=f"reward_model.function{message}"):
+    with pytest.raises(ConfigError, match=f"reward_model {message}"):
         judged(says(1.0, 1.0), FunctionReward(lambda prompts, completions: answer), count=2)

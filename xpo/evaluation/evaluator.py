@@ -164,7 +164,7 @@ class Evaluator:
         labelled = self.labeller(prompts, completions, answers)
         scores = {} if labelled.scores is None else {"score": labelled.scores}  # by name, (2, b)
         for name, scorer in self.scorers.items():
-            both = [scorer.scores_with_parts(prompts, one.texts).total for one in (completions, answers)]
+            both = [scorer.scores(prompts, one.texts) for one in (completions, answers)]
             scores[name] = torch.stack([one_per_pair(name, values, prompts) for values in both])
         scores |= {f"score_{name}": part for name, part in labelled.parts.items()}
         records = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from xpo.config.errors import ConfigError
 from xpo.data.prompt_sets import PromptDataset
 from xpo.data.prompts import Batch, Prompt, as_message
-from xpo.rewards.base import RewardModel, one_per_pair
+from xpo.rewards.base import RewardModel, numbers
 
 # Parameters by which a function says what it is. One that has some of them, but not all that are given, is another.
 _TELLING = {"completions", "completion_ids", "first", "second", "shuffle_order", "gold_completions"}
@@ -84,9 +84,9 @@ class UserFunction:
             )
 
     def __call__(self, prompts: Sequence[Prompt], *texts: Sequence[str]) -> Tensor:
-        """What the function returns, as float32 (B,) on the CPU; ConfigError unless that is a number for each."""
+        """What the function returns, as float32 (B,) on the CPU; ConfigError unless that is numbers."""
         if not self.by_name:
-            return one_per_pair(self.key, self.function(prompts, *texts), prompts)
+            return numbers(self.key, self.function(prompts, *texts))
         offered = prompts.known if isinstance(prompts, Batch) else {}
         self.check_columns("what is judged", offered.keys())
         if len(texts) == 1 and isinstance(texts[0], Batch):
@@ -96,7 +96,7 @@ class UserFunction:
             pairs = zip(prompts, texts[0], strict=True)
             offered["completions"] = [y if isinstance(x, str) else [as_message(x, y)] for x, y in pairs]
         chosen = offered if self.takes_all else {name: offered[name] for name in self.names & offered.keys()}
-        return one_per_pair(self.key, self.function(**chosen), prompts)
+        return numbers(self.key, self.function(**chosen))
 
 
 def resolve(key: str, function: Callable[..., Any] | str) -> Callable[..., Any]:
