@@ -7,11 +7,13 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from trained_run import finished_run
 from xpo.chat import main
 from xpo.config.errors import JudgeStopped
 from xpo.data.pairs import load_pairs
-from xpo.evaluation.conversation import Conversation, Turn
+from xpo.evaluation.conversation import Conversation, Say, Turn
 
 VERDICT = r"lexicon: (policy wins|reference wins|tie) \("
 
@@ -170,6 +172,23 @@ def test_a_script_ends_with_its_judge_and_at_ctrl_c(
     captured = capsys.readouterr()
     assert captured.err == stderr
     assert "And you?" not in captured.out
+
+
+def test_ctrl_c_is_not_lost(run: Path, call, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Its exception is, if it meets a finalizer; the next words stop the answer then."""
+
+    def answer(this: Conversation, message: str, say: Say) -> Turn:
+        say("policy", "One ")
+        with suppress(KeyboardInterrupt):  # as a finalizer does
+            signal.raise_signal(signal.SIGINT)
+        say("policy", "two")
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(Conversation, "answer", answer)
+    before = signal.getsignal(signal.SIGINT)
+    assert call(str(run), "--prompt", "Hello") == 130
+    assert re.findall("One|two", capsys.readouterr().out) == ["One"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_wrong_name_is_refused_before_torch_is_imported(tmp_path: Path) -> None:

@@ -312,6 +312,14 @@ def test_a_question_that_fails_alone_does_not_stop_the_run(server: LLMServer, fa
     assert judge.requests == 1
 
 
+def test_whether_a_server_lives_is_asked_once(server: LLMServer):
+    """Also where it refuses log-probabilities first."""
+    server.faults = lambda number, _: "refuse_logprobs" if number in (1, 5) else "500"
+    with pytest.raises(JudgeStopped, match="answered none of 1 questions"):
+        judge_at(server, max_retries=2).preferences(PROMPTS[:1], FIRST[:1], SECOND[:1])
+    assert ["logprobs" in body for body in server.requests] == [True, False, False, False, True, False]
+
+
 def test_one_failed_order_spoils_the_pair(server: LLMServer):
     server.faults = one_question("500", f"<answer_A>\n{FIRST[1]}")
     margin, flipped, _ = judge_at(server, max_retries=0).verdicts(PROMPTS, FIRST, SECOND)

@@ -548,7 +548,7 @@ def test_a_stream_without_a_whole_step_is_refused(make_trainer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"save_strategy": "best"}, "save_strategy='best' needs evaluations; set eval_strategy='steps'"),
+        ({"save_strategy": "best"}, "save_strategy=best needs evaluations; set eval_strategy=steps"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect on pairs; .* labels='soft'"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' is not supported"),
         ({"train_sampling_strategy": "batch_rebalance"}, "train_sampling_strategy='batch_rebalance' is not supported"),

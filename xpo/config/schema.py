@@ -75,8 +75,7 @@ class TrainSchema:
             raise ConfigError(f"{given}; set it to true, too, or push later: python -m xpo.push RUN --pairs")
         if never and training.load_best_model_at_end:
             raise ConfigError(f"training.load_best_model_at_end=True needs evaluations; {remedy}")
-        if never and training.save_strategy == "best":
-            raise ConfigError(f"training.save_strategy=best needs evaluations; {remedy}")
+        check_best(training.save_strategy, training.eval_strategy)
         if self.evaluation.probe_prompts and self.data.eval is None:
             given = f"evaluation.probe_prompts={self.evaluation.probe_prompts}"
             raise ConfigError(f"{given} needs held-out prompts and data.eval=None; set data.eval")
@@ -171,6 +170,13 @@ def check_lengths(options: SamplingOptions, spelled: Spelling = dotted) -> None:
             f"{new}={options.max_new_tokens} leaves no room for a prompt in {length}={options.max_length}; "
             f"raise {length} or lower {new}"
         )
+
+
+def check_best(save: str, evaluate: str, spelled: Spelling = dotted) -> None:
+    """Which checkpoint is best is known from evaluations only."""
+    if save == "best" and evaluate == "no":
+        kept, evaluations = spelled("training.save_strategy"), spelled("training.eval_strategy")
+        raise ConfigError(f"{kept}=best needs evaluations; set {evaluations}=steps")
 
 
 def check_engine(engine: str, gather: bool, spelled: Spelling = dotted) -> None:

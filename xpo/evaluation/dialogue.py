@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -88,8 +90,14 @@ class Dialogue:
 
     def _message(self, message: str) -> None:
         self.last = None
-        with Answers(self.console, list(self.conversation.models)) as answers:
-            turn = self.conversation.answer(message, answers.say)
+        with _CtrlC() as ctrl_c, Answers(self.console, list(self.conversation.models)) as answers:
+
+            def say(name: str, words: str) -> None:
+                ctrl_c.check()
+                answers.say(name, words)
+
+            turn = self.conversation.answer(message, say)
+            ctrl_c.check()
         self.last = turn, None
         verdict = self.conversation.judge(turn)
         self.last = turn, verdict
@@ -132,3 +140,24 @@ class Dialogue:
         except OSError as error:
             raise ConfigError(f"/save {file}: it cannot be written ({error.strerror}); name another file") from error
         self.console.print(f"{printable(file)} has the pair", highlight=False, markup=False, soft_wrap=True)
+
+
+class _CtrlC:
+    """Remembers that Ctrl-C was pressed: where it meets a finalizer, Python prints its exception and goes on."""
+
+    def __enter__(self) -> "_CtrlC":
+        self.pressed = False
+        self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, *_: object) -> NoReturn:
+        self.pressed = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """KeyboardInterrupt if it was pressed."""
+        if self.pressed:
+            raise KeyboardInterrupt

@@ -269,7 +269,7 @@ class LLMJudge(PairwiseJudge):
         except APIStatusError as error:
             status, said = error.status_code, error.message
             if with_logprobs and status in (400, 403, 422) and "logprobs" in said:
-                answer = self._ask(text, with_logprobs=False)
+                answer = self._ask(text, with_logprobs=False, retried=retried)
                 # Errors may quote the texts, which may speak of logprobs: what succeeds without was refused for them.
                 self._logprobs_refused |= answer.heard
                 return answer

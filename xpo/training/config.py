@@ -15,6 +15,7 @@ from xpo.config.errors import ConfigError, first_line
 from xpo.config.schema import (
     GROUPS,
     as_argument,
+    check_best,
     check_bonus,
     check_deepspeed,
     check_engine,
@@ -256,8 +257,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
 
     def _check_inherited(self) -> None:
         """ConfigError for what TrainingArguments know and this trainer does not do, and for a schedule that fails."""
-        if self.save_strategy == "best" and self.eval_strategy == "no":
-            raise ConfigError("save_strategy='best' needs evaluations; set eval_strategy='steps'")
+        check_best(self.save_strategy, self.eval_strategy, as_argument)
         if self.label_smoothing_factor:
             raise ConfigError(
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect on pairs; leave it out, or set "
