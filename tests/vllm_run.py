@@ -33,7 +33,7 @@ def policy(tied: bool = False) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def trainer_of(directory: Path, model: Any = None, **options: Any) -> XPOTrainer:
+def trainer_of(directory: Path, model: Any = None, ref_model: Any = None, **options: Any) -> XPOTrainer:
     given = {
         "use_vllm": True,
         "vllm_enforce_eager": True,
@@ -48,6 +48,7 @@ def trainer_of(directory: Path, model: Any = None, **options: Any) -> XPOTrainer
     }
     return XPOTrainer(
         policy() if model is None else model,
+        ref_model,
         reward_model=lambda prompts, completions: [float(text.count("e")) for text in completions],
         args=XPOConfig(output_dir=str(directory), **given | options),
         processing_class=tiny_tokenizer(),

@@ -58,17 +58,17 @@ def fill(config: TrainSchema, epochs: int, batch: int) -> None:
     model = loaded("model.name", config.model.name, load_model, inputs.policy, config.model)
     # The policy says what ends a completion.
     tokenizer = with_pad_token(inputs.tokenizer, end_tokens(base_model(model), inputs.tokenizer))
-    _, sampler = build_samplers(args, model, tokenizer)
+    samplers = build_samplers(args, model, tokenizer)
     if inputs.reference is not None:
         model = loaded("model.reference", str(config.model.reference), load_model, inputs.reference, config.model)
-    draws = build_reference_draws(args, build_reference(args, model, model), sampler)
+    draws = build_reference_draws(args, build_reference(args, model, model), samplers)
     half = torch.bfloat16 if args.bf16 else torch.float16
     rounds = epochs if args.sampler == "reference" else 0
     work = [(REFERENCE, epoch, collate_prompts(inputs.datasets["train"])) for epoch in range(rounds)]
     if "eval" in inputs.datasets:
         work.append((EVAL_REFERENCE, 0, collate_prompts(inputs.datasets["eval"])))
         if args.probe_prompts:
-            probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples)
+            probe = Probe(draws.sampler, draws, args.probe_prompts, args.probe_samples)
             wanted = probe.wanted(inputs.datasets["eval"])
             drawn: list[dict[str, Any]] = [{"prompt_ids": draw.ids, "occurrence": draw.number} for draw in wanted]
             work.append((PROBE_REFERENCE, 0, collate_prompts(drawn)))

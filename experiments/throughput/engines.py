@@ -52,7 +52,7 @@ def main() -> None:
         options = SamplingOptions(max_new_tokens=workload.new_tokens, max_length=1024)
         ends = [len(tokenizer) - 1]  # which nothing ends with
         engine_options = EngineOptions(1024, model.dtype, 0, 1, 0.3, given.eager, sleep=True, check_steps=None)
-        engine = VLLM(options, ends, {}, engine_options)
+        engine = VLLM(model, options, ends, {}, engine_options)
         ids = [prompt_ids(tokenizer, prompt) for prompt in draw_prompts(workload, tokenizer, given.prompts)]
         noise = torch.zeros(len(ids), workload.new_tokens)
         samplers = Sampler(tokenizer, options, ends), Sampler(tokenizer, options, ends, engine=engine)

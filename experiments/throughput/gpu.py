@@ -164,7 +164,7 @@ class Checks:
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         # The first rollout alone is checked.
         options = EngineOptions(1024, dtype, 0, 1, memory=0.3, eager=False, sleep=False, check_steps=10**9)
-        engine = VLLM(own.options, own.eos_token_ids, {}, options)
+        engine = VLLM(self.model, own.options, own.eos_token_ids, {}, options)
         theirs = Sampler(self.tokenizer, own.options, own.eos_token_ids, engine=engine)
         expected, _, own_s = self.timed(own)
         tokens, first_s, vllm_s = self.timed(theirs)

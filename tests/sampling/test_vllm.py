@@ -1,10 +1,12 @@
 """vLLM draws what the policy says: before training, behind each step, with adapters, after a kill."""
 
+import gc
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +15,102 @@ import torch
 from distributed_run import deepspeed_config
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_run import PROMPTS, policy, trainer_of
 
+import xpo.sampling.vllm
 from xpo import XPOConfig, XPOTrainer
 from xpo.config.errors import ConfigError
 from xpo.models.reference import base_model
 from xpo.sampling.noise import sampling_noise
+from xpo.sampling.sampler import Sampler
 from xpo.sampling.vllm import VLLM, merged_weights
 
 pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
 
+@pytest.fixture(autouse=True)
+def _no_engine_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each has a gigabyte, which it keeps: vLLM holds on to the frames that have started it."""
+    engines = []
+    start = xpo.sampling.vllm.start
+    monkeypatch.setattr("xpo.sampling.vllm.start", lambda *given: engines.append(start(*given)) or engines[-1])
+    yield
+    for engine in engines:
+        engine.llm_engine.engine_core.shutdown()
+    engines.clear()
+    gc.collect()
+
+
 def both(trainer: XPOTrainer, greedy: bool = True, rows: list[int] | None = None) -> tuple[list[Any], list[Any]]:
     """The tokens that vLLM and transformers draw."""
+    return by_both(trainer, base_model(trainer.model), greedy, rows)
+
+
+def by_both(
+    trainer: XPOTrainer, model: Any, greedy: bool = True, rows: list[int] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """The tokens that vLLM and transformers draw of a model."""
     rows = list(range(len(PROMPTS))) if rows is None else rows
     ids = [trainer.train_dataset["prompt_ids"][row] for row in rows]
-    noise = sampling_noise((1, 2, 3), rows, 12)
+    noise, vllm = sampling_noise((1, 2, 3), rows, 12), trainer.sampler
+    transformers = Sampler(vllm.tokenizer, vllm.options, vllm.eos_token_ids, kwargs=vllm.kwargs)
     found = []
-    for sample in (trainer.sampler.sample, trainer.draws.sampler.sample):
-        drawn = sample(base_model(trainer.model), ids, noise, torch.device("cpu"), greedy)
+    for sampler in (vllm, transformers):
+        drawn = sampler.sample(model, ids, noise, torch.device("cpu"), greedy)
         found.append([one[mask].tolist() for one, mask in zip(drawn.ids, drawn.mask, strict=True)])
     return found[0], found[1]
+
+
+def by_reference(trainer: XPOTrainer) -> tuple[list[Any], list[Any]]:
+    """The greedy tokens that vLLM and transformers draw of the reference."""
+    with trainer.reference.model() as model:
+        return by_both(trainer, model)
 
 
 def test_greedy_tokens_are_transformers_before_and_after_training(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     assert isinstance(trainer.sampler.engine, VLLM)
-    assert trainer.draws.sampler.engine is None
     before, wanted = both(trainer)
     assert before == wanted
     trainer.train()
     after, wanted = both(trainer)
     assert after == wanted
     assert after != before
+    assert by_reference(trainer) == (before, before)
+
+
+def test_the_reference_is_drawn_by_the_same_engine(tmp_path: Path) -> None:
+    """In a run, into the store, where the draws of transformers are others."""
+    stored = {"reference_store": str(tmp_path / "store.sqlite"), "max_steps": 2, "logging_steps": 1}
+    trainer = trainer_of(tmp_path, **stored)
+    drawn: list[Any] = []
+    engine: Any = trainer.sampler.engine
+    original = engine.draw
+    engine.draw = lambda model, *rest: drawn.append(model) or original(model, *rest)
+    trainer.train()
+    assert drawn == [trainer.model, trainer.reference.frozen, trainer.model]  # which draws ahead
+    for vllm, rate in ((True, 1), (False, 0)):
+        again = trainer_of(tmp_path, use_vllm=vllm, **stored)
+        again.train()
+        assert [log["perf/reference_hit_rate"] for log in again.state.log_history[:2]] == [rate, rate]
+
+
+def test_a_reference_that_is_another_model_is_drawn_by_transformers(tmp_path: Path, caplog) -> None:
+    """Another size; one of the same, with other weights, is not."""
+    larger = LlamaForCausalLM(LlamaConfig(**policy().config.to_dict() | {"intermediate_size": 256}))
+    trainer = trainer_of(tmp_path, ref_model=larger, max_steps=1)
+    assert trainer.draws.sampler.engine is None
+    assert "transformers draws its completions" in caplog.text
+    trainer.train()
+    with torch.no_grad():
+        other = policy()
+        other.lm_head.weight.mul_(-1)
+    trainer = trainer_of(tmp_path, ref_model=other)
+    assert trainer.draws.sampler is trainer.sampler
+    ours, wanted = by_reference(trainer)
+    assert ours == wanted != both(trainer)[0]
 
 
 def test_options_mean_the_same_and_are_checked_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +121,7 @@ def test_options_mean_the_same_and_are_checked_as_well(tmp_path: Path, monkeypat
     assert ours == wanted
     assert ours != both(trainer_of(tmp_path))[1]
     monkeypatch.setattr(trainer.sampler.engine, "_send", lambda model: None)
-    with pytest.raises(ConfigError, match=r"generation_engine='vllm' is not the policy"):
+    with pytest.raises(ConfigError, match=r"generation_engine='vllm' has other weights than the model"):
         trainer.train()
 
 
@@ -74,7 +138,7 @@ def test_weights_that_do_not_follow_are_noticed(tmp_path: Path, monkeypatch: pyt
     trainer = trainer_of(tmp_path, vllm_check_steps=2)
     both(trainer)
     monkeypatch.setattr(trainer.sampler.engine, "_send", lambda model: None)
-    with pytest.raises(ConfigError, match=r"generation_engine='vllm' is not the policy: .* nats below"):
+    with pytest.raises(ConfigError, match=r"generation_engine='vllm' has other weights than the model: .* nats below"):
         trainer.train()
 
 
@@ -95,7 +159,7 @@ def test_what_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
     ids=["all layers", "DoRA and a trained copy", "head"],
 )
 def test_adapters_are_merged(tmp_path: Path, kind: dict[str, Any]) -> None:
-    """Also on a head that was one with the embeddings, and is not any more."""
+    """Also on a head that was one with the embeddings, and is not any more; off, they are not."""
     tied = "lm_head" in kind["target_modules"]
     adapted = get_peft_model(policy(tied), LoraConfig(r=4, task_type="CAUSAL_LM", **kind))
     # Tied and untrained, a model repeats the last token until something large has happened to its head.
@@ -105,6 +169,7 @@ def test_adapters_are_merged(tmp_path: Path, kind: dict[str, Any]) -> None:
     after = both(trainer)
     assert before[0] == before[1]
     assert after[0] == after[1] != before[0]
+    assert by_reference(trainer) == before
     names = [name for name, _ in merged_weights(base_model(trainer.model))]
     assert names == list(policy().state_dict())
 

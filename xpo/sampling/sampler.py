@@ -82,7 +82,16 @@ def warpers(options: SamplingOptions) -> LogitsProcessorList:
 
 
 class Engine(Protocol):
-    """Decodes in transformers' place, which `Sampler` uses without one: `xpo.sampling.vllm.VLLM`."""
+    """Decodes in transformers' place, which `Sampler` uses without one: `xpo.sampling.vllm.VLLM`.
+
+    Attributes:
+        name: which no other engine has: its draws are other ones.
+    """
+
+    name: str
+
+    def draws_for(self, model: PreTrainedModel) -> bool:
+        """Whether it can draw for this model."""
 
     def draw(
         self,
@@ -104,7 +113,7 @@ class Sampler:
         eos_token_ids: the tokens that end a completion.
         batch_size: at most so many prompts in one generate call; None: all at once. Nothing to an engine.
         kwargs: further options of GenerationConfig.
-        engine: what decodes instead of transformers; its draws are other ones, which `settings` does not say.
+        engine: what decodes instead of transformers.
     """
 
     def __init__(
@@ -138,7 +147,8 @@ class Sampler:
         """What its draws depend on besides model, prompt and noise; part of the keys of stored draws."""
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         drawn = {name: vars(self.options)[name] for name in names}
-        return drawn | {"extra": self.kwargs, "batch_size": None}, self.eos_token_ids
+        by = {} if self.engine is None else {"engine": self.engine.name}
+        return drawn | {"extra": self.kwargs, "batch_size": None} | by, self.eos_token_ids
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
         """Left-padded prompt tokens and their mask, (B, P) each."""

@@ -1,6 +1,7 @@
-"""Drawing the policy's completions with vLLM, in this process.
+"""Drawing completions with vLLM, in this process.
 
-The engine has weights of its own. They follow the policy: before each rollout, those that have changed are sent again.
+The engine has weights of its own. Before each rollout it is sent those of the model that it draws for, the policy or
+the reference, unless it has them.
 """
 
 import copy
@@ -25,6 +26,7 @@ from xpo.models.forward import eval_mode
 
 CHECKED = 2, 8  # prompts, and tokens of each, that a check compares
 _KNOWN = {"min_new_tokens": "min_tokens"}  # of `generation_kwargs`, and what vLLM calls them
+_NO_MATTER = "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"  # of a configuration
 _OTHER = "set generation_engine (generation.engine) to 'transformers'"
 
 
@@ -54,20 +56,27 @@ class EngineOptions:
 
 
 class VLLM:
-    """Draws the completions of one model, the policy, which is whole on this process.
+    """Draws the completions of the policy, and of other models like it; each is whole on this process.
 
     A draw depends on the weights, the prompt and the first number of its noise, which seeds the request: not on the
     batch. They are other draws than those of transformers with the same noise.
 
     Args:
+        policy: unwrapped; what its adapters are, and the configuration.
         options: how tokens are drawn.
         eos_token_ids: the tokens that end a completion.
         kwargs: further options of generation, which `check_vllm` has let pass.
         engine_options: of vLLM.
+
+    Raises:
+        ConfigError: adapters that `merged_weights` cannot add to their layers.
     """
+
+    name = "vllm"
 
     def __init__(
         self,
+        policy: PreTrainedModel,
         options: SamplingOptions,
         eos_token_ids: Sequence[int],
         kwargs: Mapping[str, Any],
@@ -78,8 +87,14 @@ class VLLM:
         self.kwargs = kwargs
         self.engine_options = engine_options
         self.rollouts = 0  # so far
+        check_merged(policy)
+        self._config, self._likeness = merged_config(policy), likeness(policy)
         self._llm: Any = None
-        self._sent: Tensor | None = None  # what the policy's parameters sum up to that the engine has
+        self._sent: Tensor | None = None  # `state` of the model whose weights the engine has
+
+    def draws_for(self, model: PreTrainedModel) -> bool:
+        """Whether it can draw for this model: one of the policy's configuration."""
+        return likeness(model) == self._likeness
 
     def draw(
         self,
@@ -89,7 +104,7 @@ class VLLM:
         device: torch.device,
         greedy: bool,
     ) -> list[Tensor]:
-        """See `xpo.sampling.sampler.Engine`; ConfigError if the engine's weights are found not to be the policy's."""
+        """See `xpo.sampling.sampler.Engine`; ConfigError if the engine's weights are found not to be the model's."""
         options = self.options
         how = {
             "temperature": 0.0 if greedy else options.temperature,
@@ -102,7 +117,8 @@ class VLLM:
         seeds = (noise[:, 0] * 2**53).long().tolist()
         with torch.autocast(device.type, enabled=False):  # the engine has a dtype of its own
             self._follow(model)
-            if self.engine_options.check_steps is not None and self.rollouts % self.engine_options.check_steps == 0:
+            every = self.engine_options.check_steps
+            if every is not None and self.rollouts % every < 2:  # at first the policy's, then the reference's
                 self._check(model, prompts[: CHECKED[0]], device)
             self.rollouts += 1
             drawn = self._draw(prompts, options.max_new_tokens, seeds, **how)
@@ -132,15 +148,15 @@ class VLLM:
         return self.engine_options.sleep and torch.cuda.is_available()
 
     def _follow(self, model: PreTrainedModel) -> None:
-        """The engine awake, with the policy's weights."""
+        """The engine awake, with the model's weights."""
         if self._llm is None:
-            self._llm = start(model, self.engine_options, self._sleeps)
+            self._llm = start(self._config, self.engine_options, self._sleeps)
         elif self._sleeps:
             self._llm.wake_up()
-        sums = torch.stack([part.detach().sum(dtype=torch.float64) for part in model.parameters()]).cpu()
-        if self._sent is None or not torch.equal(self._sent, sums):
+        found = state(model)
+        if self._sent is None or not torch.equal(self._sent, found):
             self._send(model)
-            self._sent = sums
+            self._sent = found
 
     @torch.no_grad()
     def _send(self, model: PreTrainedModel) -> None:
@@ -148,7 +164,7 @@ class VLLM:
         self._llm.reset_prefix_cache()
 
     def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
-        """ConfigError unless the engine's likeliest tokens are the policy's, up to rounding; without other options."""
+        """ConfigError unless the engine's likeliest tokens are the model's, up to rounding; without other options."""
         tolerance = 1e-2 if self.engine_options.dtype == torch.float32 else 1.0
         tokens = min(CHECKED[1], self.options.max_new_tokens)
         answers = self._draw(prompts, tokens, [0] * len(prompts), temperature=0.0)
@@ -159,7 +175,7 @@ class VLLM:
             lost = logits.amax(1) - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
             if lost.max() > tolerance:
                 raise ConfigError(
-                    "generation_engine='vllm' is not the policy: a token that it holds for the likeliest is "
+                    "generation_engine='vllm' has other weights than the model: a token that it holds for likeliest is "
                     f"{lost.max():.2f} nats below that; {_OTHER}, and report it"
                 )
 
@@ -175,8 +191,8 @@ def check_vllm(kwargs: Mapping[str, Any]) -> None:
             raise ConfigError(f"generation_kwargs: {key}={value!r} is not known to vLLM; leave it out, or {_OTHER}")
 
 
-def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:
-    """An engine for models like this one, whose weights are still to come."""
+def start(config: PretrainedConfig, options: EngineOptions, sleeps: bool) -> Any:
+    """An engine for models of this configuration, whose weights are still to come."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where the weights are
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the cores, too
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
@@ -184,7 +200,7 @@ def start(model: PreTrainedModel, options: EngineOptions, sleeps: bool) -> Any:
     from vllm import LLM
 
     with tempfile.TemporaryDirectory() as directory:
-        merged_config(model).save_pretrained(directory)
+        config.save_pretrained(directory)
         try:
             return LLM(
                 # Each process of a group has an engine of its own, on its own device.
@@ -219,6 +235,22 @@ def check_merged(model: PreTrainedModel) -> None:
             )
 
 
+def likeness(model: PreTrainedModel) -> dict[str, Any]:
+    """What two models have in common if one engine can draw for both."""
+    return {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in _NO_MATTER and not key.endswith("_token_id")
+    }
+
+
+def state(model: PreTrainedModel) -> Tensor:
+    """Numbers that change with what a model computes: the sums of its parameters, and whether its adapters are off."""
+    off = any(part.disable_adapters for part in model.modules() if isinstance(part, BaseTunerLayer))
+    sums = [part.detach().sum(dtype=torch.float64) for part in model.parameters()]
+    return torch.stack([*sums, torch.full_like(sums[0], off)]).cpu()
+
+
 def merged_config(model: PreTrainedModel) -> PretrainedConfig:
     """The configuration of what `merged_weights` yields: adapters on embeddings or head untie the two."""
     config, ends = copy.deepcopy(model.config), (model.get_input_embeddings(), model.get_output_embeddings())
@@ -228,24 +260,30 @@ def merged_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights under the names of a checkpoint: adapters added to their layers, trained copies for the originals."""
+    """The weights under the names of a checkpoint: adapters added to their layers, trained copies for the originals.
+
+    Where adapters are off, without them.
+    """
     parts = dict(model.named_modules())
     for name, value in model.state_dict().items():
         before, inner, last = name.rpartition(".base_layer.")
-        copied = re.fullmatch(r"(.+)\.modules_to_save\.([^.]+)\.(.+)", name)
+        copied = re.fullmatch(r"(.+)\.(?:modules_to_save\.([^.]+)|original_module)\.(.+)", name)
         if inner:
             layer: Any = parts[before]
             yield f"{before}.{last}", _merged(layer, value) if last == "weight" else value
         elif copied is not None:
             wrapper: Any = parts[copied[1]]
-            if copied[2] in wrapper.active_adapters:
+            in_use = [None] if wrapper.disable_adapters else wrapper.active_adapters  # None: the original
+            if copied[2] in in_use:
                 yield f"{copied[1]}.{copied[3]}", value
-        elif not re.search(r"\.(original_module|lora_\w+)\.", name):
+        elif not re.search(r"\.lora_\w+\.", name):
             yield name, value
 
 
 def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
-    """The weight of a layer with its adapters, LoRA's or its variants' (DoRA), in a new tensor."""
+    """The weight of a layer with its adapters, LoRA's or its variants' (DoRA), in a new tensor; where off, without."""
+    if layer.disable_adapters:
+        return weight
     weight = weight.detach().clone()
     for adapter in layer.active_adapters:
         if adapter in layer.lora_variant:

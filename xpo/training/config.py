@@ -113,12 +113,12 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
         reward_weights: of each in a list of reward models; None: all 1.
         judge: the name of a judge, "pair_rm", if none is passed to the trainer.
-        generation_engine: what draws the policy's completions: "transformers" or "vllm", in the trainer's process. The
-            reference's are transformers' in any case.
+        generation_engine: what draws completions: "transformers" or "vllm", in the trainer's process. A reference with
+            another configuration than the policy's is transformers' in any case.
         vllm_enforce_eager: do not compile vLLM's model.
         vllm_gpu_memory_utilization: the share of a GPU's memory that vLLM takes, weights included.
         vllm_enable_sleep_mode: vLLM gives a GPU's memory back between rollouts.
-        vllm_check_steps: rollouts between two checks that vLLM's likeliest tokens are the policy's; None for none.
+        vllm_check_steps: rollouts between two checks that vLLM's likeliest tokens are the model's; None for none.
         use_vllm: True is generation_engine="vllm", as in TRL.
     """
 

@@ -38,7 +38,7 @@ from xpo.rewards import RewardModel
 from xpo.sampling.draws import ReferenceDraws
 from xpo.sampling.pairs import PairSampler
 from xpo.sampling.sampler import Sampler
-from xpo.sampling.vllm import VLLM, EngineOptions, check_merged
+from xpo.sampling.vllm import VLLM, EngineOptions
 from xpo.training.config import XPOConfig
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,10 @@ def build_references(
     if moves and ref_model is not None:
         check_becomes(model, base_model(ref_model))
     opponent = build_reference(args, model, ref_model, policy_engine)
-    moving = None if ref_model is None else frozen_copy(base_model(ref_model))
-    training = build_reference(args, model, moving, policy_engine) if moves else opponent
+    training = opponent
+    if moves:
+        moving = None if ref_model is None else frozen_copy(base_model(ref_model))
+        training = build_reference(args, model, moving, policy_engine)
     draws = args.sampler in ("iterate", "past")
     past = PastPolicies(build_reference(args, model, None, policy_engine)) if draws else None
     return References(training, opponent, past)
@@ -244,8 +246,15 @@ def check_unused(*arguments: Any) -> None:
             raise ConfigError(f"{name}={value!r:.40} is not used; leave it out, or pass scorers to measure more")
 
 
-def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> tuple[Sampler, Sampler]:
-    """What draws the policy's completions, and what draws those of all other models: transformers.
+class Samplers(NamedTuple):
+    """What draws completions."""
+
+    policy: Sampler
+    others: Sampler  # of models that the policy's engine cannot draw for: transformers
+
+
+def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenizerBase) -> Samplers:
+    """With the engine that these arguments name.
 
     Raises:
         ConfigError: a static cache under mixed precision, or what the engine cannot do.
@@ -261,8 +270,7 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
         )
     others = Sampler(tokenizer, args, ends, args.generation_batch_size, kwargs)
     if args.generation_engine == "transformers":
-        return others, others
-    check_merged(base_model(model))
+        return Samplers(others, others)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else base_model(model).dtype
     engine_options = EngineOptions(
         max_length=args.max_length,
@@ -274,7 +282,8 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
         sleep=args.vllm_enable_sleep_mode,
         check_steps=args.vllm_check_steps,
     )
-    return Sampler(tokenizer, args, ends, kwargs=kwargs, engine=VLLM(args, ends, kwargs, engine_options)), others
+    engine = VLLM(base_model(model), args, ends, kwargs, engine_options)
+    return Samplers(Sampler(tokenizer, args, ends, kwargs=kwargs, engine=engine), others)
 
 
 def build_pair_sampler(
@@ -285,8 +294,12 @@ def build_pair_sampler(
     return PairSampler(sampler, draws, past, args.sampler, args.sampler_candidates, args.seed, args.device, gather)
 
 
-def build_reference_draws(args: XPOConfig, reference: Reference, sampler: Sampler) -> ReferenceDraws:
-    """The reference's draws, with the store that these arguments name."""
+def build_reference_draws(args: XPOConfig, reference: Reference, samplers: Samplers) -> ReferenceDraws:
+    """The reference's draws, with the store that these arguments name, by the policy's engine if it can draw them."""
+    sampler, own = samplers.policy, reference.frozen
+    if sampler.engine is not None and own is not None and not sampler.engine.draws_for(own):
+        logger.warning("xpo: transformers draws the reference's completions, as its configuration is not the policy's")
+        sampler = samplers.others
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
     store = None if args.reference_store in OFF else open_store("reference_store", args.reference_store)
     return ReferenceDraws(reference, sampler, store, precision)

@@ -113,8 +113,8 @@ class XPOTrainer(ResumableTrainer):
         setup.check_batches(args, train)
         references = setup.build_references(args, model, ref_model, lambda: self.zero3_engine)
         self.reference = references.training
-        self.sampler, others = setup.build_samplers(args, model, tokenizer)
-        self.draws = setup.build_reference_draws(args, self.reference, others)
+        self.sampler, _ = samplers = setup.build_samplers(args, model, tokenizer)
+        self.draws = setup.build_reference_draws(args, self.reference, samplers)
         self.iterations = Iterations(args, self.reference, self.draws, references.past)
         super().__init__(
             model=model,
@@ -136,7 +136,7 @@ class XPOTrainer(ResumableTrainer):
         self.memory = PairMemory(args, self.sampler.pad_token_id, self.iterations, self.reference_logps, self.meter)
         self.add_callback(self.memory)
         moves = references.opponent is not self.reference
-        draws = setup.build_reference_draws(args, references.opponent, others) if moves else self.draws
+        draws = setup.build_reference_draws(args, references.opponent, samplers) if moves else self.draws
         forwards = self.policy_forward, opponent_forward
         self.evaluator = setup.build_evaluator(args, self.sampler, judge, reward_model, scorers or {}, draws, forwards)
         setup.check_metric(args, held_out, self.evaluator.measures)
