@@ -132,5 +132,7 @@ if __name__ == "__main__":
         assert last_complete_checkpoint(root / moment) == root / moment / "checkpoint-3"
         assert in_child(kind, root / moment) == 0
     for name in RANDOM:
-        in_child(kind, root / name, random.uniform(0, seconds))
+        after = random.uniform(0, seconds)
+        print(f"{name}: killed after {after:.3f} of {seconds:.3f} s")
+        in_child(kind, root / name, after)
         assert in_child(kind, root / name) == 0

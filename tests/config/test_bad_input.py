@@ -228,6 +228,11 @@ CASES = [
         "experiment=algorithm_1 training.iterations=2",
         ["has 3 values for training.iterations=2", "give one for each at most"],
     ),
+    case(
+        "an option of no bonus",
+        "loss=online_dpo loss.bonus_clip=5",
+        ["loss.bonus_clip=5.0 has no effect with loss.bonus=none", "leave it out"],
+    ),
     case("unknown labels", "preference.labels=softt", ["preference.labels='softt'", "did you mean 'soft'"]),
     case("label temperature", "preference.label_temperature=0", ["label_temperature=0", "greater than 0"]),
     case("tie threshold", "preference.tie_threshold=-1", ["preference.tie_threshold=-1", "at least 0"]),

@@ -298,7 +298,9 @@ def test_two_processes_and_kill_9_lose_nothing_that_was_committed(tmp_path: Path
     while not (path.exists() and all(log.exists() for log in (tmp_path / "log0", tmp_path / "log5"))):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1.0)
+    while len(Store(path)) < 100:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     for run in runs:
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL

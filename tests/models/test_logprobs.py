@@ -26,6 +26,8 @@ from transformers import (
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -84,6 +86,19 @@ def test_the_gradient_of_token_logps_is_that_of_log_softmax():
     (wanted,) = torch.autograd.grad((weights * expected).sum(), logits)
     (got,) = torch.autograd.grad((weights * token_logps(logits, ids)).sum(), logits)
     torch.testing.assert_close(got, wanted)
+
+
+def test_no_copy_of_logits_is_kept_for_the_gradient():
+    """In half precision as well: a float32 copy is twice as large as the logits."""
+    logits = torch.randn(3, 5, 11).bfloat16().requires_grad_()
+    ids, kept = torch.randint(11, (3, 5)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: kept.append(part) or part, lambda part: part):
+        logps = token_logps(logits, ids)
+    assert [part.data_ptr() for part in kept if part.numel() == logits.numel()] == [logits.data_ptr()]
+    (got,) = torch.autograd.grad(logps.sum(), logits)
+    exact = logits.detach().float().requires_grad_()
+    (wanted,) = torch.autograd.grad(token_logps(exact, ids).sum(), exact)
+    assert torch.equal(got, wanted.bfloat16())
 
 
 def test_who_sees_whom():
@@ -151,6 +166,11 @@ SEPARATE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
             )
         ),
         "attend to 20 tokens only",
+    ),
+    # Tried in half precision, it differs by less than a sound model might.
+    "mpt": (
+        lambda: MptForCausalLM(MptConfig(vocab_size=512, d_model=32, n_heads=4, n_layers=2)).bfloat16(),
+        "takes no positions",
     ),
     "mamba": (
         lambda: MambaForCausalLM(MambaConfig(vocab_size=512, hidden_size=32, num_hidden_layers=2, state_size=4)),

@@ -42,9 +42,22 @@ def test_divergences_by_hand():
     for loss_type, value in wanted.items():
         torch.testing.assert_close(preference_logit(chosen, rejected, loss_type), torch.tensor([value]))
         torch.testing.assert_close(preference_logit(rejected, chosen, loss_type), torch.tensor([-value]))
-    huge = torch.tensor([-1e4, 1e4])
-    for loss_type in wanted:
-        assert preference_loss(preference_logit(huge, -huge, loss_type), 0.1, loss_type).isfinite().all()
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "forward_kl", "hellinger"])
+@pytest.mark.parametrize("far", [50.0, 100.0, 1e4])
+def test_far_from_the_reference_a_pair_still_learns(loss_type: str, far: float):
+    """The chosen completion far below it, the rejected one far above: finite, and it pulls both the right way."""
+    ratios = torch.tensor([-far, far], requires_grad=True)
+    loss = preference_loss(preference_logit(*ratios, loss_type), 0.1, loss_type)
+    (gradient,) = torch.autograd.grad(loss, ratios)
+    assert loss.isfinite()
+    assert gradient.square().sum().isfinite()
+    assert gradient[0] < -0.05
+    assert gradient[1] >= 0
+    right = preference_loss(preference_logit(*ratios.flip(0), loss_type), 0.1, loss_type)
+    assert right.isfinite()
+    assert torch.autograd.grad(right, ratios)[0].isfinite().all()
 
 
 def test_an_unknown_loss_is_no_loss():

@@ -18,6 +18,7 @@ from xpo.data.pair_file import read_pairs
 from xpo.data.prompt_sets import RepeatedSteps
 from xpo.models.loading import tiny_model
 from xpo.models.logprobs import completion_logps
+from xpo.models.reference import base_model
 from xpo.sampling.noise import ITERATE, sampling_noise
 
 EVERYTHING: dict[str, Any] = {
@@ -175,10 +176,9 @@ def test_what_is_recalled(make_trainer: TrainerFactory) -> None:
         older = [pair for earlier in of_step[:number] for pair in earlier]
         count = min(6, 4 * number)
         assert len(batch["label"]) == 4 + count
-        assert len(set(trained)) == len(trained)
+        assert len(trained) == len(batch["label"])  # of a set
         assert set(of_step[number]) <= set(trained) <= set(of_step[number]) | set(older)
         assert logs[number]["replay/share"] == pytest.approx(count / (4 + count))
-    assert trainer.accelerator.reduce(torch.tensor(0.0)) == 0
 
 
 def test_a_window_ends_where_it_says(make_trainer: TrainerFactory) -> None:
@@ -291,12 +291,12 @@ def test_the_reference_becomes_the_policy_of_the_iteration(make_trainer: Trainer
         **options,
     )
     batches = Batches(trainer).seen
-    start = {name: part.clone() for name, part in trainer.model.state_dict().items()}
+    start = {name: part.clone() for name, part in base_model(trainer.model).state_dict().items()}
     trainer.train()
     kl = [log["objective/kl_policy"] for log in step_logs(trainer)]
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert abs(kl[1]) > 1e-3
-    assert kl[2] == pytest.approx(kl[2], abs=1e-6)
+    assert kl[2] == pytest.approx(0, abs=1e-6)
     batch = batches[2]
     texts = [batch[name] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")]
     with trainer.reference.model() as reference, torch.no_grad():
@@ -305,8 +305,9 @@ def test_the_reference_becomes_the_policy_of_the_iteration(make_trainer: Trainer
     assert abs(evaluated["eval_kl"]) > 1e-3
     with trainer.evaluator.draws.reference.model() as opponent:
         now = opponent.state_dict()
-        names = [name for name in now if name in start]
-        assert all(torch.equal(now[name], start[name]) for name in names)
+        frozen = [name for name in start if "lora" not in name]
+        assert len(frozen) > 10
+        assert all(torch.equal(now[name], start[name]) for name in frozen)
     assert [path.name for path in sorted((Path(trainer.args.output_dir) / "_iterates").iterdir())] == [
         "step_0.safetensors",
         "step_2.safetensors",
@@ -387,8 +388,6 @@ def test_the_best_and_the_worst_of_n(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(sampler="best_of_n", sampler_candidates=4, reward_model=reward, max_steps=1)
     trainer.train()
     candidates = list(zip(*asked[:4], strict=True))
-    pairs = list(read_pairs(Path(trainer.args.pairs_file))) if trainer.args.pairs_file else []
-    assert pairs == []
     first, second = asked[4], asked[5]
     for row, texts in enumerate(candidates):
         scores = share_of_e([], texts)
@@ -443,6 +442,29 @@ def test_a_judge_chooses_by_its_mean_margin(make_trainer: TrainerFactory) -> Non
 def test_what_cannot_be_right(make_trainer: TrainerFactory, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make_trainer(**options)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"replay_updates": 3}, {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 2}]
+)
+def test_between_two_updates_of_a_rollout_it_stays_as_it_is(
+    make_trainer: TrainerFactory, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    """A run that goes on needs the whole rollout, and no more."""
+    options = {"replay_updates": 2, "save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    make_trainer(**options).train()
+    step = 4 if "replay_updates" in changed else 3
+    with pytest.raises(
+        ConfigError, match=r"resume: the last rollout has [04] pairs and a step [248]; go on with the run"
+    ):
+        make_trainer(**options | changed).train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+
+
+def test_weights_of_epochs_that_do_not_come(make_trainer: TrainerFactory) -> None:
+    """16 prompts are four steps; how many epochs that makes of max_steps, training knows."""
+    trainer = make_trainer(alpha=[1e-2, 1e-3, 0.0], max_steps=8)
+    with pytest.raises(ConfigError, match=r"alpha=\[0.01, 0.001, 0.0\] has 3 values for num_train_epochs=2; give one"):
+        trainer.train()
 
 
 def test_a_stream_cannot_be_repeated(make_trainer: TrainerFactory) -> None:

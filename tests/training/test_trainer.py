@@ -522,6 +522,15 @@ def test_a_reference_by_name(make_trainer, tmp_path: Path):
     assert torch.equal(trainer.reference.frozen.lm_head.weight, tiny_model().lm_head.weight)
 
 
+def test_a_reference_that_does_not_move_is_not_copied(make_trainer, monkeypatch: pytest.MonkeyPatch):
+    """Two of them may be more than the device holds."""
+    monkeypatch.setattr("xpo.training.setup.frozen_copy", lambda model: pytest.fail("a copy"))
+    given = tiny_model()
+    trainer = make_trainer(ref_model=given)
+    assert trainer.reference.frozen is given
+    assert trainer.evaluator.draws.reference is trainer.reference
+
+
 def test_a_stream_that_ends_takes_no_part_of_a_step(make_trainer):
     """Three batches, two to a step: the Trainer would keep the third one's gradient for the next pass."""
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2}

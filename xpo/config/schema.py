@@ -196,12 +196,19 @@ def check_probe(prompts: int, temperature: float, spelled: Spelling = dotted) ->
 
 
 def check_bonus(options: LossOptions, spelled: Spelling = dotted) -> None:
-    """A weight needs a bonus that it is the weight of."""
-    if options.bonus == "none" and any(options.alpha if isinstance(options.alpha, Sequence) else [options.alpha]):
-        alpha, bonus = spelled("loss.alpha"), spelled("loss.bonus")
+    """What is said of a bonus needs one."""
+    if options.bonus != "none":
+        return
+    bonus = spelled("loss.bonus")
+    if any(options.alpha if isinstance(options.alpha, Sequence) else [options.alpha]):
+        alpha = spelled("loss.alpha")
         raise ConfigError(
             f"{alpha}={options.alpha!r} has no effect with {bonus}=none; set {alpha}=0, or choose a bonus"
         )
+    for key in ("bonus_on", "bonus_clip", "bonus_per_token"):
+        if vars(options)[key] != vars(LossOptions)[key]:
+            name = spelled(f"loss.{key}")
+            raise ConfigError(f"{name}={vars(options)[key]} has no effect with {bonus}=none; leave it out")
 
 
 def check_weights(

@@ -8,6 +8,7 @@ are what the output embedding returns, which `why_not` finds out by trying.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +108,8 @@ def why_not(way: str, model: PreTrainedModel, longest: int) -> str | None:
     """Why completions must not share their prompt's forward; None if they may. Arguments as of `Forward`."""
     config = model.config.get_text_config().to_dict()
     attention = model.config._attn_implementation
+    if "position_ids" not in signature(model.forward).parameters:
+        return "it takes no positions"
     if attention not in _MASKS[way]:
         return f"its attention {attention} cannot be told which tokens see each other"
     for kind in set(config.get("layer_types") or ["full_attention"]) - {"full_attention"}:

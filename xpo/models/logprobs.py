@@ -41,7 +41,7 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 def token_logps(logits: Tensor, token_ids: Tensor) -> Tensor:
     """log softmax(logits)[token] in float32: (...), from logits (..., V) of any float type and ids (...)."""
-    return _TokenLogps.apply(logits.float(), token_ids)
+    return _TokenLogps.apply(logits, token_ids)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -49,17 +49,18 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor) -> Tensor:
-        normalizer = logits.logsumexp(dim=-1)
-        ctx.save_for_backward(logits, token_ids, normalizer)
-        return logits.gather(-1, token_ids[..., None]).squeeze(-1) - normalizer
+        exact = logits.float()
+        normalizer = exact.logsumexp(dim=-1)
+        ctx.save_for_backward(logits, token_ids, normalizer)  # as they are: in half precision, half as large
+        return exact.gather(-1, token_ids[..., None]).squeeze(-1) - normalizer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logits, token_ids, normalizer = ctx.saved_tensors
         gradient = gradient[..., None]
-        of_logits = torch.sub(logits, normalizer[..., None]).exp_().mul_(-gradient)
-        return of_logits.scatter_add_(-1, token_ids[..., None], gradient), None
+        of_logits = torch.sub(logits, normalizer[..., None]).exp_().mul_(-gradient)  # in float32
+        return of_logits.scatter_add_(-1, token_ids[..., None], gradient).to(logits.dtype), None
 
 
 class Layout(NamedTuple):

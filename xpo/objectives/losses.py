@@ -13,7 +13,7 @@ from xpo.config.options import LossOptions
 from xpo.objectives.bonuses import exploration_loss
 from xpo.objectives.labels import Labels
 
-_LARGEST = 80.0  # exponent, so that float32 holds the result
+_LARGEST = 20.0  # nats up to which exp is one; see `_exp`
 
 
 def preference_logit(chosen: Tensor, rejected: Tensor, loss_type: str = LossOptions.loss_type) -> Tensor:
@@ -36,7 +36,9 @@ def preference_logit(chosen: Tensor, rejected: Tensor, loss_type: str = LossOpti
 
 
 def _exp(values: Tensor) -> Tensor:
-    return values.clamp(max=_LARGEST).exp()
+    """exp, and from `_LARGEST` on its tangent: neither it nor its gradient overflows, and no gradient is lost."""
+    bounded = values.clamp(max=_LARGEST)
+    return bounded.exp() * (1 + values - bounded)
 
 
 def preference_loss(logit: Tensor, beta: float, loss_type: str = LossOptions.loss_type) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from xpo.config.errors import ConfigError
+from xpo.config.schema import as_argument, check_weights
 from xpo.models.iterates import Iterates, PastPolicies
 from xpo.models.reference import Reference
 from xpo.sampling.draws import ReferenceDraws
@@ -43,7 +44,11 @@ class Iterations(TrainerCallback):
         self._reference, self._draws, self._past = reference, draws, past
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leaves the policies that this run kept before the step it goes on from; ConfigError if they are not its."""
+        """Leaves the policies that this run kept before the step it goes on from; ConfigError if they are not its.
+
+        Or for weights of epochs that never come: now their number is known.
+        """
+        check_weights(self.args, self.args.iterations, -1, state.num_train_epochs, as_argument)
         begins = [self.begin(state, iteration) for iteration in range(self.args.iterations)]
         kept, expected = ([step for step in of if step < state.global_step] for of in (self._iterates.steps(), begins))
         if kept and kept != expected:

@@ -91,6 +91,11 @@ class PairMemory(TrainerCallback):
         if self.args.world_size > 1:
             broadcast_object_list(read)
         rollout, older, self._meter.last["replay/pairs"] = read
+        if drawn is None and len(rollout) != self.args.pairs_of_a_step:
+            raise ConfigError(
+                f"resume: the last rollout has {len(rollout)} pairs and a step {self.args.pairs_of_a_step}; go on with "
+                f"the run's own batch, number of processes and replay_updates, which is {self.args.replay_updates} now"
+            )
         own = {row["row"]: row for row in rollout}
         rows = [] if drawn is not None else [own[i] for i in step.rows]
         rows += older[self.args.process_index :: self.args.world_size]
