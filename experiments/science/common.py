@@ -1,6 +1,7 @@
 """What the experiments share: methods, noise of a seed, results that can be resumed, intervals, tables and plots."""
 
 import csv
+import io
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from torch import Tensor
 
+from xpo.config.files import write_whole
 from xpo.config.options import LossOptions
 from xpo.evaluation.agreement import share
 from xpo.objectives.bonuses import PUBLISHED_ON
@@ -50,7 +52,7 @@ class Method(NamedTuple):
 class Outcome(NamedTuple):
     """Of one problem: queries until it was solved, None if never (censored at the end); gaps to the optimum.
 
-    `bonus_share`: the bonus's pull at log pi over the preference loss's, all steps together, where it was measured.
+    `bonus_share`, where it was measured: the bonus's pull at log pi over the preference loss's, the mean of its logs.
     """
 
     queries: int | None
@@ -77,7 +79,10 @@ Run = Callable[[str, Method, Sequence[int]], dict[str, Outcome]]  # task, method
 
 
 class Results:
-    """`results.csv` of an experiment: what is there is not computed again; a cell is written as a whole."""
+    """`results.csv` of an experiment: what is there is not computed again; a cell is written as a whole.
+
+    It does not know settings: move it away when those of an experiment change.
+    """
 
     HEADER = (
         "task",
@@ -94,12 +99,10 @@ class Results:
 
     def __init__(self, path: Path, reported: Sequence[int] = REPORTED):
         self.path, self.reported = path, reported
-        self.rows: list[Row] = []
-        if path.exists():
-            lines = path.read_text().splitlines()
-            whole = max((i for i, line in enumerate(lines) if line.endswith(",end")), default=-1) + 1
-            path.write_text("".join(line + "\n" for line in lines[:whole]))  # a kill may have cut a cell short
-            self.rows = [read_row(fields) for fields in csv.DictReader(lines[:whole])]
+        lines = path.read_text().splitlines() if path.exists() else []
+        whole = max((i for i, line in enumerate(lines) if line.endswith(",end")), default=-1) + 1
+        self._lines = lines[:whole]  # a copy may have been cut short
+        self.rows = [read_row(fields) for fields in csv.DictReader(self._lines)]
 
     def of(self, task: str, method: Method, seeds: Sequence[int] | None = None) -> list[Row]:
         names = {str(seed) for seed in (self.reported if seeds is None else seeds)}
@@ -107,21 +110,30 @@ class Results:
             row for row in self.rows if (row.task, row.method) == (task, method) and row.problem.split("/")[0] in names
         ]
 
+    def has(self, task: str, method: Method, seeds: Sequence[int]) -> bool:
+        """Whether a cell is there. ValueError if a part of it is: other seeds were asked for then."""
+        there = {row.problem.split("/")[0] for row in self.of(task, method, seeds)}
+        if there and len(there) < len(seeds):
+            raise ValueError(f"{self.path} has {len(there)} of {len(seeds)} seeds of {task}, {method}; move it away")
+        return bool(there)
+
     def cell(self, run: Run, task: str, method: Method, seeds: Sequence[int]) -> list[Row]:
         """Computes a cell, unless it is there."""
-        if not self.of(task, method, seeds):
+        if not self.has(task, method, seeds):
             self.add(task, method, run(task, method, seeds))
         return self.of(task, method, seeds)
 
     def add(self, task: str, method: Method, found: dict[str, Outcome]) -> None:
         """Writes a cell."""
-        lines = [] if self.rows else [self.HEADER]
+        lines: list[tuple[str, ...]] = [] if self.rows else [self.HEADER]
         for problem, outcome in found.items():
             values = ["" if value is None else f"{value:.6g}" for value in outcome]
             lines.append((task, *method[:2], f"{method.alpha:g}", problem, *values, ""))
         lines[-1] = (*lines[-1][:-1], "end")
-        with self.path.open("a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
+        written = io.StringIO()
+        csv.writer(written, lineterminator="\n").writerows(lines)
+        self._lines += written.getvalue().splitlines()
+        write_whole(self.path, "\n".join([*self._lines, ""]))
         print(task, *method, f"{len(found)} problems", flush=True)
         self.rows += [read_row(dict(zip(self.HEADER, map(str, line), strict=True))) for line in lines[-len(found) :]]
 

@@ -14,8 +14,8 @@ HEAD = """# Leaderboard
 Made by `python -m experiments.science.leaderboard`; do not edit. Weights were chosen on seeds that are not in the
 numbers. Values with 95 % intervals. What is "solved", and the tasks: the README of each folder. "second": who draws the
 second completion; the equations: [bonuses.py](../../xpo/objectives/bonuses.py). "bonus share", where it was measured:
-the bonus's pull at log pi over the preference loss's, all steps together. A language model solves nothing in this
-sense: its table is in [smollm2](smollm2/README.md).
+the bonus's pull at log pi over the preference loss's, a mean of ratios. A language model solves nothing in this sense:
+its table is in [smollm2](smollm2/README.md).
 """
 
 

@@ -162,9 +162,21 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(tmp_path: Path) -> None:
         path.write_text(text[:size])
         calls: list[tuple[str, Method]] = []
         common.run_all(Results(path, range(100, 103)), fake(calls), "hidden", grid, 0.1)
-        assert path.read_text() == text
+        assert path.read_text().splitlines() == text.splitlines()
         assert len(calls) < len(every) or size < 100
     assert calls == []
+
+
+def test_who_reads_a_file_leaves_it_and_other_seeds_do_not_mix(tmp_path: Path) -> None:
+    """Somebody may be writing; and a table of 20 seeds is not one of 10."""
+    results, method = Results(tmp_path / "results.csv", range(100, 110)), Method("xpo", "reference", 0.1)
+    results.cell(fake([]), "hidden", method, range(100, 110))
+    text = results.path.read_text()[:-5]
+    results.path.write_text(text)
+    assert Results(results.path).rows == []
+    assert results.path.read_text() == text
+    with pytest.raises(ValueError, match=r"has 10 of 20 seeds of hidden, .*; move it away"):
+        results.cell(fake([]), "hidden", method, range(100, 120))
 
 
 def test_the_weight_is_chosen_on_the_tuning_seeds(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def compute(cell: Cell) -> dict[str, Outcome]:
 
 def fill(results: Results, cells: Iterable[Cell]) -> None:
     """Computes what is not there, two cells at a time; they are written in their order."""
-    todo = [cell for cell in cells if not results.of(*cell)]
+    todo = [cell for cell in cells if not results.has(*cell)]
     with get_context("spawn").Pool(2) as pool:
         for (task, method, _), found in zip(todo, pool.imap(compute, todo), strict=True):
             results.add(task, method, found)
