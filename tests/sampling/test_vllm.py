@@ -147,6 +147,10 @@ def test_what_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
         XPOConfig(output_dir=str(tmp_path), use_vllm=True, generation_kwargs={"no_repeat_ngram_size": 2})
     with pytest.raises(ConfigError, match="generation_engine=vllm needs the whole policy"):
         XPOConfig(output_dir=str(tmp_path), use_vllm=True, ds3_gather_for_generation=False)
+    quantised = policy()
+    quantised.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(ConfigError, match="'vllm' takes no quantised policy; load it whole, or set"):
+        trainer_of(tmp_path, quantised)
 
 
 @pytest.mark.parametrize(

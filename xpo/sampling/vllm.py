@@ -69,7 +69,7 @@ class VLLM:
         engine_options: of vLLM.
 
     Raises:
-        ConfigError: adapters that `merged_weights` cannot add to their layers.
+        ConfigError: see `check_merged`.
     """
 
     name = "vllm"
@@ -225,7 +225,9 @@ def start(config: PretrainedConfig, options: EngineOptions, sleeps: bool) -> Any
 
 
 def check_merged(model: PreTrainedModel) -> None:
-    """ConfigError for adapters that `merged_weights` cannot add to their layers."""
+    """ConfigError for adapters that `merged_weights` cannot add to their layers, and for quantised layers."""
+    if "quantization_config" in model.config.to_dict():
+        raise ConfigError(f"generation_engine='vllm' takes no quantised policy; load it whole, or {_OTHER}")
     for name, part in model.named_modules():
         is_lora = isinstance(part, LoraLayer) and not any(part.lora_bias.values())
         if isinstance(part, BaseTunerLayer) and not is_lora:
