@@ -227,7 +227,7 @@ def test_verdicts_and_scores_are_those_of_the_completions_shown(make_trainer: Tr
 
 def test_the_objective_of_an_iterate(make_trainer: TrainerFactory) -> None:
     """score - beta * KL, with the beta in force."""
-    trainer = make_trainer(beta=[0.5, 0.1], eval_dataset=prompts(4), optim="sgd", learning_rate=5.0)
+    trainer = make_trainer(beta=[0.1, 0.5], iterations=2, eval_dataset=prompts(4), optim="sgd", learning_rate=5.0)
     trainer.train()
     metrics = trainer.evaluate()
     assert abs(metrics["eval_kl"]) > 1e-3
