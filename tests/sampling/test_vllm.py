@@ -102,7 +102,7 @@ def test_a_reference_that_is_another_model_is_drawn_by_transformers(tmp_path: Pa
     larger = LlamaForCausalLM(LlamaConfig(**policy().config.to_dict() | {"intermediate_size": 256}))
     trainer = trainer_of(tmp_path, ref_model=larger, max_steps=1)
     assert trainer.draws.sampler.engine is None
-    assert "transformers draws its completions" in caplog.text
+    assert "transformers draws the reference's completions" in caplog.text
     trainer.train()
     with torch.no_grad():
         other = policy()
@@ -132,6 +132,18 @@ def test_a_draw_depends_on_its_prompt_and_noise_alone(tmp_path: Path) -> None:
     assert backwards[::-1] == together
     assert both(trainer, greedy=False, rows=[7])[0] == together[7:8]
     assert len({tuple(one) for one in together}) > 32
+
+
+def test_more_prompts_than_vllm_takes_at_once(tmp_path: Path) -> None:
+    """6,000 tokens, where it takes 4,096: drawn as in parts."""
+    trainer = trainer_of(tmp_path, max_length=200)
+    ids = torch.randint(1, 256, (40, 150), generator=torch.Generator().manual_seed(0)).tolist()
+    noise = sampling_noise((1, 2, 3), range(40), 12)
+    draws = [
+        trainer.sampler.sample(trainer.model, *part, trainer.args.device).ids.tolist()
+        for part in ((ids, noise), (ids[:20], noise[:20]), (ids[20:], noise[20:]))
+    ]
+    assert draws[0] == draws[1] + draws[2]
 
 
 def test_weights_that_do_not_follow_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,8 @@ def start(config: PretrainedConfig, options: EngineOptions, sleeps: bool) -> Any
                 enforce_eager=options.eager,
                 gpu_memory_utilization=options.memory,
                 enable_sleep_mode=sleeps,
+                # On a CPU vLLM 0.32 fails at a prompt in two parts: it sets back the generator of a seeded request.
+                enable_chunked_prefill=torch.cuda.is_available(),
                 disable_log_stats=True,
             )
         except (ValueError, RuntimeError) as error:
