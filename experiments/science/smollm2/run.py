@@ -42,6 +42,7 @@ COMMON = [
     "evaluation.before=false",
     "training.disable_tqdm=true",
     "tracking=none",
+    f"reference.store={WORK}/reference.sqlite",  # of its own: draws of others, in other batches, differ by rounding
 ]
 MEASURES = ("score", "ref_score", "win_rate", "kl", "distinct_2", "eos_rate", "vader", "ref_vader")
 
