@@ -35,7 +35,7 @@ class ReferenceDraws:
     """Draws y~, or finds it in the store.
 
     The noise of a draw is keyed by (seed, stream, number, prompt, occurrence): a completion does not depend on the
-    batch, the step or the process that it is drawn in.
+    batch, the step or the process that it is drawn in, but by rounding, which the batch's size changes.
 
     Args:
         reference: pi_ref.
