@@ -306,7 +306,7 @@ def made_small(words: list[str], here: Path, llm: str) -> list[str]:
 
 
 TRAININGS = [(page, words[1:]) for page, words in OURS if words[0] == "xpo.train"]
-OTHERS = [(page, words) for page, words in OURS if words[0] != "xpo.train"]
+NO_TRAININGS = [(page, words) for page, words in OURS if words[0] != "xpo.train"]
 
 
 @pytest.mark.parametrize(("page", "words"), params(TRAININGS), ids=name_of)
@@ -352,7 +352,7 @@ OTHER_WORDS = {
 }
 
 
-@pytest.mark.parametrize(("page", "words"), params(OTHERS), ids=name_of)
+@pytest.mark.parametrize(("page", "words"), params(NO_TRAININGS), ids=name_of)
 def test_every_other_command_of_ours_runs(page: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch):
     """Where a sentence names a command and no more, its --help."""
     module, more, left = OTHER_COMMANDS[words[0]]
