@@ -313,7 +313,7 @@ NO_TRAININGS = [(page, words) for page, words in OURS if words[0] != "xpo.train"
 def test_every_training_runs(page: str, words: list[str], here: Path, monkeypatch: pytest.MonkeyPatch):
     for package in ("vllm", "wandb"):
         if re.search(rf"\b{package}\b", " ".join(words)):
-            pytest.importorskip(package)
+            pytest.importorskip(package, reason=f"{package} is not installed; for vLLM: make test-vllm")
     if not any(word.startswith(TOGETHER) for word in words):
         train_in_this_process(monkeypatch)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -357,7 +357,7 @@ def test_every_other_command_of_ours_runs(page: str, words: list[str], here: Pat
     """Where a sentence names a command and no more, its --help."""
     module, more, left = OTHER_COMMANDS[words[0]]
     if "generation=vllm" in words:
-        pytest.importorskip("vllm")
+        pytest.importorskip("vllm", reason="vLLM is in an environment of its own: make test-vllm")
         more = [*more, wide_model(here)]
     given = [STAND_INS.get(word, word.replace("$PWD", str(here))) for word in words[1:]]
     line = shlex.join(name for word in given for name in (sorted(glob.glob(word)) if "*" in word else [word]))

@@ -28,6 +28,7 @@ def policy(tied: bool = False) -> LlamaForCausalLM:
         pad_token_id=0,
         bos_token_id=None,
         tie_word_embeddings=tied,
+        attention_dropout=0.1,  # without effect unless disable_dropout=False
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config)

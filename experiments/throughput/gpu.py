@@ -157,21 +157,30 @@ class Checks:
         return {name: [log[name] for log in logs] for name in ("loss", "logps/chosen", "objective/kl")} | phases
 
     def vllm(self) -> Result:
-        """Greedy tokens and seconds beside the project's own, and what sending the weights takes."""
+        """Greedy tokens and seconds beside the project's own, with the model's weights and with others; between two
+        rollouts the engine sleeps. And what sending the weights takes.
+        """
         if importlib.util.find_spec("vllm") is None:
             return {"left out": "vllm is not installed"}
         own = self.sampler()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         # The first rollout alone is checked.
-        options = EngineOptions(1024, dtype, 0, 1, memory=0.3, eager=False, sleep=False, check_steps=10**9)
-        engine = VLLM(self.model, own.options, own.eos_token_ids, {}, options)
+        options = EngineOptions(1024, dtype, 0, 1, memory=0.3, eager=False, sleep=True, check_steps=10**9)
+        model = copy.deepcopy(self.model)
+        engine = VLLM(model, own.options, own.eos_token_ids, {}, options)
         theirs = Sampler(self.tokenizer, own.options, own.eos_token_ids, engine=engine)
         expected, _, own_s = self.timed(own)
-        tokens, first_s, vllm_s = self.timed(theirs)
+        tokens, first_s, vllm_s = self.timed(theirs, model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.9)
+        after = same(self.rollout(own, greedy=True, model=model), self.rollout(theirs, greedy=True, model=model))
+        engine._follow(model)  # awake
         before = now(self.device.type)
-        engine._send(self.model)
+        engine._send(model)
         return {
             "same_tokens": same(expected, tokens),
+            "same_tokens_of_other_weights": after,
             "own_s": own_s,
             "vllm_s": vllm_s,
             "vllm_first_s": first_s,

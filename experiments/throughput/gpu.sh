@@ -11,9 +11,11 @@ mkdir -p "$out"
 
 timeout 200 "$python" "$here/gpu.py" "$out/checks.json" --device "$device" --model "$model"
 
+contenders="trl-best xpo-cold"
+"$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))' && contenders+=" xpo-vllm"
 # UltraFeedback's 60,829 prompts for training, once, in hours of this device. TRL is taken as this python has it.
 timeout 380 "$python" "$here/run.py" --device "$device" --model "$model" --trl-python "${TRL_PYTHON:-$python}" \
-    --workloads ultrafeedback --contenders trl-best xpo-cold --steps 4 --budget 90 --floor --headline-prompts 60829 --results "$out/comparison"
+    --workloads ultrafeedback --contenders $contenders --steps 4 --budget 90 --floor --headline-prompts 60829 --results "$out/comparison"
 
 "$python" - "$out" <<'PYTHON'
 import json, sys

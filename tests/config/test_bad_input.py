@@ -186,6 +186,21 @@ CASES = [
         ["generation.max_new_tokens=512", "generation.max_length=512", "lower generation.max_new_tokens"],
     ),
     case("negative temperature", "generation.temperature=-1", ["generation.temperature=-1", "at least 0"]),
+    case(
+        "what vLLM rounds",
+        "generation=vllm generation.temperature=.001",
+        ["generation.engine=vllm", "takes generation.temperature=0, or from 0.01 to 2.0, not 0.001"],
+    ),
+    case(
+        "what vLLM orders otherwise",
+        "generation=vllm generation.top_p=.9 generation.min_p=.1",
+        ["generation.engine=vllm", "generation.top_p=0.9 and generation.min_p=0.1", "set one of them"],
+    ),
+    case(
+        "vLLM and a divided policy",
+        "generation=vllm deepspeed.gather_for_generation=false",
+        ["generation.engine=vllm needs the whole policy", "set deepspeed.gather_for_generation=True"],
+    ),
     case("top_p above 1", "generation.top_p=1.5", ["generation.top_p=1.5", "give a value in (0, 1]"]),
     case("reference batch of none", "reference.batch_size=0", ["reference.batch_size=0", "at least 1"]),
     case("no steps", "training.max_steps=0", ["training.max_steps=0", "at least 1"]),
@@ -377,6 +392,12 @@ CASES = [
         "refused option of generate",
         f"{RUN} +generation.kwargs.num_beams=2",
         ["num_beams=2", "not supported", "remove it"],
+        WORKER,
+    ),
+    case(
+        "more tokens at least than at most",
+        f"{RUN} +generation.kwargs.min_new_tokens=100 generation.max_new_tokens=99",
+        ["min_new_tokens=100", "max_new_tokens=99", "change one of them"],
         WORKER,
     ),
     case(

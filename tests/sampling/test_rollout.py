@@ -173,11 +173,12 @@ def test_extra_generation_options_reach_generate(tokenizer, model):
 
 
 @pytest.mark.parametrize(
-    "option", [{"num_beams": 4}, {"do_sample": False}, {"num_return_sequences": 2}, {"eos_token_id": 5}]
+    "option",
+    [{"num_beams": 4}, {"do_sample": False}, {"num_return_sequences": 2}, {"eos_token_id": 5}, {"min_new_tokens": 9}],
 )
 def test_options_that_are_no_rollout_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
-        check_generation_kwargs(option)
+        check_generation_kwargs(option, max_new_tokens=8)
 
 
 def test_the_defaults_that_a_checkpoint_ships_stay_out(tokenizer, model):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_run import deepspeed_config
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm_run import PROMPTS, policy, trainer_of
@@ -69,8 +69,9 @@ def by_reference(trainer: XPOTrainer) -> tuple[list[Any], list[Any]]:
         return by_both(trainer, model)
 
 
-def test_greedy_tokens_are_transformers_before_and_after_training(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path)
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_greedy_tokens_are_transformers_before_and_after_training(tmp_path: Path, eager: bool) -> None:
+    trainer = trainer_of(tmp_path, vllm_enforce_eager=eager)
     assert isinstance(trainer.sampler.engine, VLLM)
     before, wanted = both(trainer)
     assert before == wanted
@@ -100,9 +101,13 @@ def test_the_reference_is_drawn_by_the_same_engine(tmp_path: Path) -> None:
 def test_a_reference_that_is_another_model_is_drawn_by_transformers(tmp_path: Path, caplog) -> None:
     """Another size; one of the same, with other weights, is not."""
     larger = LlamaForCausalLM(LlamaConfig(**policy().config.to_dict() | {"intermediate_size": 256}))
-    trainer = trainer_of(tmp_path, ref_model=larger, max_steps=1)
-    assert trainer.draws.sampler.engine is None
-    assert "transformers draws the reference's completions" in caplog.text
+    rounded = policy().bfloat16()
+    apart = base_model(get_peft_model(policy(), IA3Config(task_type="CAUSAL_LM")))
+    for other in (apart, rounded, larger):
+        trainer = trainer_of(tmp_path, ref_model=other, max_steps=1)
+        assert trainer.draws.sampler.engine is None
+        assert "transformers draws the reference's completions" in caplog.text
+        caplog.clear()
     trainer.train()
     with torch.no_grad():
         other = policy()
@@ -123,6 +128,41 @@ def test_options_mean_the_same_and_are_checked_as_well(tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer.sampler.engine, "_send", lambda model: None)
     with pytest.raises(ConfigError, match=r"generation_engine='vllm' has other weights than the model"):
         trainer.train()
+
+
+def test_one_token_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each of the options that cut a distribution; and none behind the end, not even one that is cut off later."""
+    trainer = trainer_of(tmp_path)
+    greedy, sampled = both(trainer)[0], both(trainer, greedy=False)[0]
+    for option in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        with monkeypatch.context() as patch:
+            for name, value in option.items():
+                patch.setattr(trainer.args, name, value)
+            assert both(trainer, greedy=False)[0] == greedy != sampled
+    ids, rows = trainer.train_dataset["prompt_ids"], range(len(PROMPTS))
+    engine: Any = trainer.sampler.engine
+    drawn = engine.draw(trainer.model, list(ids), sampling_noise((1, 2, 3), rows, 12), torch.device("cpu"), False)
+    assert [tokens.tolist() for tokens in drawn] == sampled
+    assert 0 < sum(0 in one for one in sampled) < len(sampled)  # token 0 is EOS
+
+
+def test_temperature_is_that_of_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of the likeliest first token over 1,000 draws, next to its probability."""
+    model = policy()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(12)
+    trainer = trainer_of(tmp_path, model, max_new_tokens=1)
+    ids = [trainer.train_dataset["prompt_ids"][0]] * 1000
+    with torch.no_grad():
+        logits = trainer.model(torch.tensor(ids[:1])).logits[0, -1]
+    noise, shares = sampling_noise((1, 2, 3), range(1000), 1), []
+    for temperature in (0.5, 1.0, 2.0):
+        monkeypatch.setattr(trainer.args, "temperature", temperature)
+        drawn = trainer.sampler.sample(trainer.model, ids, noise, torch.device("cpu")).ids[:, 0]
+        wanted = (logits / temperature).softmax(0).max().item()
+        shares.append((drawn == logits.argmax()).float().mean().item())
+        assert abs(shares[-1] - wanted) < 4 * (wanted * (1 - wanted) / 1000) ** 0.5
+    assert shares[0] > shares[1] + 0.1 > shares[2] + 0.2
 
 
 def test_a_draw_depends_on_its_prompt_and_noise_alone(tmp_path: Path) -> None:
@@ -146,11 +186,28 @@ def test_more_prompts_than_vllm_takes_at_once(tmp_path: Path) -> None:
     assert draws[0] == draws[1] + draws[2]
 
 
-def test_weights_that_do_not_follow_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = trainer_of(tmp_path, vllm_check_steps=2)
+@pytest.mark.parametrize("every", [3, 5])
+def test_weights_that_do_not_follow_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """At the next check, after a step of a learning rate that is usual."""
+    trainer = trainer_of(tmp_path, vllm_check_steps=every, learning_rate=1e-4)
+    both(trainer)
+    engine: Any = trainer.sampler.engine
+    monkeypatch.setattr(engine, "_send", lambda model: None)
+    with pytest.raises(ConfigError, match=r"generation_engine='vllm' has other weights than the model: .* differ by"):
+        trainer.train()
+    assert engine.rollouts == every
+
+
+def test_half_precision_is_checked_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rounding stops no run; weights that do not follow do."""
+    trainer = trainer_of(tmp_path, policy().bfloat16(), vllm_check_steps=1)
+    trainer.train()
+    engine: Any = trainer.sampler.engine
+    assert engine.engine_options.dtype == torch.bfloat16
+    trainer = trainer_of(tmp_path, policy().bfloat16(), vllm_check_steps=1)
     both(trainer)
     monkeypatch.setattr(trainer.sampler.engine, "_send", lambda model: None)
-    with pytest.raises(ConfigError, match=r"generation_engine='vllm' has other weights than the model: .* nats below"):
+    with pytest.raises(ConfigError, match="has other weights than the model"):
         trainer.train()
 
 
@@ -204,8 +261,8 @@ def drawn(directory: Path) -> list[Any]:
 
 
 def test_a_killed_run_goes_on_with_the_same_draws_and_weights(tmp_path: Path) -> None:
-    """SIGKILL behind the second of five checkpoints."""
-    kept = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    """SIGKILL behind the second of five checkpoints. Dropout, too, is what it was: its generator is the process's."""
+    kept = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5, "disable_dropout": False}
     subprocess.run(command(tmp_path / "whole", **kept), check=True)
     with subprocess.Popen(command(tmp_path / "killed", **kept)) as process:
         while not (tmp_path / "killed" / "checkpoint-2" / "trainer_state.json").exists():

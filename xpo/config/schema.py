@@ -62,7 +62,7 @@ class TrainSchema:
             self.replay.updates,
         )
         check_probe(self.evaluation.probe_prompts, self.generation.temperature)
-        check_engine(self.generation.engine, self.deepspeed.gather_for_generation)
+        check_engine(self.generation.engine, self.generation, self.deepspeed.gather_for_generation)
         check_deepspeed(training.tokens_per_micro_batch, self.deepspeed.shard_reference, bool(self.deepspeed.config))
         never, remedy = training.eval_strategy == "no", "set training.eval_strategy=steps"
         if never and training.eval_steps is not None:
@@ -179,11 +179,23 @@ def check_best(save: str, evaluate: str, spelled: Spelling = dotted) -> None:
         raise ConfigError(f"{kept}=best needs evaluations; set {evaluations}=steps")
 
 
-def check_engine(engine: str, gather: bool, spelled: Spelling = dotted) -> None:
-    """vLLM is sent whole policies."""
-    if engine == "vllm" and not gather:
-        given, key = f"{spelled('generation.engine')}={engine}", spelled("deepspeed.gather_for_generation")
+def check_engine(engine: str, options: SamplingOptions, gather: bool, spelled: Spelling = dotted) -> None:
+    """vLLM is sent whole policies, rounds low temperatures up, and applies min_p before top_p, not behind it."""
+    if engine != "vllm":
+        return
+    given, key = f"{spelled('generation.engine')}={engine}", spelled("deepspeed.gather_for_generation")
+    if not gather:
         raise ConfigError(f"{given} needs the whole policy and {key}=False; set {key}=True")
+    heat, lowest, highest = options.temperature, 0.01, 2.0
+    if heat and not lowest <= heat <= highest:
+        key = spelled("generation.temperature")
+        raise ConfigError(f"{given} takes {key}=0, or from {lowest} to {highest}, not {heat}; choose one of these")
+    if options.top_p < 1 and options.min_p:
+        top_p, min_p = spelled("generation.top_p"), spelled("generation.min_p")
+        raise ConfigError(
+            f"{given} would apply {top_p}={options.top_p} and {min_p}={options.min_p} in another order than "
+            f"transformers; set one of them"
+        )
 
 
 def check_probe(prompts: int, temperature: float, spelled: Spelling = dotted) -> None:

@@ -50,7 +50,7 @@ def build_conversation(trained: Trained, with_reference: bool = True) -> tuple[C
     judge = trained.judge if with_reference or trained.run_dir is None else None
     if judge is not None and not with_reference:
         raise ConfigError(f"--judge={judge} has nothing to compare; give a reference, model.reference=...")
-    check_generation_kwargs(config.generation.kwargs)
+    check_generation_kwargs(config.generation.kwargs, config.generation.max_new_tokens)
     if judge is not None:
         check_target("judge", config.judge)
         check_target("reward_model", config.reward_model)

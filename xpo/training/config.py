@@ -229,7 +229,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         if (self.replays or self.push_pairs) and self.pairs_file is None:
             self.pairs_file = str(Path(self.output_dir) / PAIRS)
         check_probe(self.probe_prompts, self.temperature, as_argument)
-        check_engine(self.generation_engine, self.ds3_gather_for_generation, as_argument)
+        check_engine(self.generation_engine, self, self.ds3_gather_for_generation, as_argument)
         if self.generation_engine == "vllm":
             check_vllm(self.generation_kwargs or {})  # type: ignore[arg-type]
         if zero:
@@ -296,7 +296,7 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         for key in options.keys(options.SamplingOptions):
             if key.name != "max_length":  # of prompt and completion here
                 setattr(self, key.name, rest.pop(key.name, vars(self)[key.name]))
-        check_generation_kwargs(rest)
+        check_generation_kwargs(rest, self.max_new_tokens)
         self.generation_kwargs = rest or None
 
 

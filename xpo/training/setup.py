@@ -282,6 +282,8 @@ def build_samplers(args: XPOConfig, model: Policy, tokenizer: PreTrainedTokenize
         sleep=args.vllm_enable_sleep_mode,
         check_steps=args.vllm_check_steps,
     )
+    if args.generation_batch_size is not None:
+        logger.warning("xpo: generation_batch_size=%d is nothing to vLLM", args.generation_batch_size)
     engine = VLLM(base_model(model), args, ends, kwargs, engine_options)
     return Samplers(Sampler(tokenizer, args, ends, kwargs=kwargs, engine=engine), others)
 
@@ -298,7 +300,7 @@ def build_reference_draws(args: XPOConfig, reference: Reference, samplers: Sampl
     """The reference's draws, with the store that these arguments name, by the policy's engine if it can draw them."""
     sampler, own = samplers.policy, reference.frozen
     if sampler.engine is not None and own is not None and not sampler.engine.draws_for(own):
-        logger.warning("xpo: transformers draws the reference's completions, as its configuration is not the policy's")
+        logger.warning("xpo: transformers draws the reference's completions, as it is not of the policy's kind")
         sampler = samplers.others
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "as the weights"
     store = None if args.reference_store in OFF else open_store("reference_store", args.reference_store)
