@@ -114,8 +114,17 @@ class VLLM:
         device: torch.device,
         greedy: bool,
     ) -> list[Tensor]:
-        """See `xpo.sampling.sampler.Engine`; ConfigError if the engine's weights are found not to be the model's."""
-        options = self.options
+        """See `xpo.sampling.sampler.Engine`.
+
+        Raises:
+            ConfigError: the engine's weights are found not to be the model's, or a completion has no room.
+        """
+        options, longest = self.options, max(map(len, prompts))
+        if longest + options.max_new_tokens > self.engine_options.max_length:  # vLLM would end it sooner
+            raise ConfigError(
+                f"a prompt of {longest} tokens leaves no room for max_new_tokens={options.max_new_tokens} in "
+                f"max_length={self.engine_options.max_length}; shorten it, or raise max_length"
+            )
         how = {
             "temperature": 0.0 if greedy else options.temperature,
             "top_p": options.top_p,
