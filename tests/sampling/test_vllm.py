@@ -217,9 +217,7 @@ def test_what_vllm_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="generation_engine=vllm needs the whole policy"):
         XPOConfig(output_dir=str(tmp_path), use_vllm=True, ds3_gather_for_generation=False)
     long = trainer_of(tmp_path).sampler
-    with pytest.raises(
-        ConfigError, match="a prompt of 53 tokens leaves no room for max_new_tokens=12"
-    ):
+    with pytest.raises(ConfigError, match="a prompt of 53 tokens leaves no room for max_new_tokens=12"):
         long.sample(policy(), [[1] * 53], torch.zeros(1, 12), torch.device("cpu"))
     quantised = policy()
     quantised.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}

@@ -390,6 +390,18 @@ def test_what_stands_for_nothing_in_trls_scripts(tmp_path: Path, monkeypatch: py
         XPOConfig(output_dir=str(tmp_path), use_vllm=True)
     with pytest.raises(ConfigError, match=r"judge='openai' is not 'pair_rm'; pass any other judge to the trainer"):
         XPOConfig(output_dir=str(tmp_path), judge="openai")
+    for name in ("auto_find_batch_size", "bf16_full_eval", "fp16_full_eval"):
+        with pytest.raises(ConfigError, match=f"{name}=True is not supported; leave it out"):
+            XPOConfig(output_dir=str(tmp_path), use_cpu=True, **{name: True})
+
+
+def test_a_weight_counts_for_a_single_reward_as_well(make_trainer: TrainerFactory) -> None:
+    whole, half = make_trainer(), make_trainer(reward_weights=[0.5])
+    texts = ["e", "ee x", "x"]
+    scores = [trainer.evaluator.labeller.judge.reward_model.scores([""] * 3, texts) for trainer in (whole, half)]
+    assert scores[1].tolist() == (scores[0] / 2).tolist()
+    with pytest.raises(ConfigError, match="reward_weights 2; give one of each"):
+        make_trainer(reward_weights=[1.0, 2.0])
 
 
 def test_remote_code_is_trusted_by_an_argument_that_parsers_do_not_see(tmp_path: Path) -> None:

@@ -4,15 +4,18 @@ import math
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from peft import LoraConfig
 from scipy.optimize import minimize_scalar
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
+from xpo import XPOConfig
 from xpo.config.errors import ConfigError
 from xpo.data.pair_file import read_pairs
 from xpo.data.prompt_sets import RepeatedSteps
@@ -535,6 +538,16 @@ def test_steps_are_repeated_whole() -> None:
     sampler = RepeatedSteps(range(7), 3, 2)
     assert list(sampler) == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
     assert len(sampler) == 12
+
+
+def test_steps_are_repeated_where_two_processes_share_the_batches(make_trainer: TrainerFactory) -> None:
+    trainer = make_trainer(replay_updates=2, train_sampling_strategy="sequential", train_dataset=prompts(16))
+    with (
+        mock.patch.dict(PartialState._shared_state, {"num_processes": 2}),
+        mock.patch.object(XPOConfig, "world_size", 2),
+    ):
+        batches = list(trainer.get_train_dataloader().batch_sampler)
+    assert batches == [[0, 1, 2, 3]] * 2 + [[8, 9, 10, 11]] * 2
 
 
 @pytest.mark.parametrize("order", ["sequential", "unseeded", "of its own"])

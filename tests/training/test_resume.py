@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from kill_and_resume import KINDS, MOMENTS, RANDOM
 from omegaconf import OmegaConf
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from xpo import XPOTrainer
 from xpo.config.compose import checked, compose
@@ -232,6 +234,62 @@ def test_a_stop_has_its_checkpoint_and_no_evaluation_of_its_own(
     for ours, theirs in zip(resumed.state.log_history, whole.state.log_history, strict=True):
         assert set(ours) == set(theirs)
         assert ours.get("loss/xpo") == theirs.get("loss/xpo")
+
+
+class Rates(TrainerCallback):
+    """What each step is taken with."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float, float]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_: Any) -> None:
+        group = optimizer.param_groups[0]
+        self.seen.append((state.global_step + 1, group["lr"], group["weight_decay"]))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_a_run_goes_on_with_what_its_command_asks_for(make_trainer: TrainerFactory, schedule: str) -> None:
+    """Rate and decay; a longer schedule as if it had been as long from the start; checkpoints and evaluations."""
+    options = {"lr_scheduler_type": schedule, "save_strategy": "steps", "eval_dataset": prompts(3)}
+    make_trainer(**options, save_steps=1, max_steps=2).train()
+    changed = {"learning_rate": 8e-3, "weight_decay": 0.1, "max_steps": 4, "save_steps": 2}
+    changed |= {"eval_strategy": "steps", "eval_steps": 1}
+    rates = Rates()
+    trainer = make_trainer(**options | changed, callbacks=[rates])
+    trainer.train(resume_from_checkpoint=True)
+    wanted = [0.5, 0.25] if schedule == "linear" else [1.0, 1.0]
+    assert rates.seen == [(3, 8e-3 * wanted[0], 0.1), (4, 8e-3 * wanted[1], 0.1)]
+    assert [log["step"] for log in trainer.state.log_history if "eval_score" in log] == [3, 4]
+    assert not (Path(trainer.args.output_dir) / "checkpoint-3").exists()
+    assert (Path(trainer.args.output_dir) / "checkpoint-4").exists()
+
+
+def test_a_signal_behind_the_last_step_is_known_to_all_ranks(monkeypatch: pytest.MonkeyPatch, nobody_asked: None):
+    """Or one would leave while the others evaluate, and wait for it. Before, none changes what its epoch ends with."""
+    stop, args, control = StopOnSignal(), SimpleNamespace(world_size=2, device="cpu"), TrainerControl()
+    state = TrainerState(epoch=0.5)
+    control.should_evaluate = True
+    stop.signal = signal.SIGTERM
+    stop.on_epoch_end(args, state, control)
+    assert control.should_evaluate
+    stop.signal = None
+    monkeypatch.setattr("xpo.training.callbacks.most", lambda number, device: max(number, signal.SIGTERM))
+    stop.on_train_end(args, state, control)
+    assert stop.signal == signal.SIGTERM
+
+
+def test_no_checkpoint_is_made_of_the_best_weights(make_trainer: TrainerFactory) -> None:
+    """Behind a training that has loaded them, a judge may still stop."""
+    options = EPOCHS | {"eval_dataset": prompts(3), "max_steps": -1, "num_train_epochs": 1, "save_total_limit": 1}
+    trainer = make_trainer(**options)
+    trainer.train()
+    last = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+    shutil.rmtree(last, ignore_errors=True)
+    trainer.keep_checkpoint()
+    assert not last.exists()
+    trainer.args.load_best_model_at_end = False
+    trainer.keep_checkpoint()
+    assert last.exists()
 
 
 def test_other_errors_of_a_checkpoint_are_errors(make_trainer: TrainerFactory, monkeypatch: pytest.MonkeyPatch):

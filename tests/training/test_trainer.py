@@ -366,7 +366,10 @@ def test_more_processes_share_the_history_of_scores(make_trainer, tmp_path: Path
         other._load_optimizer_and_scheduler(str(checkpoint))
     assert other.labeller.scale.moments == rank_0["scale"]
     assert rank_0["scale"][0] > 0
-    assert other.meter.sums == {}
+    # The same names, or the ranks could not add them up; and nothing counted twice.
+    assert set(other.meter.sums) == set(rank_0["meter"]["sums"])
+    assert {*other.meter.sums.values()} <= {(0.0, 0.0)}
+    assert other.meter.steps == rank_0["meter"]["steps"]
 
 
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_checkpoints_sound(make_trainer, tmp_path: Path):

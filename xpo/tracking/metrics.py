@@ -214,3 +214,12 @@ class Meter:
         self.seconds, self.steps, self.tokens = state["seconds"], state["steps"], state["tokens"]
         self.last = state["last"]
         self.queries = state.get("queries", math.nan)  # checkpoints of earlier versions lack it
+
+
+def without_share(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a meter that has the same names and steps, and has measured nothing: of a process that is new."""
+    return state | {
+        "sums": dict.fromkeys(state["sums"], (0.0, 0.0)),
+        "seconds": dict.fromkeys(state["seconds"], 0.0),
+        "tokens": 0,
+    }

@@ -52,6 +52,7 @@ class StopOnSignal(TrainerCallback):
         pid, _, machine = os.environ.get("XPO_PARENT", "").partition("@")
         self._command = int(pid) if machine == socket.gethostname() else self._parent
         self._first_at = 0.0
+        self._agreed = False  # a signal of which all ranks know
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -78,8 +79,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.signal is None and self._is_orphan():
             self.signal = signal.SIGTERM
-        if args.world_size > 1:  # signals reach the ranks at different moments: all stop after the same step
-            self.signal = most(self.signal or 0, args.device) or None
+        self._agree(args)
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
             args.save_only_model = False  # the run is to go on from this checkpoint
@@ -91,11 +91,18 @@ class StopOnSignal(TrainerCallback):
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A run that stops within an epoch has its checkpoint, and no evaluation that an uninterrupted run lacks."""
-        if self.signal is not None and (state.epoch or 0) % 1:
+        if self._agreed and (state.epoch or 0) % 1:
             control.should_evaluate = control.should_save = False
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.in_training = False
+        self._agree(args)  # on a signal since the last step, or some would evaluate, and wait for the others
+
+    def _agree(self, args: TrainingArguments) -> None:
+        """Signals reach the ranks at different moments: all stop after the same step."""
+        if args.world_size > 1:
+            self.signal = most(self.signal or 0, args.device) or None
+        self._agreed = self.signal is not None
 
 
 class KeepMetrics(TrainerCallback):

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import get_sampler
+from accelerate.scheduler import AcceleratedScheduler
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, has_length
 from transformers.training_args import OptimizerNames
@@ -21,7 +23,7 @@ from xpo.config.errors import ConfigError, first_line
 from xpo.data.prompt_sets import RepeatedSteps
 from xpo.judges.labelling import Labeller
 from xpo.models.zero import is_divided
-from xpo.tracking.metrics import Meter
+from xpo.tracking.metrics import Meter, without_share
 from xpo.tracking.runs import damage, has_optimizer, is_complete, last_complete_checkpoint, set_aside
 from xpo.training import iterations
 from xpo.training.callbacks import print_short_lines
@@ -30,6 +32,9 @@ from xpo.training.pair_memory import PairMemory
 from xpo.training.pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
+
+# Of an optimizer's groups, what arguments may say; other entries may be its state.
+_GROUP_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
 
 
 class OneBranch(TrainerCallback):
@@ -97,10 +102,19 @@ class ResumableTrainer(PushingTrainer):
         self.labeller.in_vain, self.labeller.scale.moments = 0, [0.0, 0.0, 0.0]
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        place = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint brings those of the command that wrote it
+        return place
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """ConfigError for one that is not installed, or does not know its options."""
         try:
-            return super().create_optimizer(*args, **kwargs)
+            optimizer = super().create_optimizer(*args, **kwargs)
+            # That of a file of DeepSpeed's options is made later, and keeps what its checkpoint says.
+            groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
+            self._asked_for = [{name: group[name] for name in _GROUP_OPTIONS if name in group} for group in groups]
+            return optimizer
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(
                 f"optim={OptimizerNames(self.args.optim).value!r} with optim_args={self.args.optim_args!r} cannot be "
@@ -119,6 +133,8 @@ class ResumableTrainer(PushingTrainer):
 
     def keep_checkpoint(self) -> None:
         """A checkpoint of the last finished step, unless there is one, for a run that cannot go on now."""
+        if not self.is_in_train and self.args.load_best_model_at_end:
+            return  # the weights are of another step by now
         step, self.args.save_only_model = self.state.global_step, False
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{step}"
         if step and not (is_complete(checkpoint) and has_optimizer(checkpoint)):
@@ -177,6 +193,7 @@ class ResumableTrainer(PushingTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        self._renew_options()
         rank, first = self.args.process_index, _read_state(checkpoint, 0)
         self.memory.expected = None if first is None else first.get("pairs")  # earlier versions' lack it
         if (state := _read_state(checkpoint, rank)) is not None:
@@ -186,6 +203,26 @@ class ResumableTrainer(PushingTrainer):
             if rank < first["processes"]:
                 raise ConfigError(f"resume: {checkpoint!r} lacks xpo_state_{rank}.json; give another checkpoint")
             self.labeller.scale.moments, self.labeller.in_vain = first["scale"], first.get("in_vain", 0)
+            self.meter.load_state(without_share(first["meter"]))
+
+    def _renew_options(self) -> None:
+        """The optimizer's options and rate are those of the arguments again: a checkpoint brings its own.
+
+        What a schedule by loss (reduce_lr_on_plateau) has made of the rate stays: it is its state.
+        """
+        if not self._asked_for:
+            return
+        schedule, groups = self.lr_scheduler, self.optimizer.param_groups
+        if isinstance(schedule, AcceleratedScheduler):
+            schedule = schedule.scheduler
+        follows = isinstance(schedule, LambdaLR)
+        if follows:
+            schedule.base_lrs = [asked["initial_lr" if "initial_lr" in asked else "lr"] for asked in self._asked_for]
+        for number, (group, asked) in enumerate(zip(groups, self._asked_for, strict=True)):
+            group |= {name: value for name, value in asked.items() if name not in ("lr", "initial_lr")}
+            if follows:
+                group["initial_lr"] = schedule.base_lrs[number]
+                group["lr"] = schedule.base_lrs[number] * schedule.lr_lambdas[number](schedule.last_epoch)
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # They are on the device. Under DeepSpeed in bf16 the Trainer would round the reference's log-probabilities.
@@ -225,7 +262,9 @@ class ResumableTrainer(PushingTrainer):
         """As `transformers.Trainer.get_train_dataloader`, with the prompts of a step again for all its updates."""
         loader, args = super().get_train_dataloader(), self.args
         if args.replay_updates > 1:
-            loader.set_sampler(RepeatedSteps(get_sampler(loader), args.pairs_of_a_step, args.replay_updates))
+            # Of several processes, each has its part of the batches that the sampler makes.
+            sampler = get_sampler(loader) or loader.batch_sampler.batch_sampler.sampler
+            loader.set_sampler(RepeatedSteps(sampler, args.pairs_of_a_step, args.replay_updates))
         return loader
 
     @property

@@ -37,6 +37,12 @@ _DICTIONARIES = {  # of options, and an example of each
     "model_init_kwargs": "{'attn_implementation': 'eager'}",
 }
 _LESS_IS_BETTER = ("kl", "lose_rate", "invalid_rate", "flip_rate")  # of the metrics of evaluations
+# Of TrainingArguments, what would have no effect or another one than its name says; and what to do instead.
+_UNSUPPORTED = {
+    "auto_find_batch_size": ", and set tokens_per_micro_batch: the pairs of a step are not the memory's to choose",
+    "bf16_full_eval": ": evaluations compute as training does",
+    "fp16_full_eval": ": evaluations compute as training does",
+}
 _TEMPLATE_ARGUMENTS = {"tokenize", "add_generation_prompt", "continue_final_message"}
 
 
@@ -268,6 +274,9 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
                 f"train_sampling_strategy={self.train_sampling_strategy!r} is not supported, as lengths are known only "
                 "when completions are drawn; choose 'random' or 'sequential'"
             )
+        for name, remedy in _UNSUPPORTED.items():
+            if vars(self)[name]:
+                raise ConfigError(f"{name}={vars(self)[name]!r} is not supported; leave it out{remedy}")
         if "schedule_free" in self.optim:
             raise ConfigError(
                 f"optim={OptimizerNames(self.optim).value!r} is not supported: its weights in training are "

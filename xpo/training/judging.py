@@ -30,6 +30,8 @@ def who_judges(
     ConfigError if there is neither, or if scores are to be scaled that nobody compares.
     """
     with loading_whole():
+        if reward_model is not None and args.reward_weights is not None and not isinstance(reward_model, list | tuple):
+            reward_model = [reward_model]
         scorer = as_reward_model(reward_model, tokenizer, args, partial(tokenizer_of, policy, policy_tokenizer))
         judge = as_judge(judge or args.judge)
     if judge is None:
