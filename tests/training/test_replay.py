@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from conftest import TrainerFactory, prompts, share_of_e, step_logs
 from peft import LoraConfig
 from scipy.optimize import minimize_scalar
@@ -543,7 +543,7 @@ def test_steps_are_repeated_whole() -> None:
 def test_steps_are_repeated_where_two_processes_share_the_batches(make_trainer: TrainerFactory) -> None:
     trainer = make_trainer(replay_updates=2, train_sampling_strategy="sequential", train_dataset=prompts(16))
     with (
-        mock.patch.dict(PartialState._shared_state, {"num_processes": 2}),
+        mock.patch.dict(AcceleratorState._shared_state, {"num_processes": 2}),
         mock.patch.object(XPOConfig, "world_size", 2),
     ):
         batches = list(trainer.get_train_dataloader().batch_sampler)
