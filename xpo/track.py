@@ -93,12 +93,13 @@ def _replay(log: MetricsLog, state: Followed, uri: str | None) -> str:
     run_id = state.run_id
     if uri is None and naming("--uri", state.uri):
         raise NotSent(f"the run logged to {state.uri}, not to {tracking_uri(None)}; name that place with --uri, kept")
-    uri = uri or state.uri
+    uri = tracking_uri(uri) if uri else state.uri
     otherwise = f"or delete {log.path.parent / 'mlflow.json'}"
     try:
         client = reach(uri)
         run = client.get_run(run_id)
         follower = Follower(log, state, held_points(client, run))
+        follower.read()
     except Exception as error:  # drivers of databases raise their own
         if isinstance(error, MlflowException) and error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise NotSent(f"{uri} knows no run {run_id}; name the right place with --uri, {otherwise}") from error

@@ -15,12 +15,13 @@ from hydra.core.utils import env_override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from xpo.config.compose import CONF, check_hydra, choose_preset, compose
+from xpo.config.compose import CONF, check_hydra, checked, choose_preset, compose
 from xpo.config.errors import ConfigError, JobFailed
+from xpo.config.schema import to_dict
 from xpo.launch.command import exit_status, print_error, run_composed
 from xpo.launch.jobs import prepare, repeatable
 from xpo.launch.processes import JobProcess, exit_statuses, passing_on_signals, signals
-from xpo.tracking.runs import RunRecord, last_evaluation, resumable_checkpoint
+from xpo.tracking.runs import RunRecord, job_key, last_evaluation, resumable_checkpoint
 
 
 def main() -> None:
@@ -43,14 +44,16 @@ def _parent(config: DictConfig) -> float | None:
         raise ConfigError(
             f"sweep.seeds={config.sweep.seeds} needs hydra/launcher=xpo; with this launcher sweep training.seed=1,2,3"
         )
-    output_dir = Path(hydra_config.runtime.output_dir)
-    again = in_sweep and (output_dir / "run.json").exists()  # submitit starts a job anew after a timeout
-    found = (output_dir, resumable_checkpoint(output_dir)) if again else None
+    run_dir = Path(hydra_config.runtime.output_dir)
     try:
         check_hydra()
+        check_seeds(config)
         # Reading the overrides resolves an interpolation in them, which may fail.
         choices, overrides = dict(hydra_config.runtime.choices), repeatable(hydra_config)
-        run_dir = prepare(config, output_dir, choices, overrides, found=found)
+        begun = begun_before(config, run_dir) if in_sweep else None
+        if begun is None or not begun.finished:
+            found = None if begun is None else (run_dir, resumable_checkpoint(run_dir))
+            run_dir = prepare(config, run_dir, choices, overrides, found=found)
     except Exception as error:  # Hydra would print a line of its own
         if in_sweep:
             raise
@@ -61,6 +64,21 @@ def _parent(config: DictConfig) -> float | None:
         raise JobFailed(f"the job in {run_dir} came to nothing (exit status {status}); the others have run")
     exit_statuses.append(status)
     return last_evaluation(run_dir).get("win_rate")
+
+
+def begun_before(config: DictConfig, run_dir: Path) -> RunRecord | None:
+    """The record of this job's run, if there is one: submitit starts a job anew after a timeout."""
+    if not (run_dir / "run.json").exists():
+        return None
+    record = RunRecord.read(run_dir)
+    return record if record.job_key == job_key(to_dict(checked(config))) else None
+
+
+def check_seeds(config: DictConfig) -> None:
+    """ConfigError for several seeds of one run."""
+    alone = "hydra.mode=RUN" in sys.argv  # a job of a sweep that goes on alone
+    if config.sweep.seeds != 1 and HydraConfig.get().mode != RunMode.MULTIRUN and not alone:
+        raise ConfigError(f"sweep.seeds={config.sweep.seeds} is for sweeps; add -m, or leave it out")
 
 
 def start_worker(run_dir: Path) -> int:
@@ -85,6 +103,7 @@ def _work_as_rank() -> None:
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:  # a file says so
         raise no_sweeps
+    check_seeds(config)
     with env_override(dict(hydra_config.job.env_set)):
         if os.environ["RANK"] == "0":
             run_dir = prepare(config, run_dir, choices, repeatable(hydra_config))

@@ -203,6 +203,7 @@ CASES = [
     ),
     case("top_p above 1", "generation.top_p=1.5", ["generation.top_p=1.5", "give a value in (0, 1]"]),
     case("reference batch of none", "reference.batch_size=0", ["reference.batch_size=0", "at least 1"]),
+    case("seeds without a sweep", "experiment=smoke sweep.seeds=3", ["sweep.seeds=3", "add -m"]),
     case("no steps", "training.max_steps=0", ["training.max_steps=0", "at least 1"]),
     case(
         "seed", "training.seed=99999999999999999999", ["training.seed=99999999999999999999", "a value below 4294967296"]

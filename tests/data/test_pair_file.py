@@ -119,6 +119,10 @@ def test_runs_of_sweeps(tmp_path: Path) -> None:
     files = pair_files([tmp_path / "sweep", tmp_path / "alone"])
     assert [path.parent.name for path in files] == ["0", "1", "alone"]
     assert export(files, tmp_path / "out.parquet") == (3, 0)
+    # The jobs that it lists: one has run elsewhere, one has not begun; of its directory one is an older one.
+    jobs = [{"run_dir": str(tmp_path / "alone")}, {"run_dir": "/moved/1"}, {"run_dir": str(tmp_path / "sweep" / "2")}]
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    assert [path.parent.name for path in pair_files([tmp_path / "sweep"])] == ["alone", "1"]
     with pytest.raises(ConfigError, match=r"RUN_OR_SWEEP='.*' holds no pairs.jsonl; give outputs/DATE/TIME"):
         pair_files([tmp_path / "sweep" / ".." / "nothing"])
 

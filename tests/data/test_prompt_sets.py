@@ -310,8 +310,11 @@ def test_a_pattern_stands_for_its_files(write: Callable[..., str], tmp_path: Pat
     assert load_prompts("data.train", pattern)["prompt"][:] == ["1", "2"]
     config = to_dict(checked(compose(["experiment=smoke", f"data.train={hydra_value(pattern)}"])[0]))
     before = job_key(config)
+    directory = config | {"data": config["data"] | {"train": str(tmp_path)}}  # all of its files
+    before_of_directory = job_key(directory)
     write("part2.jsonl", [{"prompt": "another"}])
     assert job_key(config) != before
+    assert job_key(directory) != before_of_directory
 
 
 @pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet"])

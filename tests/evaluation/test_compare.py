@@ -476,6 +476,19 @@ def test_damaged_files_stop_no_comparison(
         find_sweep([str(damaged.parent)], None, "xpo")
 
 
+def test_of_its_end_a_run_knows_best(tmp_path: Path) -> None:
+    """A job that failed and was finished alone; one that goes on; one that has gone on with other settings."""
+    jobs = [job("wl", loss__alpha=a) for a in range(4)]
+    sweep = make_sweep(tmp_path / "1", ["loss.alpha"], jobs)
+    record = json.loads((sweep / "sweep.json").read_text())
+    record["jobs"][0] |= {"state": "timed out", "reason": "too slow"}
+    (sweep / "sweep.json").write_text(json.dumps(record))
+    RunRecord(finished=False).write(sweep / "1")
+    RunRecord(finished=True, mixed=True).write(sweep / "2")
+    found = find_sweep([str(sweep)], None, "xpo")
+    assert [run.state for run in found.runs] == ["finished", "stopped", "changed", "finished"]
+
+
 # ---- odd sweeps ------------------------------------------------------------------------------------
 
 ODD: dict[str, tuple[list[str], list[Job]]] = {

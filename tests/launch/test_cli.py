@@ -31,9 +31,11 @@ from xpo.config.schema import TrainSchema
 from xpo.launch import processes as launch
 from xpo.launch import worker
 from xpo.launch.jobs import prepare, run_name
+from xpo.launch.sweep import _runs_by_key
 from xpo.models.loading import tiny_model
 from xpo.tracking.metrics_log import evaluations, read_metrics
-from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint
+from xpo.tracking.runs import RunRecord, is_complete, last_complete_checkpoint, resolve_resume
+from xpo.train import begun_before
 from xpo.training import callbacks
 
 STEPS = 8
@@ -677,6 +679,25 @@ def test_auto_goes_on_in_a_fixed_directory_with_or_without_a_checkpoint(tmp_path
     made_checkpoint(run_dir)
     prepared(command, run_dir)
     assert RunRecord.read(run_dir).resume_from == str(checkpoint)
+
+
+def test_a_run_that_has_gone_on_with_other_settings_is_found_by_its_name_alone(tmp_path: Path):
+    """Half of it is of other settings: neither `auto` nor a sweep may take it for a run of either command."""
+    words, run_dir = ["experiment=smoke", "loss.alpha=1e-3"], tmp_path / "run"
+    prepared(words, run_dir)
+    made_checkpoint(run_dir)
+    assert begun_before(compose(choose_preset(words))[0], run_dir).job_key == RunRecord.read(run_dir).job_key
+    other = ["experiment=smoke", "loss.alpha=1e-2"]
+    assert begun_before(compose(choose_preset(other))[0], run_dir) is None
+    assert begun_before(compose(choose_preset(other))[0], tmp_path) is None
+    key = RunRecord.read(run_dir).job_key
+    assert _runs_by_key([tmp_path]) == {key: [run_dir]}
+    for _ in range(2):  # repeated, it has the settings of its last command
+        assert prepared([*other, f"training.resume={run_dir}"], run_dir) == run_dir
+        assert RunRecord.read(run_dir).mixed
+        assert RunRecord.read(run_dir).job_key != key
+        assert resolve_resume("auto", RunRecord.read(run_dir).job_key, [tmp_path]) is None
+    assert _runs_by_key([tmp_path]) == {}
 
 
 def test_a_finished_run_is_said_to_be_one(finished: Ended, uri: str):

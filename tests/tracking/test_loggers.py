@@ -20,6 +20,7 @@ from xpo.config.compose import checked, compose
 from xpo.config.errors import ConfigError
 from xpo.config.options import LOGGERS
 from xpo.launch import worker
+from xpo.launch.build import build_arguments
 from xpo.launch.jobs import prepare
 from xpo.tracking import loggers
 from xpo.tracking.metrics_log import read_metrics
@@ -164,3 +165,9 @@ def test_a_resumed_run_goes_on_in_the_run_that_wandb_has(tmp_path: Path, monkeyp
     with pytest.raises(ConfigError, match=r"no run can be begun \(api_key not.*set WANDB_MODE=offline") as refused:
         loggers.start(config, args, tmp_path, RunRecord())
     assert "\n" not in str(refused.value)
+
+
+def test_other_loggers_come_on_top(tmp_path: Path) -> None:
+    """Those that tracking.report_to does not know."""
+    words = ["experiment=smoke", "tracking.report_to=[tensorboard]", "+training.kwargs.report_to=[mlflow]"]
+    assert build_arguments(checked(compose(words)[0]), tmp_path).report_to == ["tensorboard", "mlflow"]

@@ -401,6 +401,27 @@ def test_a_resumed_callback_first_logs_what_its_checkpoint_knows(start: Start, t
     assert points(resumed, "step") == []
 
 
+def test_a_new_run_is_not_sent_what_another_one_has_logged_behind_its_checkpoint(start: Start, tmp_path: Path) -> None:
+    """The run goes on from step 1 with other settings, and is another one in MLflow."""
+    run = start()
+    for step in (1, 2):
+        log(run, {"loss": float(step)}, step)
+    (run.log.path.parent / "config.yaml").write_text("a: 1")
+    run.flush()
+    other = start(log=reopened(run))
+    assert other.run_id != run.run_id
+    assert points(other, "loss") == []
+    callback = KeepMetrics(other.log, other)
+    state = TrainerState(log_history=[{"loss": 1.0, "step": 1}], global_step=1)
+    trainer_event(callback, "on_train_begin", state, tmp_path)
+    state.log_history.append({"loss": 2.5, "step": 2})
+    trainer_event(callback, "on_log", state, tmp_path)
+    other.finish()
+    assert points(other, "loss") == [(1, 1.0), (2, 2.5)]
+    other.finish("KILLED")  # by a signal in a push to the hub, say
+    assert stored(other).info.status == "FINISHED"
+
+
 def test_values_that_are_no_numbers_are_no_points(start: Start) -> None:
     run = start()
     log(run, {"loss": np.float32(0.5), "steps": np.int64(3), "note": "text", "none": None, "train_runtime": 9.0}, 1)

@@ -45,3 +45,10 @@ def read_object(path: Path, build: Callable[..., T]) -> T:
         return build(**content)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}); mend it or delete it") from error
+
+
+def jobs_of(directory: Path) -> list[tuple[dict[str, Any], Path]]:
+    """The jobs in a directory's sweep.json, each with its run directory: beside the file, if the sweep was moved."""
+    jobs: list[dict[str, Any]] = read_object(directory / "sweep.json", lambda jobs, **_: jobs)
+    there = [Path(job["run_dir"]) for job in jobs]
+    return [(job, path if path.is_dir() else directory / path.name) for job, path in zip(jobs, there, strict=True)]

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xpo.config.errors import ConfigError
+from xpo.config.files import jobs_of
 from xpo.data.prompts import as_message
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,11 @@ def pair_files(names: Sequence[Path]) -> list[Path]:
     """The files of runs, and of the runs of sweeps; ConfigError where there is none."""
     found: list[Path] = []
     for name in names:
-        files = [name / NAME] if (name / NAME).is_file() else sorted(name.glob(f"*/{NAME}"))
+        if (name / "sweep.json").is_file():  # whose runs may lie elsewhere, and which may hold earlier ones
+            places = [run_dir for _, run_dir in jobs_of(name)]
+        else:
+            places = [name] if (name / NAME).is_file() else sorted(file.parent for file in name.glob(f"*/{NAME}"))
+        files = [place / NAME for place in places if (place / NAME).is_file()]
         if not files:
             raise ConfigError(f"RUN_OR_SWEEP={str(name)!r} holds no {NAME}; give outputs/DATE/TIME, or that of a sweep")
         found += files

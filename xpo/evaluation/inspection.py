@@ -28,6 +28,7 @@ class Judged(NamedTuple):
     margin: Tensor  # see `Judge.margins`, (N,)
     flipped: Tensor  # see `Verdicts`; from asking with the completions swapped if the judge looks at one order, (N,)
     seconds: float  # for each pair, swapped questions left out
+    asked: int  # how many pairs, the first ones
     stopped: str | None  # why the judge could not go on, if so
 
 
@@ -46,6 +47,7 @@ def ask(judge: Judge, pairs: list[Pair], name: str, swap: bool) -> Judged:
             try:
                 one, flips = judge.verdicts(prompts, first, second)[:2]
                 seconds, done = seconds + time.perf_counter() - started, done + len(prompts)
+                margin[here] = one
                 if swap and flips.isnan().all():  # does its verdict turn?
                     other = judge.verdicts(prompts, second, first).margin
                     known = one.isfinite() & other.isfinite()
@@ -53,22 +55,23 @@ def ask(judge: Judge, pairs: list[Pair], name: str, swap: bool) -> Judged:
             except JudgeStopped as error:
                 stopped = str(error)
                 break
-            margin[here], flipped[here] = one, flips
+            flipped[here] = flips
             bar.update(len(prompts))
-    return Judged(name, margin, flipped, seconds / max(done, 1), stopped)
+    return Judged(name, margin, flipped, seconds / max(done, 1), done, stopped)
 
 
 def report(pairs: list[Pair], judged: dict[str, Judged]) -> dict[str, Any]:
     """The figures of each judge by its key, and of their agreement, as JSON."""
     winner = torch.tensor([pair.winner for pair in pairs])
     figures: dict[str, Any] = {}
-    for key, (name, margin, flipped, seconds, _) in judged.items():
+    for key, (name, margins, flips, seconds, asked, _) in judged.items():
+        margin, flipped = margins[:asked], flips[:asked]
         valid = margin.isfinite()
-        fit = calibration(margin, winner)
+        fit = calibration(margin, winner[:asked])
         figures[key] = {
             "judge": name,
-            "pairs": len(pairs),
-            "accuracy": accuracy(margin, winner)._asdict(),
+            "pairs": asked,
+            "accuracy": accuracy(margin, winner[:asked])._asdict(),
             "ties": share(margin[valid] == 0)._asdict(),
             "invalid": share(~valid)._asdict(),
             "flips": share(flipped[~flipped.isnan()] > 0)._asdict(),
@@ -115,7 +118,8 @@ def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 def show(judged: dict[str, Judged], figures: dict[str, Any], out: Path) -> None:
     """The figures on the terminal."""
     console = Console()
-    table = Table(title=f"{figures['judge']['pairs']} pairs, 95 % intervals", title_justify="left")
+    asked = " and ".join(dict.fromkeys(str(judge.asked) for judge in judged.values()))
+    table = Table(title=f"{asked} pairs, 95 % intervals", title_justify="left")
     table.add_column("")
     for judge in judged.values():
         table.add_column(judge.name, justify="right")

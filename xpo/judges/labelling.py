@@ -175,3 +175,9 @@ class ScoreScale:
             deviation = math.sqrt(max(squares / max(count, 1) - mean**2, 0.0))
             scores = (scores - mean) / (deviation or 1.0)
         return scores if self.clip is None else scores.clamp(-self.clip, self.clip)
+
+
+def of_evaluations(judge: Judge, reward_model: RewardModel | None, options: PreferenceOptions) -> Labeller:
+    """Hard labels on raw scores, without a penalty. A threshold of scaled scores is not in their unit."""
+    threshold = 0.0 if options.normalize_scores else options.tie_threshold
+    return Labeller(judge, reward_model, PreferenceOptions(tie_threshold=threshold))

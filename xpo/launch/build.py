@@ -40,11 +40,15 @@ def build_arguments(config: TrainSchema, run_dir: Path) -> XPOConfig:
                 f"training.kwargs.{key}={value!r} is not a TrainingArguments name{nearest(key, valid)}; "
                 "correct or remove it"
             )
+    # training.kwargs may name others than tracking.report_to knows.
+    both = config.tracking.report_to, config.training.kwargs.get("report_to")
+    loggers = [name for names in both for name in ([names] if isinstance(names, str) else names or [])]
     given: dict[str, Any] = {
         "log_level": "error",
-        "report_to": config.tracking.report_to or "none",
         "trackio_static_space_id": False,  # or Trackio would push what it has logged along with the model
-    } | config.training.kwargs
+        **config.training.kwargs,
+        "report_to": loggers or "none",
+    }
     try:
         args = XPOConfig(
             output_dir=str(run_dir / "model"),

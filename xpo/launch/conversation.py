@@ -9,13 +9,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xpo.config.errors import ConfigError
-from xpo.config.options import PreferenceOptions
 from xpo.config.schema import TrainSchema, needs_reward_model
 from xpo.data.pair_file import NAME as PAIRS
 from xpo.data.pair_file import read_pairs
 from xpo.data.prompts import PromptEncoder
 from xpo.evaluation.conversation import POLICY, REFERENCE, Conversation
-from xpo.judges.labelling import Labeller
+from xpo.judges.labelling import Labeller, of_evaluations
 from xpo.launch.groups import build_preference, check_target
 from xpo.launch.trained import NAME, Trained
 from xpo.models.checks import check_tokens
@@ -111,7 +110,7 @@ def _labeller(config: TrainSchema) -> Labeller:
     """The judge as evaluations ask it; a reward model only where the judge compares its scores."""
     scorer = config.reward_model if needs_reward_model(config.judge) else {}
     _, judge = build_preference(config.judge, scorer)
-    return Labeller(judge, None, PreferenceOptions(tie_threshold=config.preference.tie_threshold))
+    return of_evaluations(judge, None, config.preference)
 
 
 def _reads_plain_text(trained: Trained, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -67,6 +67,7 @@ def prepare(
         if schema.training.resume is not None and checkpoint is None:
             print(f"xpo: {found[0]} has no checkpoint, starting from the beginning", file=sys.stderr)
         before = RunRecord.read(resumed)
+        record.mixed = before.mixed or before.job_key != key
         if not compare_with_run(resolved, resumed):  # other settings are another curve
             record.mlflow_run_id = before.mlflow_run_id
             if tags is None:  # the job of a sweep stays one

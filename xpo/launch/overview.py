@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from xpo.config.errors import ConfigError, printable
+from xpo.config.files import jobs_of
 from xpo.launch.sweep_record import DONE, STATES, Sweep
 from xpo.tracking.metrics_log import evaluations, read_metrics
 from xpo.tracking.runs import RunRecord, all_runs, state_of
@@ -82,9 +83,17 @@ def sweeps_below(roots: Iterable[Path]) -> list[SweepState]:
     for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
         sweep = Sweep.read(file.parent)
         if sweep is not None:
-            finished = sum(job.state == DONE for job in sweep.jobs)
+            # A job may have gone on alone.
+            finished = sum(_has_finished(run_dir, job["state"]) for job, run_dir in jobs_of(file.parent))
             found.append(SweepState(str(_as_typed(file.parent)), sweep.name, len(sweep.jobs), finished))
     return found
+
+
+def _has_finished(run_dir: Path, state: str) -> bool:
+    if not (run_dir / "run.json").is_file():
+        return state == DONE
+    record = RunRecord.read(run_dir)
+    return record.finished and not record.mixed
 
 
 def _as_typed(path: Path) -> Path:

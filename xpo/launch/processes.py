@@ -113,6 +113,8 @@ class JobProcess:
                 self._process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
                 self._kill()
+            if RunRecord.read(self.run_dir).finished:
+                return Outcome("finished", 0)
             return Outcome("timed out", 1, f"launch.timeout={self.launch.timeout:g} seconds have passed")
         return self._outcome(status)
 

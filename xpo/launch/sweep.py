@@ -242,7 +242,8 @@ def _runs_by_key(roots: Sequence[Path]) -> dict[str, list[Path]]:
     """Run directories by the job key of their runs, the newest first."""
     runs: dict[str, list[Path]] = {}
     for run_dir, record in all_runs(roots):
-        runs.setdefault(record.job_key, []).append(run_dir)
+        if not record.mixed:
+            runs.setdefault(record.job_key, []).append(run_dir)
     return runs
 
 

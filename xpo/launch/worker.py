@@ -60,7 +60,9 @@ def run(config: TrainSchema, run_dir: Path) -> int:
     except KeyboardInterrupt:
         for mlflow_run in tracked:
             mlflow_run.finish("KILLED")
-        print(f"\nxpo: stopped at once, without a checkpoint of the step in progress ({run_dir})", file=sys.stderr)
+        done = RunRecord.read(run_dir).finished
+        what = "after the run had finished" if done else "at once, without a checkpoint of the step in progress"
+        print(f"\nxpo: stopped {what} ({run_dir})", file=sys.stderr)
         return 128 + (stop.signal or 2)
     except RunInUse as error:
         print_error(error)

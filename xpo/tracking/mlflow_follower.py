@@ -70,7 +70,6 @@ class Follower:
         self.arrived = len(held & {point for entry in log.entries for point in _points_of(entry)})
         self._held = held
         self._offset = 0  # entries of the log that were looked at
-        self.read()
 
     def read(self, again: bool = False) -> None:
         """Takes up what has been logged since; after a MetricsLog.restore `again` from the beginning."""

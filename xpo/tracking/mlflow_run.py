@@ -72,7 +72,8 @@ class MLflowRun:
         self._reachable = True
         try:
             self.client, self.experiment_id = self._connect(experiment)
-            if not run_id or not self._exists(run_id):
+            is_new = run_id is None or not self._exists(run_id)
+            if run_id is None or is_new:
                 run_id = self.client.create_run(self.experiment_id, run_name=run_name[:_MAX_NAME]).info.run_id
             self.run_id = run_id
             run = self.client.get_run(run_id)
@@ -84,7 +85,9 @@ class MLflowRun:
                 f"tracking.uri={self.uri!r} does not answer ({first_line(error)[:_MAX_REASON]}); "
                 "correct it, or set tracking=none"
             ) from error
-        self.flush()
+        self._saved, self._flushed_at, self._ended = True, -math.inf, False
+        if not (is_new and log.entries):  # what of another run's log is this one's, training knows when it begins
+            self.flush()
 
     def _connect(self, experiment: str) -> tuple["MlflowClient", str]:
         """A client, and the experiment's id. Concurrent first starts on an empty database must not race."""
@@ -168,8 +171,11 @@ class MLflowRun:
         self.flush()
 
     def finish(self, status: str = "FINISHED") -> None:
-        """Sends what is left, trying for a minute or so, and ends the run as FINISHED, FAILED or KILLED."""
+        """Sends what is left, trying for a minute or so, and ends the run as FINISHED, FAILED or KILLED: once."""
         follower = self._follower
+        if self._ended:  # what comes after the end, a push to the hub say, changes nothing about it
+            return
+        self._ended = True
         follower.read()
         follower.state.status, follower.state.ended = status, int(time.time() * 1000)
         self._drain()

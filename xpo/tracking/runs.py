@@ -47,6 +47,7 @@ class RunRecord:
     mlflow_experiment_id: str | None = None
     resume_from: str | None = None
     finished: bool = False
+    mixed: bool = False  # it went on with other settings: no command repeats it
     tags: dict[str, str] = field(default_factory=dict)  # for MLflow
 
     @classmethod
@@ -107,9 +108,18 @@ def state_of(run_dir: Path, record: RunRecord) -> tuple[str, str | None]:
 def job_key(config: dict[str, Any]) -> str:
     """Names what a run computes: a hash of its identity, in which files of prompts count with their content."""
     data = config["data"]
-    digests = [_digest(f"data.{part}", file) for part in ("train", "eval") for file in matching_files(data[part] or "")]
+    digests = [_digest(f"data.{part}", file) for part in ("train", "eval") for file in _files_of(data[part] or "")]
     relevant = identity(config) | {"files": digests}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _files_of(name: str) -> list[Path]:
+    """The files of prompts that a name stands for: one, a pattern's, or all of a directory, hidden ones left out."""
+    directory = Path(name).expanduser()
+    if not name or not directory.is_dir():
+        return matching_files(name)
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(directory).parts)]
 
 
 def _digest(key: str, file: Path) -> str:
@@ -251,7 +261,8 @@ def resolve_resume(resume: str, key: str, roots: list[Path]) -> tuple[Path, Path
         roots: directories under which "auto" looks for run directories.
     """
     if resume == "auto":
-        mine = [run_dir for run_dir, record in all_runs(roots) if record.job_key == key and not record.finished]
+        runs = [(run_dir, record) for run_dir, record in all_runs(roots) if record.job_key == key and not record.mixed]
+        mine = [run_dir for run_dir, record in runs if not record.finished]
         found = [(run_dir, resumable_checkpoint(run_dir)) for run_dir in mine]
         begun = [(run_dir, checkpoint) for run_dir, checkpoint in found if checkpoint is not None]
         return next(iter(begun + found), None)

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerState, set_seed
 
 from xpo.config.errors import ConfigError, first_line
-from xpo.config.options import PreferenceOptions, scorer_name
+from xpo.config.options import scorer_name
 from xpo.data.prompt_sets import PromptDataset, tokenize_prompts
 from xpo.data.store import OFF, open_store
 from xpo.evaluation.evaluator import Evaluator
 from xpo.evaluation.probe import Probe
 from xpo.judges import Judge
-from xpo.judges.labelling import Labeller
+from xpo.judges.labelling import of_evaluations
 from xpo.models.checks import (
     HAS_ADAPTERS,
     check_adapters,
@@ -324,8 +324,7 @@ def build_evaluator(
     for name in scorers:
         scorer_name("scorers", name)
     gather = args.ds3_gather_for_generation
-    threshold = 0.0 if args.normalize_scores else args.tie_threshold  # which is not in the unit of raw scores then
-    labeller = Labeller(judge, reward_model, PreferenceOptions(tie_threshold=threshold))
+    labeller = of_evaluations(judge, reward_model, args)
     probe = Probe(sampler, draws, args.probe_prompts, args.probe_samples, gather) if args.probe_prompts else None
     return Evaluator(sampler, draws, forwards, labeller, scorers, args.eval_greedy, gather, args.shard_reference, probe)
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from yaml import YAMLError
 
 from xpo.config.errors import ConfigError, first_line, nearest
-from xpo.config.files import read_object
+from xpo.config.files import jobs_of, read_object
 from xpo.config.schema import flatten, may_change
 from xpo.tracking.metrics_log import read_metrics
 from xpo.tracking.mlflow_client import metric_name, reach, stored_key, tracking_uri
@@ -79,7 +79,7 @@ def from_runs(directories: Sequence[Path], experiment: str) -> Sweep:
         if not (directory / "run.json").is_file():
             raise ConfigError(f"RUN={str(directory)!r} holds no run.json; give outputs/DATE/TIME of runs, or one sweep")
         state, reason = state_of(directory, RunRecord.read(directory))
-        runs.append(_job({"name": str(directory), "run_dir": directory, "state": state, "reason": reason}, directory))
+        runs.append(_read(directory, str(directory), state, reason))
     configs = [run.config for run in runs if run.config]
     every = {key: None for config in configs for key in config}
     differ = [key for key in every if len({str(config.get(key)) for config in configs}) > 1]
@@ -113,9 +113,8 @@ def from_directory(directory: Path) -> Sweep:
         raise ConfigError(f"SWEEP={str(directory)!r} holds no sweep.json; {remedy}")
 
     def build(jobs: list[dict[str, Any]], keys: list[str], **rest: Any) -> Sweep:
-        return Sweep(
-            keys=keys, runs=[_with_swept(_job(job, directory), keys) for job in jobs], directory=directory, **rest
-        )
+        runs = [_with_swept(_job(*job), keys) for job in jobs_of(directory)]
+        return Sweep(keys=keys, runs=runs, directory=directory, **rest)
 
     return read_object(path, build)
 
@@ -134,23 +133,35 @@ def _with_swept(run: Run, keys: Iterable[str]) -> Run:
     return run
 
 
-def _job(job: dict[str, Any], directory: Path) -> Run:
-    if job["state"] != "finished":
-        return Run(job["name"], job["state"], job["reason"])
-    run_dir = Path(job["run_dir"])
-    if not run_dir.is_dir():
-        run_dir = directory / run_dir.name  # the sweep was moved here from elsewhere
+def _job(job: dict[str, Any], run_dir: Path) -> Run:
+    """A job of a sweep. Of its end its run knows best, which may have gone on alone since."""
+    name, state, reason = job["name"], job["state"], job["reason"]
+    if (run_dir / "run.json").is_file():
+        try:
+            record = RunRecord.read(run_dir)
+        except ConfigError as error:
+            return Run(name, "missing", str(error))
+        if record.mixed:
+            return Run(name, "changed", f"{run_dir} has gone on with other settings")
+        if record.finished != (state == "finished"):
+            state, reason = state_of(run_dir, record)
+    return _read(run_dir, name, state, reason)
+
+
+def _read(run_dir: Path, name: str, state: str, reason: str | None) -> Run:
+    if state != "finished":
+        return Run(name, state, reason)
     try:
         log = read_metrics(run_dir)
         if not log:
-            return Run(job["name"], "missing", f"{run_dir} holds no metrics.jsonl")
+            return Run(name, "missing", f"{run_dir} holds no metrics.jsonl")
         config: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))  # type: ignore[assignment]
         flat = RunRecord.read(run_dir).choices | {k: v for k, v in flatten(config).items() if v is not None}
         files = sorted((run_dir / "completions").glob("step_*.json"))
         rows = _rows(files[-1]) if files else []
     except (OSError, ValueError, TypeError, LookupError, YAMLError) as error:
-        return Run(job["name"], "missing", f"{run_dir} is damaged: {first_line(error)}")
-    return Run(job["name"], "finished", None, flat, _history(log), rows)
+        return Run(name, "missing", f"{run_dir} is damaged: {first_line(error)}")
+    return Run(name, "finished", None, flat, _history(log), rows)
 
 
 def _history(log: Iterable[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
