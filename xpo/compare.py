@@ -38,12 +38,15 @@ def main() -> None:
     try:
         sweep = find_sweep(options.sweep, options.tracking_uri, options.experiment)
         comparison = compare(sweep, options.metric)
+        out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
+        uri = None if options.no_log else tracking_uri(options.tracking_uri)
+        paths = write(comparison, plots(comparison), out)
     except ConfigError as error:
         sys.exit(exit_status(error))
-    out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
-    paths = write(comparison, plots(comparison), out)
+    except OSError as error:
+        sys.exit(exit_status(ConfigError(f"--out={str(out)!r} cannot be written ({error.strerror}); give another")))
     show(comparison, paths[0])
-    if not options.no_log and (problem := log(sweep, paths, tracking_uri(options.tracking_uri))):
+    if uri is not None and (problem := log(sweep, paths, uri)):
         print(f"xpo: the report is not in MLflow: {printable(problem)}", file=sys.stderr)
 
 

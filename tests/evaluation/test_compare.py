@@ -489,6 +489,18 @@ def test_of_its_end_a_run_knows_best(tmp_path: Path) -> None:
     assert [run.state for run in found.runs] == ["finished", "stopped", "changed", "finished"]
 
 
+def test_many_runs_have_a_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """It names a directory; one that cannot be written is one line."""
+    sweep = make_sweep(tmp_path / "1", ["loss.alpha"], [job("wl", loss__alpha=a) for a in range(12)])
+    runs = [str(sweep / str(number)) for number in range(12)]
+    assert find_sweep(runs, None, "xpo").name == "0 to 11, 12 runs"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["xpo.compare", *runs, "--no-log", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 # ---- odd sweeps ------------------------------------------------------------------------------------
 
 ODD: dict[str, tuple[list[str], list[Job]]] = {

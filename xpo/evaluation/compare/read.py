@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as StoredRun
 
+_MOST_NAMES = 8  # of runs, which make the name of a directory
+
 
 @dataclass
 class Run:
     """One job of a sweep. Of jobs that did not finish only name, state and reason are read."""
 
     name: str
-    state: str  # "finished", or what became of it: failed, killed, timed out, stopped, not started, running, missing
+    state: str  # "finished", or what became of it: failed, killed, timed out, stopped, not started, running,
+    # missing, changed
     reason: str | None = None  # why it did not finish, if that is known
     config: dict[str, Any] = field(default_factory=dict)  # values and choices of groups by dotted key, without null
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # finite (step, value) by MLflow's name
@@ -95,7 +98,9 @@ def from_runs(directories: Sequence[Path], experiment: str) -> Sweep:
     keys = [key for key in keys if key not in ("experiment", "training.seed", "tracking", "launch", "sweep")]
     for config in configs:
         config.update({key: config.get(key, "null") for key in keys})
-    return Sweep(" ".join(directory.name for directory in directories), None, keys, runs, None, experiment)
+    names = [directory.name for directory in directories]
+    name = " ".join(names) if len(names) < _MOST_NAMES else f"{names[0]} to {names[-1]}, {len(names)} runs"
+    return Sweep(name, None, keys, runs, None, experiment)
 
 
 def local_sweeps() -> list[Path]:
