@@ -38,11 +38,12 @@ def main() -> None:
     try:
         sweep = find_sweep(options.sweep, options.tracking_uri, options.experiment)
         comparison = compare(sweep, options.metric)
-        out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
         uri = None if options.no_log else tracking_uri(options.tracking_uri)
-        paths = write(comparison, plots(comparison), out)
     except ConfigError as error:
         sys.exit(exit_status(error))
+    out = options.out or (sweep.directory / "compare" if sweep.directory else Path("compare") / sweep.name)
+    try:
+        paths = write(comparison, plots(comparison), out)
     except OSError as error:
         sys.exit(exit_status(ConfigError(f"--out={str(out)!r} cannot be written ({error.strerror}); give another")))
     show(comparison, paths[0])
