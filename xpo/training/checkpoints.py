@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ class ResumableTrainer(PushingTrainer):
             # That of a file of DeepSpeed's options is made later, and keeps what its checkpoint says.
             groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
             self._asked_for = [{name: group[name] for name in _GROUP_OPTIONS if name in group} for group in groups]
+            self._has_parameters = [bool(group["params"]) for group in groups]
             return optimizer
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(
@@ -217,12 +219,20 @@ class ResumableTrainer(PushingTrainer):
             schedule = schedule.scheduler
         follows = isinstance(schedule, LambdaLR)
         if follows:
-            schedule.base_lrs = [asked["initial_lr" if "initial_lr" in asked else "lr"] for asked in self._asked_for]
-        for number, (group, asked) in enumerate(zip(groups, self._asked_for, strict=True)):
-            group |= {name: value for name, value in asked.items() if name not in ("lr", "initial_lr")}
+            asked = self._asked_of(len(schedule.base_lrs))
+            schedule.base_lrs = [one.get("initial_lr", one["lr"]) for one in asked]
+        for number, (group, one) in enumerate(zip(groups, self._asked_of(len(groups)), strict=True)):
+            group |= {name: value for name, value in one.items() if name not in ("lr", "initial_lr")}
             if follows:
-                group["initial_lr"] = schedule.base_lrs[number]
-                group["lr"] = schedule.base_lrs[number] * schedule.lr_lambdas[number](schedule.last_epoch)
+                part = schedule.lr_lambdas[min(number, len(schedule.lr_lambdas) - 1)]
+                group["initial_lr"] = one.get("initial_lr", one["lr"])
+                group["lr"] = group["initial_lr"] * part(schedule.last_epoch)
+
+    def _asked_of(self, number: int) -> list[dict[str, Any]]:
+        """What is asked of so many groups: DeepSpeed leaves out those without parameters, as of adapters alone."""
+        if number == len(self._asked_for):
+            return self._asked_for
+        return list(compress(self._asked_for, self._has_parameters))
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # They are on the device. Under DeepSpeed in bf16 the Trainer would round the reference's log-probabilities.
