@@ -356,7 +356,7 @@ def test_virtual_tokens_are_refused(make_trainer):
 
 def test_more_processes_share_the_history_of_scores(make_trainer, tmp_path: Path):
     """A checkpoint of one process, read by the second of two."""
-    trainer = make_trainer(normalize_scores=True, max_steps=2, save_steps=1, save_strategy="steps")
+    trainer = make_trainer(normalize_scores=True, max_steps=2, save_steps=1, save_strategy="steps", logging_steps=2)
     trainer.train()
     checkpoint = tmp_path / "out" / "checkpoint-1"
     rank_0 = json.loads((checkpoint / "xpo_state_0.json").read_text())
@@ -366,6 +366,7 @@ def test_more_processes_share_the_history_of_scores(make_trainer, tmp_path: Path
         other._load_optimizer_and_scheduler(str(checkpoint))
     assert other.labeller.scale.moments == rank_0["scale"]
     assert rank_0["scale"][0] > 0
+    assert rank_0["meter"]["sums"]  # as nothing was logged yet
     # The same names, or the ranks could not add them up; and nothing counted twice.
     assert set(other.meter.sums) == set(rank_0["meter"]["sums"])
     assert {*other.meter.sums.values()} <= {(0.0, 0.0)}

@@ -194,7 +194,7 @@ def check_engine(engine: str, options: SamplingOptions, gather: bool, spelled: S
         top_p, min_p = spelled("generation.top_p"), spelled("generation.min_p")
         raise ConfigError(
             f"{given} would apply {top_p}={options.top_p} and {min_p}={options.min_p} in another order than "
-            f"transformers; set one of them"
+            "transformers; set one of them"
         )
 
 

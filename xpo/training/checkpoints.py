@@ -5,9 +5,8 @@ import json
 import logging
 import math
 import shutil
-from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.data_loader import get_sampler
@@ -35,7 +34,15 @@ from xpo.training.pushing import PushingTrainer
 logger = logging.getLogger(__name__)
 
 # Of an optimizer's groups, what arguments may say; other entries may be its state.
-_GROUP_OPTIONS = ("lr", "initial_lr", "weight_decay", "betas", "eps", "momentum")
+_GROUP_OPTIONS = ("weight_decay", "betas", "eps", "momentum")
+
+
+class _Asked(NamedTuple):
+    """What the arguments say of a group of an optimizer's parameters."""
+
+    rate: float  # before any schedule
+    options: dict[str, Any]
+    is_empty: bool  # it has no parameters
 
 
 class OneBranch(TrainerCallback):
@@ -113,9 +120,14 @@ class ResumableTrainer(PushingTrainer):
         try:
             optimizer = super().create_optimizer(*args, **kwargs)
             # That of a file of DeepSpeed's options is made later, and keeps what its checkpoint says.
-            groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
-            self._asked_for = [{name: group[name] for name in _GROUP_OPTIONS if name in group} for group in groups]
-            self._has_parameters = [bool(group["params"]) for group in groups]
+            self._asked_for = [
+                _Asked(
+                    rate=group.get("initial_lr", group["lr"]),
+                    options={name: group[name] for name in _GROUP_OPTIONS if name in group},
+                    is_empty=not group["params"],
+                )
+                for group in (optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else [])
+            ]
             return optimizer
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(
@@ -219,20 +231,17 @@ class ResumableTrainer(PushingTrainer):
             schedule = schedule.scheduler
         follows = isinstance(schedule, LambdaLR)
         if follows:
-            asked = self._asked_of(len(schedule.base_lrs))
-            schedule.base_lrs = [one.get("initial_lr", one["lr"]) for one in asked]
-        for number, (group, one) in enumerate(zip(groups, self._asked_of(len(groups)), strict=True)):
-            group |= {name: value for name, value in one.items() if name not in ("lr", "initial_lr")}
+            schedule.base_lrs = [asked.rate for asked in self._asked_of(len(schedule.base_lrs))]
+        for number, (group, asked) in enumerate(zip(groups, self._asked_of(len(groups)), strict=True)):
+            group |= asked.options
             if follows:
                 part = schedule.lr_lambdas[min(number, len(schedule.lr_lambdas) - 1)]
-                group["initial_lr"] = one.get("initial_lr", one["lr"])
-                group["lr"] = group["initial_lr"] * part(schedule.last_epoch)
+                group |= {"initial_lr": asked.rate, "lr": asked.rate * part(schedule.last_epoch)}
 
-    def _asked_of(self, number: int) -> list[dict[str, Any]]:
-        """What is asked of so many groups: DeepSpeed leaves out those without parameters, as of adapters alone."""
-        if number == len(self._asked_for):
-            return self._asked_for
-        return list(compress(self._asked_for, self._has_parameters))
+    def _asked_of(self, number: int) -> list[_Asked]:
+        """What is asked of so many groups: DeepSpeed leaves out the empty ones, as with adapters alone."""
+        everything = number == len(self._asked_for)
+        return [asked for asked in self._asked_for if everything or not asked.is_empty]
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         # They are on the device. Under DeepSpeed in bf16 the Trainer would round the reference's log-probabilities.

@@ -117,14 +117,14 @@ class XPOConfig(options.LossOptions, options.PreferenceOptions, options.Sampling
         model_init_kwargs: for `from_pretrained` of a model given by name; dtype is float32 unless they say otherwise.
         trust_remote_code: allow models that bring their own code; no field, as TRL's ModelConfig has one of this name.
         reward_model_path: a reward model by name or path, if no `reward_model` is passed to the trainer.
-        reward_weights: of each in a list of reward models; None: all 1.
+        reward_weights: of each reward model; None: all 1.
         judge: the name of a judge, "pair_rm", if none is passed to the trainer.
         generation_engine: what draws completions: "transformers" or "vllm", in the trainer's process. A reference with
             another configuration than the policy's is transformers' in any case.
         vllm_enforce_eager: do not compile vLLM's model.
         vllm_gpu_memory_utilization: the share of a GPU's memory that vLLM takes, weights included.
         vllm_enable_sleep_mode: vLLM gives a GPU's memory back between rollouts.
-        vllm_check_steps: rollouts between two checks that vLLM's likeliest tokens are the model's; None for none.
+        vllm_check_steps: rollouts between two checks that vLLM's log-probabilities are the model's; None for none.
         use_vllm: True is generation_engine="vllm", as in TRL.
     """
 

@@ -34,8 +34,8 @@ class Run:
     """One job of a sweep. Of jobs that did not finish only name, state and reason are read."""
 
     name: str
-    state: str  # "finished", or what became of it: failed, killed, timed out, stopped, not started, running,
-    # missing, changed
+    # "finished", or what became of it: failed, killed, timed out, stopped, not started, running, missing, changed
+    state: str
     reason: str | None = None  # why it did not finish, if that is known
     config: dict[str, Any] = field(default_factory=dict)  # values and choices of groups by dotted key, without null
     history: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # finite (step, value) by MLflow's name
